@@ -1,0 +1,413 @@
+"""Read, window and write GeoTIFF with tifffile and imagecodecs; no GDAL, no PROJ.
+
+Pixel coordinates are (row, col) with (0, 0) the top-left *corner* of the first pixel, whatever
+the file's own convention: a PixelIsPoint file is shifted by half a pixel on reading and back on
+writing. Bands count from 0.
+"""
+
+import logging
+import math
+import os
+import struct
+import xml.etree.ElementTree as ET
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from xml.sax.saxutils import escape
+
+import numpy as np
+import tifffile
+
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it logs of a file, _open raises
+
+MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # classic and BigTIFF, both byte orders
+PIXEL_SCALE, TIEPOINT, TRANSFORMATION = 33550, 33922, 34264
+GEO_KEYS, GEO_DOUBLES, GEO_ASCII = 34735, 34736, 34737
+GDAL_METADATA, GDAL_NODATA = 42112, 42113
+KEY_NAMES = {int(key): key.name for key in tifffile.TIFF.GEO_KEYS}
+POINT = 2  # GTRasterTypeGeoKey: the tie point is the centre of a pixel
+USER_DEFINED = 32767
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a GeoTIFF says of itself.
+
+    transform: (a, b, c, d, e, f), x = a col + b row + c and y = d col + e row + f of pixel corners,
+    in CRS units; None when not georeferenced. crs: GeoKey name -> value, None when there are none.
+    nodata: None when not declared. band_names: one per band, or () when the file names none.
+    """
+
+    path: Path
+    width: int
+    height: int
+    bands: int
+    dtype: np.dtype
+    nodata: float | None
+    transform: tuple | None
+    crs: dict | None
+    band_names: tuple
+
+    @property
+    def gsd(self):
+        """Side of a pixel in CRS units (metres in most projections); None if not georeferenced."""
+        if self.transform is None:
+            return None
+        a, b, _, d, e, _ = self.transform
+        return math.sqrt(abs(a * e - b * d))
+
+    @property
+    def bounds(self):
+        """(left, bottom, right, top) in CRS units; None if not georeferenced."""
+        if self.transform is None:
+            return None
+        a, b, c, d, e, f = self.transform
+        corners = [(0, 0), (0, self.width), (self.height, 0), (self.height, self.width)]
+        x = [a * col + b * row + c for row, col in corners]
+        y = [d * col + e * row + f for row, col in corners]
+        return min(x), min(y), max(x), max(y)
+
+
+def info(path):
+    """Describe the first image of a TIFF without decoding pixels.
+
+    Further full-size pages of a one-band file count as its bands; overviews and masks do not.
+    Raises FileNotFoundError, and ValueError if it is not a TIFF or is truncated.
+    """
+    with _open(path) as (_, pages):
+        return _describe(path, pages)
+
+
+def read(path, window=None, bands=None):
+    """Read pixels; only the tiles or strips that the window touches are decoded.
+
+    window: (row, col, height, width) in pixels, the whole image when None. bands: list of band
+    indices, in the order wanted. Returns (bands, height, width) of the file's dtype in native byte
+    order; tiles that a sparse file leaves out hold nodata, or 0. Raises as `info` does, and
+    ValueError for a window or band outside of the file or for data that cannot be decoded.
+    """
+    with _open(path) as (tif, pages):
+        about = _describe(path, pages)
+        row, col, height, width = window or (0, 0, about.height, about.width)
+        bands = range(about.bands) if bands is None else bands
+        if min(row, col) < 0 or row + height > about.height or col + width > about.width:
+            raise ValueError(
+                f"{path}: window (row {row}, col {col}, {height} x {width}) leaves the image of "
+                f"{about.height} x {about.width} pixels"
+            )
+        if not all(0 <= band < about.bands for band in bands):
+            raise ValueError(
+                f"{path}: bands {list(bands)} asked for, the file has {about.bands}, counted from 0"
+            )
+        fill = 0 if about.nodata is None else about.nodata
+        with np.errstate(invalid="ignore"):  # an integer file may declare a nodata of NaN
+            out = np.full((len(bands), height, width), fill, about.dtype)
+
+        page = pages[0]
+        separate = page.planarconfig == 2
+        tile_height = page.tilelength if page.is_tiled else min(page.rowsperstrip, about.height)
+        tile_width = page.tilewidth if page.is_tiled else about.width
+        tile_rows = math.ceil(about.height / tile_height)
+        tile_cols = math.ceil(about.width / tile_width)
+        # where the samples of each band lie: (page, plane of the page) -> [(index in out, sample)]
+        sources = {}
+        for k, band in enumerate(bands):
+            if len(pages) > 1:
+                sources.setdefault((band, 0), []).append((k, 0))
+            elif separate:
+                sources.setdefault((0, band), []).append((k, 0))
+            else:
+                sources.setdefault((0, 0), []).append((k, band))
+
+        for (number, plane), samples in sources.items():
+            for r in range(row // tile_height, math.ceil((row + height) / tile_height)):
+                for c in range(col // tile_width, math.ceil((col + width) / tile_width)):
+                    index = (plane * tile_rows + r) * tile_cols + c
+                    tile = _decode(path, tif, pages[number], index)
+                    if tile is None:
+                        continue
+                    top, left = r * tile_height, c * tile_width
+                    y0, y1 = max(row, top), min(row + height, top + tile.shape[0])
+                    x0, x1 = max(col, left), min(col + width, left + tile.shape[1])
+                    part = tile[y0 - top : y1 - top, x0 - left : x1 - left]
+                    for k, sample in samples:
+                        out[k, y0 - row : y1 - row, x0 - col : x1 - col] = part[..., sample]
+    return out
+
+
+def write(path, array, transform=None, crs=None, nodata=None, band_names=()):
+    """Write a GDAL-compatible GeoTIFF: tiles of 256, deflate with predictor, bands separate.
+
+    array: (bands, rows, cols) or (rows, cols). transform, crs, nodata, band_names: as in `Info`,
+    whose values give the same georeference back exactly; crs may also be an EPSG code (4000 to
+    4999 are taken as geographic, others as projected). The file appears under its name only when
+    it is complete, and replaces one that is there; BigTIFF where 4 GB may not do. Raises
+    ValueError for another number of dimensions or of band names.
+    """
+    path = Path(path)
+    array = np.asarray(array)
+    if array.ndim == 2:
+        array = array[None]
+    if array.ndim != 3:
+        raise ValueError(f"{path}: (bands, rows, cols) expected, got shape {array.shape}")
+    if band_names and len(band_names) != len(array):
+        raise ValueError(f"{path}: {len(band_names)} band names for {len(array)} bands")
+    if isinstance(crs, int):
+        geographic = 4000 <= crs < 5000
+        crs = {
+            "GTModelTypeGeoKey": 2 if geographic else 1,
+            "GTRasterTypeGeoKey": 1,
+            "GeographicTypeGeoKey" if geographic else "ProjectedCSTypeGeoKey": crs,
+        }
+
+    tags = []
+    if transform is not None:
+        tags += _transform_tags(transform, crs)
+    if crs:
+        tags += _geokey_tags(crs)
+    if band_names:
+        items = "".join(
+            f'  <Item name="DESCRIPTION" sample="{i}" role="description">{escape(name)}</Item>\n'
+            for i, name in enumerate(band_names)
+        )
+        tags.append((GDAL_METADATA, 2, 0, f"<GDALMetadata>\n{items}</GDALMetadata>", True))
+    if nodata is not None:
+        tags.append((GDAL_NODATA, 2, 0, f"{nodata:.17g}", True))
+
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        tifffile.imwrite(
+            temporary,
+            array[0] if len(array) == 1 else array,
+            bigtiff=array.nbytes > 2**32 - 2**25,
+            photometric="minisblack",
+            planarconfig=None if len(array) == 1 else "separate",
+            tile=(256, 256),
+            compression="zlib",
+            predictor=3 if array.dtype.kind == "f" else 2 if array.dtype.kind in "iu" else None,
+            metadata=None,
+            extratags=tags,
+        )
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def valid_pixels(array, nodata):
+    """Say which pixels hold data: all bands finite, and not every band equal to nodata.
+
+    One band at the nodata value is a dark pixel, not a hole: 0 is both in 8-bit imagery.
+    array: (..., bands, rows, cols). nodata: float or None. Returns bool (..., rows, cols).
+    """
+    valid = np.isfinite(array).all(-3)
+    if nodata is not None:
+        valid &= (array != nodata).any(-3)
+    return valid
+
+
+def same_crs(a, b):
+    """Whether two CRS (GeoKey dicts or None) are the same, as far as their keys tell.
+
+    EPSG codes are compared where both have one. Two user-defined CRS are compared by their
+    parameters, to 1e-9 relative; citations and redundant ellipsoid axes do not count. A code
+    against a user-defined CRS is a difference: telling needs the EPSG database.
+    """
+    if not a or not b:
+        return not a and not b
+    if _epsg(a) or _epsg(b):
+        return _epsg(a) == _epsg(b)
+    a, b = _parameters(a), _parameters(b)
+    return a.keys() == b.keys() and all(np.allclose(a[k], b[k], rtol=1e-9, atol=1e-12) for k in a)
+
+
+def crs_name(crs):
+    """Name a CRS for people: 'EPSG:26914', 'user-defined (...)' or 'none'."""
+    if not crs:
+        return "none"
+    if _epsg(crs):
+        return f"EPSG:{_epsg(crs)}"
+    numbers = {k.removesuffix("GeoKey"): v for k, v in _parameters(crs).items()}
+    return "user-defined (" + ", ".join(f"{k} {v}" for k, v in numbers.items()) + ")"
+
+
+@contextmanager
+def _open(path):
+    """Yield the TiffFile and its band pages; says what is wrong with a file."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic not in MAGIC:
+        raise ValueError(
+            f"{path}: not a TIFF, it starts with {magic!r}; convert it with gdal_translate"
+        )
+    with ExitStack() as stack:
+        try:
+            tif = stack.enter_context(tifffile.TiffFile(path))
+            pages = _band_pages(tif)
+        except (tifffile.TiffFileError, struct.error) as error:
+            raise ValueError(
+                f"{path}: truncated or damaged TIFF ({error}); fetch the file again"
+            ) from error
+        yield tif, pages
+
+
+def _band_pages(tif):
+    """The pages that hold the bands; raises TiffFileError if tags or pixels leave the file."""
+    if len(tif.pages) == 0:
+        raise tifffile.TiffFileError("no image in it")
+    page = tif.pages.first
+    # tifffile drops the tags whose values lie beyond the end, a georeference among them
+    tif.filehandle.seek(page.offset)
+    (tags,) = struct.unpack(tif.tiff.tagnoformat, tif.filehandle.read(tif.tiff.tagnosize))
+    if len(page.tags) < tags:
+        raise tifffile.TiffFileError(f"{tags - len(page.tags)} of {tags} tags are cut off")
+    pages = [page]
+    if page.samplesperpixel == 1:
+        same = (page.shape, page.dtype, 0)
+        pages += [p for p in tif.pages[1:] if (p.shape, p.dtype, p.subfiletype) == same]
+    for page in pages:
+        ends = np.add(page.dataoffsets, page.databytecounts)
+        if not len(ends) or ends.max() > tif.filehandle.size:
+            raise tifffile.TiffFileError(
+                f"pixels up to byte {ends.max(initial=0)}, the file ends at {tif.filehandle.size}"
+            )
+    return pages
+
+
+def _describe(path, pages):
+    page = pages[0]
+    crs = _geokeys(page)
+    nodata = page.tags.valueof(GDAL_NODATA)
+    bands = page.samplesperpixel * len(pages)
+    return Info(
+        path=Path(path),
+        width=page.imagewidth,
+        height=page.imagelength,
+        bands=bands,
+        dtype=page.dtype.newbyteorder("="),
+        nodata=None if nodata is None else float(nodata),
+        transform=_transform(page, crs),
+        crs=crs,
+        band_names=_band_names(page.tags.valueof(GDAL_METADATA), bands),
+    )
+
+
+def _decode(path, tif, page, index):
+    """Decode one tile or strip to (rows, cols, samples); None where a sparse file leaves it out."""
+    if page.databytecounts[index] == 0:
+        return None
+    tif.filehandle.seek(page.dataoffsets[index])
+    data = tif.filehandle.read(page.databytecounts[index])
+    try:
+        tables = {"jpegtables": page.jpegtables} if page.jpegtables else {}
+        tile, _, shape = page.decode(data, index, **tables)
+    except (RuntimeError, ValueError) as error:  # imagecodecs errors are RuntimeErrors
+        raise ValueError(
+            f"{path}: damaged TIFF, tile or strip {index} cannot be decoded ({error}); "
+            "fetch the file again"
+        ) from error
+    return tile[0, : shape[1], : shape[2]]
+
+
+def _band_names(text, bands):
+    """The DESCRIPTION items of GDAL's metadata, one per band, or ()."""
+    if not text:
+        return ()
+    try:
+        items = ET.fromstring(text).iter("Item")
+    except ET.ParseError:
+        return ()  # a broken comment is no reason to refuse the pixels
+    names = {i.get("sample"): i.text or "" for i in items if i.get("role") == "description"}
+    return tuple(names.get(str(band), "") for band in range(bands)) if any(names.values()) else ()
+
+
+def _geokeys(page):
+    """GeoKeys as name -> int, float, tuple or str; unknown keys by their number."""
+    if GEO_KEYS not in page.tags:
+        return None
+    directory = page.tags[GEO_KEYS].value
+    keys = {}
+    for i in range(4, 4 + 4 * directory[3], 4):
+        key, tag, count, value = directory[i : i + 4]
+        if tag == GEO_ASCII:
+            value = page.tags[tag].value[value : value + count].removesuffix("|")
+        elif tag:
+            numbers = np.atleast_1d(page.tags[tag].value)[value : value + count].tolist()
+            value = numbers[0] if count == 1 else tuple(numbers)
+        keys[KEY_NAMES.get(key, str(key))] = value
+    return keys
+
+
+def _geokey_tags(crs):
+    """The three GeoKey tags, the reverse of `_geokeys`."""
+    numbers = {name: key for key, name in KEY_NAMES.items()}
+    directory, doubles, text = [], [], ""
+    for key, value in sorted((numbers.get(n) or int(n), value) for n, value in crs.items()):
+        if isinstance(value, str):
+            directory += [key, GEO_ASCII, len(value) + 1, len(text)]
+            text += value + "|"
+        elif isinstance(value, int):
+            directory += [key, 0, 1, value]
+        else:
+            values = np.atleast_1d(value).tolist()
+            directory += [key, GEO_DOUBLES, len(values), len(doubles)]
+            doubles += values
+    directory = [1, 1, 0, len(crs), *directory]
+    tags = [(GEO_KEYS, 3, len(directory), directory, True)]
+    if doubles:
+        tags.append((GEO_DOUBLES, 12, len(doubles), doubles, True))
+    if text:
+        tags.append((GEO_ASCII, 2, 0, text, True))
+    return tags
+
+
+def _corner(crs):
+    """Where the file's raster coordinate (0, 0) lies, in pixels from the corner."""
+    return 0.5 if crs and crs.get("GTRasterTypeGeoKey") == POINT else 0.0
+
+
+def _transform(page, crs):
+    shift = _corner(crs)
+    if PIXEL_SCALE in page.tags and TIEPOINT in page.tags:
+        width, height = page.tags[PIXEL_SCALE].value[:2]
+        col, row, _, x, y, _ = page.tags[TIEPOINT].value[:6]
+        return (width, 0.0, x - (col + shift) * width, 0.0, -height, y + (row + shift) * height)
+    if TRANSFORMATION in page.tags:
+        a, b, _, c, d, e, _, f = page.tags[TRANSFORMATION].value[:8]
+        return (a, b, c - shift * (a + b), d, e, f - shift * (d + e))
+    return None
+
+
+def _transform_tags(transform, crs):
+    a, b, c, d, e, f = map(float, transform)
+    shift = _corner(crs)
+    if b == d == 0 and a > 0 > e:
+        # tie the corner, not the centre, so that c and f are stored as they are
+        return [
+            (PIXEL_SCALE, 12, 3, (a, -e, 0.0), True),
+            (TIEPOINT, 12, 6, (-shift, -shift, 0.0, c, f, 0.0), True),
+        ]
+    x, y = c + shift * (a + b), f + shift * (d + e)
+    matrix = (a, b, 0.0, x, d, e, 0.0, y, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)
+    return [(TRANSFORMATION, 12, 16, matrix, True)]
+
+
+def _epsg(crs):
+    """The EPSG code of a CRS, None where it is user-defined."""
+    code = crs.get("ProjectedCSTypeGeoKey", crs.get("GeographicTypeGeoKey", USER_DEFINED))
+    return None if code in (0, USER_DEFINED) else code
+
+
+def _parameters(crs):
+    """The numbers that define a user-defined CRS."""
+    numbers = {k: v for k, v in crs.items() if not isinstance(v, str) and k != "GTRasterTypeGeoKey"}
+    if numbers.get("GeographicTypeGeoKey", USER_DEFINED) != USER_DEFINED:
+        # the code of the base CRS says all of it; writers repeat its parts or not
+        numbers = {
+            k: v
+            for k, v in numbers.items()
+            if k == "GeographicTypeGeoKey" or not k.startswith("Geog")
+        }
+    return numbers

@@ -1,0 +1,325 @@
+"""geotiff.py against tifffile's own whole-image reader, and its every message."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+
+import geotiff
+
+SHARED = Path(os.environ.get("CROSSSCALE_SHARED", Path(__file__).parents[2] / "shared")) / "data"
+TRANSFORM = (10.0, 0.0, 399960.25, 0.0, -10.0, 5300040.1)
+LO25 = {  # a user-defined CRS with every kind of GeoKey: codes, doubles, text
+    "GTModelTypeGeoKey": 1,
+    "GTRasterTypeGeoKey": 1,
+    "GTCitationGeoKey": "unnamed",
+    "GeographicTypeGeoKey": 4326,
+    "GeogCitationGeoKey": "WGS 84",
+    "GeogAngularUnitsGeoKey": 9102,
+    "GeogSemiMajorAxisGeoKey": 6378137.0,
+    "ProjectedCSTypeGeoKey": 32767,
+    "ProjCoordTransGeoKey": 1,
+    "ProjNatOriginLongGeoKey": 25.0,
+    "ProjNatOriginLatGeoKey": 0.0,
+    "ProjScaleAtNatOriginGeoKey": 1.0,
+}
+
+
+def shared(path):
+    if not (SHARED / path).exists():
+        pytest.skip(f"no imagery at {SHARED / path}; set CROSSSCALE_SHARED")
+    return SHARED / path
+
+
+def noise(shape, dtype, seed=0):
+    rng = np.random.default_rng(seed)
+    if np.dtype(dtype).kind == "f":
+        return rng.normal(size=shape).astype(dtype)
+    low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
+    return rng.integers(low, high, shape, dtype, endpoint=True)
+
+
+DTYPES = ["uint8", "int8", "uint16", "int16", "uint32", "int32", "float32", "float64"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(4, 300, 261), (1, 33, 7), (3, 1, 1)])
+def test_write_read_gives_the_same_back(tmp_path, dtype, shape):
+    array = noise(shape, dtype)
+    path = tmp_path / "a.tif"
+    names = tuple(f"b<{i}>" for i in range(shape[0]))
+    geotiff.write(path, array, TRANSFORM, LO25, nodata=-9999.5, band_names=names)
+    about = geotiff.info(path)
+    assert (about.bands, about.height, about.width, about.dtype) == (*shape, np.dtype(dtype))
+    assert about.transform == TRANSFORM
+    assert about.crs == LO25
+    assert about.nodata == -9999.5
+    assert about.band_names == names
+    assert about.gsd == 10.0
+    back = geotiff.read(path)
+    assert back.dtype == array.dtype
+    assert np.array_equal(back, array)
+    assert np.array_equal(tifffile.imread(path).reshape(shape), array)
+    geotiff.write(path, array, nodata=float("nan"))
+    assert np.isnan(geotiff.info(path).nodata)
+    assert np.array_equal(geotiff.read(path), array)
+    assert os.listdir(tmp_path) == ["a.tif"]  # no temporary file stays
+
+
+LAYOUTS = [
+    {"planarconfig": "contig", "rowsperstrip": 7},
+    {"planarconfig": "separate", "rowsperstrip": 7},
+    {"planarconfig": "contig", "tile": (32, 48)},
+    {"planarconfig": "separate", "tile": (32, 48)},
+    {"planarconfig": "contig", "tile": (64, 64), "compression": "lzw", "predictor": 2},
+    {"planarconfig": "separate", "rowsperstrip": 16, "compression": "zstd", "predictor": 2},
+    {"planarconfig": "contig", "rowsperstrip": 300, "byteorder": ">"},
+    {"planarconfig": "contig", "tile": (32, 32), "byteorder": ">", "compression": "zlib"},
+    {"planarconfig": "separate", "tile": (32, 32), "bigtiff": True},
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_window_and_bands_equal_a_slice_of_the_whole(tmp_path, layout):
+    array = noise((5, 101, 130), "uint16")
+    path = tmp_path / "a.tif"
+    contig = layout["planarconfig"] == "contig"
+    data = np.moveaxis(array, 0, -1) if contig else array
+    tifffile.imwrite(path, data, photometric="minisblack", metadata=None, **layout)
+    assert np.array_equal(geotiff.read(path), array)
+    rng = np.random.default_rng(1)
+    windows = [(0, 0, 1, 1), (100, 129, 1, 1), (0, 0, 101, 130), (32, 48, 32, 48)]
+    for _ in range(20):
+        row, col = rng.integers(0, 101), rng.integers(0, 130)
+        windows.append((row, col, rng.integers(1, 102 - row), rng.integers(1, 131 - col)))
+    for row, col, height, width in windows:
+        bands = rng.permutation(5)[: rng.integers(1, 6)].tolist()
+        part = geotiff.read(path, (row, col, height, width), bands)
+        assert part.dtype == np.dtype("uint16")
+        assert np.array_equal(part, array[bands, row : row + height, col : col + width])
+
+
+def test_only_the_tiles_of_the_window_are_decoded(tmp_path):
+    path = tmp_path / "a.tif"
+    geotiff.write(path, noise((2, 600, 600), "uint8"))
+    with tifffile.TiffFile(path) as tif:  # damage the last tile of each band
+        where = [tif.pages[0].dataoffsets[i] for i in (8, 17)]
+    with path.open("r+b") as file:
+        for offset in where:
+            file.seek(offset)
+            file.write(b"\xff" * 64)
+    assert geotiff.read(path, (0, 0, 512, 600)).shape == (2, 512, 600)
+    with pytest.raises(ValueError, match=r"a\.tif: damaged TIFF, tile or strip 8 cannot be"):
+        geotiff.read(path)
+
+
+def test_pages_are_bands_but_overviews_and_masks_are_not(tmp_path):
+    path = tmp_path / "pages.tif"
+    array = noise((3, 40, 50), "uint16")
+    with tifffile.TiffWriter(path) as tif:
+        for page in array:
+            tif.write(page, photometric="minisblack", metadata=None)
+        tif.write(array[0] > 9, subfiletype=4, metadata=None)
+        tif.write(array[0, ::2, ::2], photometric="minisblack", subfiletype=1, metadata=None)
+    assert geotiff.info(path).bands == 3
+    assert np.array_equal(geotiff.read(path, (3, 4, 10, 20), [2, 0]), array[[2, 0], 3:13, 4:24])
+
+
+def test_a_tile_left_out_reads_as_nodata(tmp_path):
+    path = tmp_path / "sparse.tif"
+    array = np.full((1, 512, 256), 7, "int16")
+    geotiff.write(path, array, nodata=-1)
+    with tifffile.TiffFile(path, mode="r+") as tif:
+        for tag in ("TileOffsets", "TileByteCounts"):
+            values = tif.pages[0].tags[tag].value
+            tif.pages[0].tags[tag].overwrite((values[0], 0))
+    back = geotiff.read(path)
+    assert (back[:, :256] == 7).all() and (back[:, 256:] == -1).all()
+
+
+def transform_tags(path):
+    with tifffile.TiffFile(path) as tif:
+        return tif.pages[0].geotiff_tags
+
+
+def test_pixel_is_point_is_half_a_pixel_away(tmp_path):
+    """The same tie point, once of the pixel's corner and once of its centre."""
+    for kind, shift in ((1, 0.0), (2, 0.5)):
+        keys = [1, 1, 0, 1, 1025, 0, 1, kind]
+        tags = [
+            (33550, 12, 3, (10.0, 20.0, 0.0), True),
+            (33922, 12, 6, (2.0, 3.0, 0.0, 1000.0, 5000.0, 0.0), True),
+            (34735, 3, 8, keys, True),
+        ]
+        path = tmp_path / f"{kind}.tif"
+        tifffile.imwrite(path, np.zeros((8, 8), "uint8"), extratags=tags, metadata=None)
+        expected = (10.0, 0.0, 1000 - (2 + shift) * 10, 0.0, -20.0, 5000 + (3 + shift) * 20)
+        assert geotiff.info(path).transform == expected
+
+
+@pytest.mark.parametrize("kind", [1, 2])
+@pytest.mark.parametrize(
+    "transform", [TRANSFORM, (3.0, 1.0, 500.5, 1.0, -3.0, 900.25), (5.0, 0.0, 1.0, 0.0, 5.0, 2.0)]
+)
+def test_transform_survives_in_either_convention(tmp_path, kind, transform):
+    path = tmp_path / "a.tif"
+    crs = LO25 | {"GTRasterTypeGeoKey": kind}
+    geotiff.write(path, np.zeros((1, 4, 6), "uint8"), transform, crs)
+    about = geotiff.info(path)
+    assert about.transform == transform
+    assert about.crs == crs
+    left, bottom, right, top = about.bounds
+    a, b, c, d, e, f = transform
+    x = [a * col + b * row + c for row in (0, 4) for col in (0, 6)]
+    y = [d * col + e * row + f for row in (0, 4) for col in (0, 6)]
+    assert (left, bottom, right, top) == (min(x), min(y), max(x), max(y))
+    model = transform_tags(path)
+    if "ModelTransformation" in model and kind == 1:
+        matrix = np.array(model["ModelTransformation"])
+        assert np.allclose(matrix @ [6, 4, 0, 1], [a * 6 + b * 4 + c, d * 6 + e * 4 + f, 0, 1])
+
+
+def test_without_georeference(tmp_path):
+    path = tmp_path / "a.tif"
+    geotiff.write(path, noise((20, 30), "uint8"))
+    about = geotiff.info(path)
+    assert (about.transform, about.crs, about.nodata, about.band_names) == (None, None, None, ())
+    assert about.gsd is None and about.bounds is None
+    assert about.bands == 1
+
+
+@pytest.mark.parametrize("code, key", [(26914, "ProjectedCSType"), (4326, "GeographicType")])
+def test_epsg_code(tmp_path, code, key):
+    path = tmp_path / "a.tif"
+    geotiff.write(path, np.zeros((4, 4), "uint8"), TRANSFORM, code)
+    crs = geotiff.info(path).crs
+    assert crs[f"{key}GeoKey"] == code
+    assert geotiff.crs_name(crs) == f"EPSG:{code}"
+    assert transform_tags(path)[f"{key}GeoKey"] == code
+
+
+def test_same_crs():
+    a, b = {"ProjectedCSTypeGeoKey": 26914}, {"ProjectedCSTypeGeoKey": 26913}
+    assert geotiff.same_crs(a, a | {"GTCitationGeoKey": "another name"})
+    assert not geotiff.same_crs(a, b)
+    assert geotiff.same_crs(None, None)
+    assert not geotiff.same_crs(a, None) and not geotiff.same_crs(None, a)
+    assert not geotiff.same_crs(a, LO25)
+    near = LO25 | {"ProjNatOriginLongGeoKey": 25.0 + 1e-12, "GTCitationGeoKey": "Lo25"}
+    assert geotiff.same_crs(LO25, near)
+    assert not geotiff.same_crs(LO25, LO25 | {"ProjNatOriginLongGeoKey": 27.0})
+    assert not geotiff.same_crs(LO25, LO25 | {"ProjFalseEastingGeoKey": 5.0})
+    fewer = {k: v for k, v in LO25.items() if k != "GeogSemiMajorAxisGeoKey"}
+    assert geotiff.same_crs(LO25, fewer)  # WGS 84 has but one axis
+    assert not geotiff.same_crs(LO25, LO25 | {"GeographicTypeGeoKey": 4148})
+    assert "ProjNatOriginLong 25.0" in geotiff.crs_name(LO25)
+    assert geotiff.crs_name(None) == "none"
+
+
+def test_same_crs_of_the_south_african_scenes():
+    folder = shared("homonim_ngi_s2_l8")
+    files = sorted(folder.glob("*/*.tif"))
+    crs = [geotiff.info(path).crs for path in files]
+    assert len(files) == 6
+    assert all(geotiff.same_crs(crs[0], other) for other in crs)
+
+
+def test_real_files_read_and_round_trip(tmp_path):
+    files = [
+        shared("homonim_ngi_s2_l8/hr_ngi_5m_rgb/ngi_rgb_byte_1.tif"),
+        shared("homonim_ngi_s2_l8/mr/landsat8_byte.tif"),
+        shared("opengeos_naip_5m/naip_m_4709963_se_14_1_20090818.tif"),
+        *sorted(shared("sen1floods11_sample").rglob("*.tif")),
+        *sorted(shared("stactools_naip").glob("*.tif")),
+    ]
+    for path in files:
+        about = geotiff.info(path)
+        array = geotiff.read(path)
+        whole = tifffile.imread(path)
+        if whole.shape[-1] == about.bands and whole.ndim == 3:
+            whole = np.moveaxis(whole, -1, 0)
+        assert np.array_equal(array, whole.reshape(array.shape), equal_nan=True)
+        copy = tmp_path / path.name
+        geotiff.write(copy, array, about.transform, about.crs, about.nodata, about.band_names)
+        again = geotiff.info(copy)
+        assert (again.transform, again.crs) == (about.transform, about.crs)
+        assert again.band_names == about.band_names
+        assert np.array_equal(geotiff.read(copy), array, equal_nan=True)
+
+
+def test_band_names_of_real_sentinel_2():
+    path = shared("homonim_ngi_s2_l8/mr/sentinel2_b432_byte.tif")
+    assert geotiff.info(path).band_names == ("B4", "B3", "B2")
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.tif"
+    geotiff.write(path, np.ones((4, 4), "uint8"))
+
+    def half(file, *args, **kwargs):
+        Path(file).write_bytes(b"II*\0half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(tifffile, "imwrite", half)
+    with pytest.raises(OSError, match="no space"):
+        geotiff.write(path, np.zeros((4, 4), "uint8"))
+    assert (geotiff.read(path) == 1).all()
+    assert os.listdir(tmp_path) == ["a.tif"]
+
+
+def test_valid_pixels():
+    array = np.array([[[0, 0, 5.0]], [[0, 3, 4.0]]])
+    assert geotiff.valid_pixels(array, 0).tolist() == [[False, True, True]]
+    assert geotiff.valid_pixels(array, None).all()
+    array[1, 0, 2] = np.nan
+    assert geotiff.valid_pixels(array, None).tolist() == [[True, True, False]]
+    array[1, 0, 2] = np.inf
+    assert geotiff.valid_pixels(array, float("nan")).tolist() == [[True, True, False]]
+    assert geotiff.valid_pixels(np.zeros((2, 3, 4, 4), "uint8"), -9999.0).shape == (2, 4, 4)
+
+
+@pytest.mark.parametrize("use", [geotiff.info, geotiff.read])
+def test_no_such_file_and_not_a_tiff(tmp_path, use):
+    with pytest.raises(FileNotFoundError, match=r"none\.tif: no such file"):
+        use(tmp_path / "none.tif")
+    path = tmp_path / "b.tif"
+    for content in (b"", b"PK\3\4 a zip file", b"II"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"b\.tif: not a TIFF, it starts with .*gdal_transl"):
+            use(path)
+
+
+@pytest.mark.parametrize("writer", ["ours", "other"])
+def test_truncated_anywhere(tmp_path, writer):
+    """Whatever byte it ends at: in the header, in the tags, in the pixels."""
+    path = tmp_path / "whole.tif"
+    array = noise((3, 64, 64), "uint8")
+    if writer == "ours":
+        geotiff.write(path, array, TRANSFORM, LO25, 0, ("B", "G", "R"))
+    else:
+        tifffile.imwrite(path, array, photometric="minisblack", planarconfig="separate")
+    content = path.read_bytes()
+    cut = tmp_path / "cut.tif"
+    for size in [*range(4, 1500, 9), *range(1500, len(content), 977), len(content) - 1]:
+        cut.write_bytes(content[:size])
+        with pytest.raises(ValueError, match=r"cut\.tif: truncated or damaged TIFF .*fetch"):
+            geotiff.info(cut)
+    with pytest.raises(ValueError, match=rf"the file ends at {len(content) - 1}"):
+        geotiff.read(cut)
+
+
+def test_arguments_that_do_not_fit(tmp_path):
+    path = tmp_path / "a.tif"
+    geotiff.write(path, np.zeros((3, 8, 9), "uint8"))
+    for window in [(0, 0, 9, 9), (0, 1, 8, 9), (-1, 0, 2, 2)]:
+        with pytest.raises(ValueError, match="leaves the image of 8 x 9 pixels"):
+            geotiff.read(path, window)
+    for bands in [[3], [-1], [0, 7]]:
+        with pytest.raises(ValueError, match="the file has 3, counted from 0"):
+            geotiff.read(path, bands=bands)
+    with pytest.raises(ValueError, match="2 band names for 3 bands"):
+        geotiff.write(path, np.zeros((3, 8, 9), "uint8"), band_names=("B", "G"))
+    with pytest.raises(ValueError, match=r"expected, got shape \(8,\)"):
+        geotiff.write(path, np.zeros(8, "uint8"))
