@@ -1,6 +1,7 @@
 """geotiff.py against tifffile's own whole-image reader, and its every message."""
 
 import os
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -308,6 +309,25 @@ def test_truncated_anywhere(tmp_path, writer):
             geotiff.info(cut)
     with pytest.raises(ValueError, match=rf"the file ends at {len(content) - 1}"):
         geotiff.read(cut)
+
+
+def test_truncated_in_a_georeference_that_follows_the_pixels(tmp_path):
+    """libtiff puts tags last; a cut there must not pass for a file without georeference."""
+    scale, tie = struct.pack("<3d", 10, 10, 0), struct.pack("<6d", 0, 0, 0, 500, 900, 0)
+    pixels, values = 8, 8 + 64 + 2 + 11 * 12 + 4
+    tags = [(256, 3, 1, 8), (257, 3, 1, 8), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1)]
+    tags += [(273, 4, 1, pixels), (277, 3, 1, 1), (278, 3, 1, 8), (279, 4, 1, 64)]
+    tags += [(33550, 12, 3, values), (33922, 12, 6, values + len(scale))]
+    content = struct.pack("<2sHI", b"II", 42, pixels + 64) + bytes(64)
+    content += struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *t) for t in tags)
+    content += bytes(4) + scale + tie
+    path = tmp_path / "cut.tif"
+    path.write_bytes(content)
+    assert geotiff.info(path).transform == (10.0, 0.0, 500.0, 0.0, -10.0, 900.0)
+    for size in range(len(content) - len(scale + tie), len(content), 5):
+        path.write_bytes(content[:size])
+        with pytest.raises(ValueError, match=r"cut\.tif: truncated .* of 11 tags are cut off"):
+            geotiff.info(path)
 
 
 def test_arguments_that_do_not_fit(tmp_path):
