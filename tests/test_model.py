@@ -1,0 +1,618 @@
+import json
+import math
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from safetensors.torch import save_file
+
+import model
+from affinity import gram_loss, hr_index
+from model import (
+    IJEPA,
+    LatentMIM,
+    ViT,
+    block_index,
+    draw_blocks,
+    draw_rectangle,
+    inflate_bands,
+    load_encoder,
+    position_table,
+    save_encoder,
+    take_patches,
+    vit,
+)
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def sub(state, prefix):
+    return {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
+
+
+def close(found, expected, atol=1e-5, rtol=1e-5):
+    torch.testing.assert_close(found, expected, atol=atol, rtol=rtol)
+
+
+# ---- positions
+
+
+@pytest.mark.parametrize("kind, name", [("ijepa", "b_ijepa"), ("latentmim", "d_latentmim")])
+def test_positions_golden(golden, kind, name):
+    for key, table in golden(f"{name}_posembed").items():
+        grid, dim = map(int, re.fullmatch(r"g(\d+)_d(\d+)", key).groups())
+        table = table[-grid * grid :]  # Latent MIM's first row is the class token's zero
+        close(position_table((grid, grid), dim, kind), table, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["ijepa", "latentmim"])
+@pytest.mark.parametrize("ratio", [1, 2, 3])
+def test_ground_positions_put_hr_tokens_around_their_mr_token(kind, ratio):
+    """The code of the mean position of an MR token's HR tokens: at spacing 1/3 the middle HR token
+    of each MR token lies exactly on it; at any ratio the angles average to it."""
+    rows, cols = 3, 5
+    fine = position_table((rows * ratio, cols * ratio), 16, kind, 1 / ratio)
+    coarse = position_table((rows, cols), 16, kind)
+    index = hr_index(torch.arange(15)[None], (rows, cols), ratio)[0].view(15, ratio, ratio)
+    if ratio % 2:
+        close(fine[index[:, ratio // 2, ratio // 2]], coarse, atol=1e-6)
+    # slowest frequency: sin and cos of nearly linear angles
+    angle = torch.atan2(fine[:, 3], fine[:, 7])[index].flatten(1).mean(1)
+    close(angle, torch.atan2(coarse[:, 3], coarse[:, 7]), atol=1e-5)
+
+
+def test_positions_of_a_one_token_grid_and_bad_width():
+    assert position_table((1, 1), 8, "latentmim").isfinite().all()
+    with pytest.raises(ValueError, match="divisible by 4, found 6"):
+        position_table((2, 2), 6, "ijepa")
+
+
+# ---- ViT
+
+
+def small(**changes):
+    torch.manual_seed(0)
+    return ViT(**{"in_channels": 3, "patch_size": 4, "dim": 16, "depth": 2, "heads": 2, **changes})
+
+
+@pytest.mark.parametrize("class_token", [False, True])
+@pytest.mark.parametrize("pos", ["ijepa", "latentmim", "learned"])
+def test_vit_matches_a_convolution_and_gather(class_token, pos):
+    encoder = small(class_token=class_token, pos=pos, pos_grid=(2, 3) if pos == "learned" else None)
+    if pos == "learned":
+        encoder.pos_embed.normal_()
+    images = torch.randn(2, 3, 12, 20)
+    index = torch.stack([torch.randperm(15)[:6] for _ in range(2)])
+    x = encoder.patch_embed.proj(images).flatten(2).mT + encoder.position((3, 5), 1.0, "cpu")
+    x = torch.stack([row[i] for row, i in zip(x, index, strict=True)])
+    if class_token:
+        x = torch.cat([encoder.cls_token.expand(2, -1, -1), x], 1)
+    for block in encoder.blocks:
+        x = block(x)
+    x = encoder.norm(x)
+    close(encoder.encode(images, index), x)
+    close(encoder(images, index), x[:, -6:])
+    assert encoder(images).shape == (2, 15, 16)
+    # all tokens in order are all tokens; a permutation permutes
+    order = torch.randperm(15)
+    close(encoder(images, order.expand(2, -1)), encoder(images)[:, order])
+
+
+def test_vit_attention_reference():
+    block = model.Attention(12, 3)
+    x = torch.randn(2, 5, 12)
+    q, k, v = block.qkv(x).view(2, 5, 3, 3, 4).permute(2, 0, 3, 1, 4)
+    weights = (q @ k.mT / math.sqrt(4)).softmax(-1)
+    close(block(x), block.proj((weights @ v).transpose(1, 2).flatten(2)))
+
+
+def test_vit_sizes_and_messages():
+    shapes = {name: (vit(name, depth=1).dim, model.SIZES[name][1]) for name in model.SIZES}
+    assert shapes["small"] == (384, 12) and shapes["huge"] == (1280, 32)
+    encoder = small()
+    with pytest.raises(
+        ValueError, match=r"30 x 32 px are no multiple of the 4 px patch; .* 32 x 32"
+    ):
+        encoder(torch.zeros(1, 3, 30, 32))
+    with pytest.raises(ValueError, match="reads 3 bands, the images have 4"):
+        encoder(torch.zeros(1, 4, 32, 32))
+    with pytest.raises(ValueError, match="width 16 does not divide into 3 heads"):
+        small(heads=3)
+    with pytest.raises(ValueError, match="choose ijepa, latentmim or learned"):
+        small(pos="rotary")
+
+
+def test_starts_are_the_published_ones():
+    torch.manual_seed(0)
+    normal, xavier = vit("small", depth=1), vit("small", depth=1, pos="latentmim")
+    for weight in (normal.patch_embed.proj.weight, normal.blocks[0].mlp.fc2.weight):
+        assert float(weight.detach().std()) == pytest.approx(0.02, rel=0.02)
+    for weight in (xavier.patch_embed.proj.weight, xavier.blocks[0].attn.qkv.weight):
+        rows, cols = weight.flatten(1).shape
+        bound = math.sqrt(6 / (rows + cols))
+        assert 0.99 * bound < float(weight.detach().abs().max()) <= bound
+    assert xavier.blocks[0].attn.qkv.bias.eq(0).all()
+
+
+# ---- I-JEPA
+
+
+def test_ijepa_parity(golden):
+    z = golden("b_ijepa_tiny_nenc1")
+    student = ViT(4, 8, 64, 2, 4)
+    objective = IJEPA(student, (4, 4), predictor_dim=32, predictor_depth=2)
+    student.load_state_dict({k: v for k, v in sub(z, "enc/").items() if k != "pos_embed"})
+    objective.teacher.load_state_dict({k: v for k, v in sub(z, "tgt/").items() if k != "pos_embed"})
+    predictor = {
+        k.removeprefix("predictor_"): v for k, v in sub(z, "pred/").items() if "pos_embed" not in k
+    }
+    objective.predictor.load_state_dict(predictor)
+    images = z["input"]
+    masks = {"context": z["masks_enc"][0], "target": z["masks_pred"].transpose(0, 1)}
+
+    close(student(images), z["enc_out_full"])
+    close(objective.teacher(images), z["tgt_out_full"])
+    loss, tokens, index = objective(images, masks)
+    close(tokens, z["enc_out_ctx"])
+    assert index.equal(masks["context"])
+    predicted = objective.predictor(tokens, index, masks["target"], (4, 4))
+    close(rearrange(predicted, "b m t d -> (m b) t d"), z["pred_out"])
+    targets = objective.target_tokens(images, masks)
+    close(rearrange(targets, "b m t d -> (m b) t d"), z["targets"])
+    close(loss, z["loss_smoothl1"], atol=0)
+
+    loss.backward()
+    close(student.patch_embed.proj.weight.grad, z["grad/patch_embed.proj.weight"], atol=1e-7)
+    close(student.blocks[0].attn.qkv.weight.grad, z["grad/blocks.0.attn.qkv.weight"], atol=1e-7)
+    close(objective.predictor.mask_token.grad, z["grad/pred.mask_token"], atol=1e-7)
+    for name, norm in sub(z, "gradnorm/").items():
+        name = name.replace("P/predictor_", "predictor.").replace("P/", "predictor.")
+        name = name if name.startswith("predictor.") else "student." + name
+        close(objective.get_parameter(name).grad.norm(), norm, rtol=1e-3, atol=1e-7)
+    assert all(p.grad is None for p in objective.teacher.parameters())
+
+
+def ijepa(grid=(16, 16), **changes):
+    encoder = ViT(3, 4, 16, 1, 2)
+    return IJEPA(encoder, grid, predictor_dim=16, predictor_depth=1, **changes)
+
+
+@pytest.mark.parametrize("grid", [(16, 16), (14, 14), (12, 20)])
+@pytest.mark.parametrize("cut", ["random", "last"])
+def test_ijepa_masks(grid, cut):
+    objective = ijepa(grid, cut=cut)
+    for seed in range(5):
+        masks = objective.draw(32, seeded(seed))
+        context, target = masks["context"], masks["target"]
+        assert context.shape[0] == 32 and context.shape[1] > 10
+        assert target.shape[:2] == (32, 4)
+        tokens = grid[0] * grid[1]
+        for image in range(32):
+            hidden = set(target[image].flatten().tolist())
+            seen = context[image].tolist()
+            assert len(set(seen)) == len(seen) and not hidden & set(seen)
+            assert min(seen) >= 0 and max(seen) < tokens and max(hidden) < tokens
+            for block in target[image]:  # a filled rectangle
+                rows, cols = block // grid[1], block % grid[1]
+                height, width = rows.max() - rows.min() + 1, cols.max() - cols.min() + 1
+                assert len(set(block.tolist())) == height * width == len(block)
+        assert 0.12 < target.shape[2] / tokens < 0.23
+        again = objective.draw(32, seeded(seed))
+        assert all(masks[key].equal(again[key]) for key in masks)
+
+
+def test_ijepa_masks_reach_every_token_and_random_cut_is_fair():
+    """Published masks never touch the last row and column and lose the bottom of the image."""
+    shares = {}
+    for cut in ("random", "last"):
+        objective = ijepa((14, 14), cut=cut)
+        seen, hidden = torch.zeros(196), torch.zeros(196)
+        for seed in range(40):
+            masks = objective.draw(64, seeded(seed))
+            seen += torch.bincount(masks["context"].flatten(), minlength=196)
+            hidden += torch.bincount(masks["target"].flatten(), minlength=196)
+        assert hidden.min() > 0
+        rows = seen.view(14, 14).sum(1)
+        shares[cut] = float(rows[-3:].sum() / rows[:3].sum())
+    assert shares["random"] == pytest.approx(1, abs=0.1)
+    assert shares["last"] < 0.7
+
+
+def test_ijepa_sizes_vary_in_scale_and_aspect_independently():
+    objective = ijepa()
+    generator = seeded(0)
+    sizes = {objective.draw_size((0.15, 0.2), (0.75, 1.5), generator) for _ in range(300)}
+    assert len(sizes) > 8
+    assert {h > w for h, w in sizes} == {True, False}
+
+
+def test_ijepa_small_grid_says_what_to_do():
+    with pytest.raises(
+        ValueError, match=r"scale \(0.15, 0.2\) .* 4 x 4; use smaller .*--target-sc"
+    ):
+        ijepa((4, 4)).draw(8, seeded(0))
+    masks = ijepa((8, 8), targets=2, target_scale=(0.1, 0.15)).draw(8, seeded(0))
+    assert masks["context"].shape[1] > 10
+
+
+@pytest.mark.parametrize("grid", [(5, 5), (3, 7)])
+def test_blocks_lie_inside_and_reach_all_corners(grid):
+    size = (2, 3)
+    index = block_index(*draw_blocks(400, 1, size, grid, seeded(0)), size, grid).flatten(1)
+    assert index.unique().equal(torch.arange(grid[0] * grid[1]))
+    assert index[0].tolist() == sorted(index[0].tolist())
+
+
+def test_rectangle_is_that_of_the_paper():
+    grid, heights = (14, 14), set()
+    for seed in range(60):
+        index = draw_rectangle(16, grid, seeded(seed))
+        rows = index // 14
+        heights.add(int(rows[0].max() - rows[0].min()) + 1)
+    assert heights == {5, 6, 7, 8, 9}  # 40 % to 70 % of 14, as in the author's masks
+
+
+# ---- Latent MIM
+
+
+def latentmim_from(z):
+    student = ViT(4, 8, 64, 2, 4, class_token=True, pos="latentmim")
+    objective = LatentMIM(
+        student,
+        (4, 4),
+        gap=2,
+        visible=5,
+        head_dim=96,
+        decoder_dim=32,
+        decoder_depth=2,
+        decoder_heads=4,
+    )
+
+    def ours(state):
+        state = {k.replace("embed.proj", "patch_embed.proj"): v for k, v in state.items()}
+        key = "patch_embed.proj.weight"
+        state[key] = rearrange(state[key], "d (p q c) -> d c p q", p=8, q=8)
+        return {k: v for k, v in state.items() if "pos_embed" not in k}
+
+    student.load_state_dict(ours(sub(z, "sd/encoder.")))
+    objective.teacher.load_state_dict(ours(sub(z, "sd/target_encoder.")))
+    decoder = {k: v for k, v in sub(z, "sd/decoder.").items() if "pos_embed" not in k}
+    objective.decoder.load_state_dict(decoder)
+    return objective, ours
+
+
+def patch_pixels(images, patch):
+    return rearrange(images, "b c (i p) (j q) -> b (i j) (p q c)", p=patch, q=patch)
+
+
+def test_latentmim_parity(golden):
+    z = golden("d_latentmim_tiny_author")
+    objective, ours = latentmim_from(z)
+    images = z["imgs"]
+    offset = torch.stack([z["gap_row_offset"], z["gap_col_offset"]], dim=-1)
+    masks = {"context": z["pid_vis"], "target": z["pid_mask"], "offset": offset}
+
+    assert patch_pixels(objective.patches(images, masks), 8).equal(z["patch_pix"])
+    no_gap = take_patches(images[:, :, :32, :32], 8, 0, torch.zeros_like(offset))
+    assert patch_pixels(no_gap, 8).equal(z["patch_pix_nogap"])
+    trunk = objective.student.encode(objective.patches(images, masks), masks["context"])
+    close(trunk, z["x_vis_trunk"])
+    close(objective.student.head(trunk), z["x_vis"])
+    target = objective.target_tokens(images, masks)
+    close(target, z["x_trg"])
+    predicted = objective.decoder(z["x_vis"], masks["context"], masks["target"], (4, 4))
+    close(predicted, z["x_pred"])
+    loss, tokens, index = objective(images, masks)
+    close(tokens, z["x_vis"][:, 1:])
+    close(loss, z["loss_infonce_patches"], atol=0)
+
+    assert hr_index(index, (4, 4), 2).equal(z["hr_pid"])
+    # the author's HR teacher has the target encoder's weights; its patches were drawn per HR cell
+    hr = rearrange(z["hr_patch_pix"], "b (i j) (p q c) -> b c (i p) (j q)", i=8, p=8, q=8)
+    objective.teacher.load_state_dict(ours(sub(z, "sd/hr_gram_teacher.")))
+    with torch.no_grad():
+        hr_tokens = objective.teacher.head(objective.teacher(hr, z["hr_pid"]))
+    close(hr_tokens, z["x_hr_teacher"])
+    affinity = gram_loss(tokens, hr_tokens)
+    close(affinity, z["gram_loss"], atol=0)
+
+    (loss + affinity).backward()
+    weight = objective.student.patch_embed.proj.weight.grad
+    close(rearrange(weight, "d c p q -> d (p q c)"), z["grad/encoder.embed.proj.weight"], atol=1e-6)
+    close(objective.decoder.cls_token.grad, z["grad/decoder.cls_token"], atol=1e-6)
+    for name, norm in sub(z, "gradnorm/").items():
+        name = name.replace("encoder.embed", "encoder.patch_embed").replace("encoder.", "student.")
+        close(objective.get_parameter(name).grad.norm(), norm, rtol=1e-3, atol=1e-6)
+
+
+def slow_patches(images, patch, gap, offset):
+    out = []
+    for image, offs in zip(images, offset.tolist(), strict=True):
+        rows = []
+        for i, line in enumerate(offs):
+            tops = [(i * (patch + gap) + y, j * (patch + gap) + x) for j, (y, x) in enumerate(line)]
+            rows.append(torch.cat([image[:, y : y + patch, x : x + patch] for y, x in tops], 2))
+        out.append(torch.cat(rows, 1))
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("grid, patch, gap", [((2, 3), 4, 2), ((1, 1), 5, 0), ((3, 2), 1, 3)])
+def test_take_patches_slow_loop(grid, patch, gap):
+    size = [g * (patch + gap) for g in grid]
+    images = torch.randn(2, 3, *size)
+    offset = torch.randint(0, gap + 1, (2, *grid, 2), generator=seeded(0))
+    assert take_patches(images, patch, gap, offset).equal(slow_patches(images, patch, gap, offset))
+    # a finer view of the same ground gives the same patches, finer
+    fine = images.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    found = take_patches(fine, 2 * patch, 2 * gap, 2 * offset)
+    coarse = take_patches(images, patch, gap, offset)
+    assert found.equal(coarse.repeat_interleave(2, 2).repeat_interleave(2, 3))
+
+
+def test_take_patches_says_the_size():
+    with pytest.raises(ValueError, match=r"are not 2 x 2 cells of 4 \+ 2 px; resize to 12 x 12"):
+        take_patches(torch.zeros(1, 1, 12, 13), 4, 2, torch.zeros(1, 2, 2, 2, dtype=torch.int64))
+
+
+def latentmim(**changes):
+    torch.manual_seed(0)
+    encoder = ViT(3, 4, 16, 1, 2, class_token=True, pos="latentmim")
+    return LatentMIM(
+        encoder,
+        (4, 4),
+        **{
+            "gap": 2,
+            "visible": 5,
+            "head_dim": 24,
+            "decoder_dim": 16,
+            "decoder_depth": 1,
+            "decoder_heads": 2,
+            **changes,
+        },
+    )
+
+
+def test_latentmim_masks():
+    masks = latentmim().draw(64, seeded(0))
+    both = torch.cat([masks["context"], masks["target"]], 1)
+    assert both.sort(1).values.equal(torch.arange(16).expand(64, -1))
+    assert masks["offset"].unique().tolist() == [0, 1]  # never the gap itself, as published
+    assert latentmim(gap=0).draw(2, seeded(0))["offset"].eq(0).all()
+    with pytest.raises(ValueError, match="15 visible patches leave fewer than two targets"):
+        latentmim(visible=15)
+
+
+def test_latentmim_sees_only_what_it_may():
+    """Hidden pixels do not reach the student, visible ones do not reach the targets."""
+    objective = latentmim()
+    masks = objective.draw(2, seeded(0))
+    images = torch.randn(2, 3, 24, 24)
+    pixels = objective.patches(images, masks)
+    changed = pixels.clone()
+    for image, seen in zip(changed, masks["context"].tolist(), strict=True):
+        for i in seen:
+            image[:, i // 4 * 4 :, i % 4 * 4 :][:, :4, :4] += 1
+    with torch.no_grad():
+        assert not objective.student(pixels, masks["context"]).allclose(
+            objective.student(changed, masks["context"])
+        )
+        close(
+            objective.teacher(pixels, masks["target"]), objective.teacher(changed, masks["target"])
+        )
+
+
+def test_affinity_on_trunk_or_head():
+    images, tokens = torch.randn(2, 3, 24, 24), {}
+    for where in ("head", "trunk"):
+        objective = latentmim(affinity_on=where)
+        masks = objective.draw(2, seeded(0))
+        _, tokens[where], index = objective(images, masks)
+        close(objective.encode(images, masks, index), tokens[where])
+    close(objective.student.head(tokens["trunk"]), tokens["head"])
+
+
+def test_info_nce_slow_loop():
+    predicted, target, tau = torch.randn(2, 5, 8), torch.randn(2, 5, 8), 0.2
+    total = 0.0
+    for p, t in zip(predicted.double(), target.double(), strict=True):
+        p = (p - p.mean(0)) / (p.std(0) + 1e-4)
+        for i in range(5):
+            scores = torch.stack([F.cosine_similarity(p[i], t[j], dim=0) for j in range(5)]) / tau
+            total += float(scores.logsumexp(0) - scores[i]) * 2 * tau / 10
+    assert float(model.info_nce(predicted, target, tau)) == pytest.approx(total, rel=1e-5)
+
+
+# ---- purity
+
+
+@pytest.mark.parametrize("build", [lambda: ijepa((8, 8), target_scale=(0.05, 0.1)), latentmim])
+def test_forward_is_pure_and_batch_parts_average(build):
+    objective = build()
+    side = 32 if isinstance(objective, IJEPA) else 24
+    images = torch.randn(4, 3, side, side)
+    masks = objective.draw(4, seeded(0))
+    state = torch.get_rng_state()
+    before = {k: v.clone() for k, v in objective.state_dict().items()}
+    whole = objective(images, masks)[0]
+    assert torch.get_rng_state().equal(state)
+    assert all(v.equal(before[k]) for k, v in objective.state_dict().items())
+    parts = [
+        objective(images[i : i + 2], {k: v[i : i + 2] for k, v in masks.items()})[0] for i in (0, 2)
+    ]
+    close(sum(parts) / 2, whole)
+
+
+@pytest.mark.parametrize("build", [lambda: ijepa((8, 8), target_scale=(0.05, 0.1)), latentmim])
+def test_compiles_without_graph_break(build):
+    objective = build()
+    side = 32 if isinstance(objective, IJEPA) else 24
+    images, masks = torch.randn(2, 3, side, side), objective.draw(2, seeded(0))
+    compiled = torch.compile(objective, backend="aot_eager", fullgraph=True)
+    close(compiled(images, masks)[0], objective(images, masks)[0])
+
+
+# ---- reading and writing encoders
+
+
+def same_tokens(a, b, bands=3, side=8):
+    images = torch.randn(2, bands, side, side)
+    with torch.no_grad():
+        close(a(images), b(images))
+
+
+def test_our_export_round_trip(tmp_path, capsys):
+    encoder = small(class_token=True, pos="latentmim", mlp_ratio=2.0)
+    encoder.head = model.projection_head(16, 8)
+    save_encoder(encoder, tmp_path / "encoder.safetensors", bands=["B", "G", "R"], mean=[1.0])
+    loaded = load_encoder(tmp_path)
+    same_tokens(loaded, encoder)
+    assert loaded.config == encoder.config
+    assert loaded.meta == {"bands": ["B", "G", "R"], "mean": [1.0]}
+    assert not loaded.training
+    assert (
+        "crossscale ViT at top level: 3 bands, patch 4, 16 wide, 2 deep" in capsys.readouterr().out
+    )
+    assert [p.name for p in tmp_path.iterdir()] == ["encoder.safetensors"]
+
+
+def test_our_checkpoint(tmp_path):
+    objective = latentmim()
+    facts = json.dumps({"config": objective.student.config, "meta": {"bands": ["a", "b", "c"]}})
+    state = {"objective": objective.state_dict(), "facts": facts, "step": 3}
+    torch.save(state, tmp_path / "ckpt.pt")
+    loaded = load_encoder(tmp_path / "ckpt.pt")
+    same_tokens(loaded, objective.student)
+    assert loaded.meta == {"bands": ["a", "b", "c"]}
+
+
+def test_official_ijepa(golden, tmp_path, capsys):
+    z = golden("b_ijepa_tiny_nenc1")
+    checkpoint = {
+        "encoder": {f"module.{k}": v for k, v in sub(z, "enc/").items()},
+        "predictor": {f"module.{k}": v for k, v in sub(z, "pred/").items()},
+        "target_encoder": {f"module.{k}": v for k, v in sub(z, "tgt/").items()},
+        "epoch": 3,
+        "loss": 0.5,
+        "opt": {"state": {}},
+    }
+    torch.save(checkpoint, tmp_path / "jepa.pth.tar")
+    with pytest.raises(ValueError, match="width 64 is no published size; give heads="):
+        load_encoder(tmp_path / "jepa.pth.tar")
+    encoder = load_encoder(tmp_path / "jepa.pth.tar", heads=4)
+    close(encoder(z["input"]), z["tgt_out_full"])
+    said = capsys.readouterr().out
+    assert "target_encoder.module." in said and "(ijepa) checked and dropped" in said
+    assert encoder.config["pos"] == "ijepa" and encoder.meta == {}
+
+
+def test_official_latentmim(golden, tmp_path, capsys):
+    z = golden("d_latentmim_tiny_author")
+    state = {f"module.{k}": v for k, v in sub(z, "sd/").items()}
+    torch.save({"state_dict": state, "epoch": 300}, tmp_path / "lmim.pth")
+    encoder = load_encoder(tmp_path / "lmim.pth", heads=4)
+    offset = torch.stack([z["gap_row_offset"], z["gap_col_offset"]], dim=-1)
+    patches = take_patches(z["imgs"], 8, 2, offset)
+    close(encoder.encode(patches, z["pid_vis"]), z["x_vis_trunk"])
+    said = capsys.readouterr().out
+    assert "4 bands, patch 8" in said and "left out: head" in said and "(latentmim)" in said
+
+
+@pytest.mark.parametrize("prefix", ["", "backbone.", "module.backbone."])
+def test_timm_style_with_learned_positions(prefix, tmp_path, capsys):
+    encoder = small(class_token=True, pos="learned", pos_grid=(2, 2))
+    encoder.pos_embed.normal_()
+    state = dict(encoder.state_dict())
+    state["pos_embed"] = torch.cat([torch.ones(1, 1, 16), state["pos_embed"]], 1)
+    state["cls_token"] = state["cls_token"] - 1  # timm adds the first position to it
+    state["head.weight"] = torch.zeros(10, 16)
+    save_file({prefix + k: v for k, v in state.items()}, tmp_path / "timm.safetensors")
+    loaded = load_encoder(tmp_path / "timm.safetensors", heads=2)
+    same_tokens(loaded, encoder)
+    assert loaded(torch.randn(1, 3, 12, 8)).shape == (1, 6, 16)  # another grid: resized
+    said = capsys.readouterr().out
+    assert "learned positions of a 2 x 2 grid" in said and "left out: head" in said
+
+
+def test_layer_scale_is_folded(tmp_path):
+    encoder = small(depth=1)
+    state = dict(encoder.state_dict())
+    scaled = {**state, "blocks.0.ls1.gamma": torch.full((16,), 2.0)}
+    scaled["blocks.0.attn.proj.weight"] = state["blocks.0.attn.proj.weight"] / 2
+    scaled["blocks.0.attn.proj.bias"] = state["blocks.0.attn.proj.bias"] / 2
+    torch.save({"model": scaled}, tmp_path / "dino.pth")
+    same_tokens(load_encoder(tmp_path / "dino.pth", heads=2), encoder)
+
+
+def test_published_widths_need_no_heads(tmp_path):
+    encoder = ViT(3, 4, 192, 1, 3)
+    torch.save(encoder.state_dict(), tmp_path / "tiny.pt")
+    assert load_encoder(tmp_path / "tiny.pt").config["heads"] == 3
+
+
+class Settings:
+    """Stands for the training configuration that published files carry."""
+
+
+def test_bad_encoder_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere: no such encoder"):
+        load_encoder(tmp_path / "nowhere")
+    (tmp_path / "run").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"encoder\.safetensors: no such encoder"):
+        load_encoder(tmp_path / "run")
+
+    torch.save({"state_dict": small().state_dict(), "cfg": Settings()}, tmp_path / "code.pth")
+    with pytest.raises(ValueError, match=r"holds more than tensors \(a .*Settings\)") as caught:
+        load_encoder(tmp_path / "code.pth")
+    line = re.search(r'python -c "(.*)"', str(caught.value))[1]
+    exec(line)  # the remedy works as printed
+    load_encoder(tmp_path / "code-weights.pt", heads=2)
+
+    for name, content in (
+        ("a.pt", b"no checkpoint"),
+        ("b.safetensors", b"nor this"),
+        ("c.pt", b""),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name}: not a readable"):
+            load_encoder(tmp_path / name)
+    whole = (tmp_path / "code-weights.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"cut\.pt: not a readable torch checkpoint"):
+        load_encoder(tmp_path / "cut.pt")
+    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
+    with pytest.raises(ValueError, match="holds a Tensor, not a dict"):
+        load_encoder(tmp_path / "tensor.pt")
+    torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "resnet.pt")
+    with pytest.raises(ValueError, match=r"no vision transformer found .* holds conv1.weight"):
+        load_encoder(tmp_path / "resnet.pt")
+
+
+def test_other_architectures_are_refused(tmp_path):
+    state = small().state_dict()
+    cases = {
+        "registers.pt": {**state, "register_tokens": torch.zeros(1, 4, 16)},
+        "gated.pt": {k.replace("fc1", "w12"): v for k, v in state.items()},
+        "extra.pt": {**state, "blocks.0.attn.q_norm.weight": torch.ones(8)},
+    }
+    for name, changed in cases.items():
+        torch.save(changed, tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name}: another architecture than a plain ViT"):
+            load_encoder(tmp_path / name, heads=2)
+
+
+def test_inflate_bands():
+    encoder = small()
+    wide = inflate_bands(encoder, ["B", "G", "R", "NIR"])
+    grey = torch.randn(1, 1, 8, 8)
+    with torch.no_grad():
+        close(wide(grey.expand(-1, 4, -1, -1)), encoder(grey.expand(-1, 3, -1, -1)))
+    old, new = encoder.patch_embed.proj.weight, wide.patch_embed.proj.weight
+    close(new[:, 2], old[:, 0] * 0.75)
+    close(new[:, 3], old.mean(1) * 0.75)
+    assert inflate_bands(wide, list("abcd")) is wide
+    with pytest.raises(ValueError, match=r"reads 4 bands, the data has 2 \(X,Y\)"):
+        inflate_bands(wide, ["X", "Y"])
