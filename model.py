@@ -53,7 +53,7 @@ def position_table(grid, dim, kind, spacing=1.0, device="cpu"):
     return cached_table(grid, dim, kind, spacing, torch.device(device))
 
 
-@lru_cache(maxsize=64)  # built once per grid and device: a copy to the GPU would be a sync each step
+@lru_cache(maxsize=64)  # built once per grid and device: a copy to the GPU would be a sync
 def cached_table(grid, dim, kind, spacing, device):
     if dim % 4:
         raise ValueError(f"a sine-cosine position code needs a width divisible by 4, found {dim}")
