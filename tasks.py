@@ -1,0 +1,372 @@
+"""Labelled segmentation tasks in memory, and the metrics that judge an encoder on them.
+
+A `Task` is a set of square tiles with their labels, splits and origins; whatever the layout on
+disk, the probe sees only this. `load_folder` reads images and masks from two folders of GeoTIFFs.
+
+All tiles are held in memory as float32: 4 bands at 64 px take 64 KiB a tile, so 100,000 tiles
+need 6.5 GB.
+"""
+
+import glob
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from tqdm import tqdm
+
+import geotiff
+
+SPLITS = ("train", "val", "test")
+IGNORE = -1  # the ignored label in every Task, whatever the files call it
+UNNAMED_CLASSES = 256  # without a class file, an id beyond this is a fill value, not a class
+
+
+@dataclass(frozen=True)
+class Task:
+    """Tiles of one labelled set, cut without overlap on each image's own pixel grid.
+
+    images: (N, bands, tile, tile) float32 in the files' units; NaN in all bands where the image
+        has no data, and beyond its right and lower edge.
+    labels: (N, tile, tile) int16 class ids, IGNORE where unlabelled or without image data.
+    split: (N,) "train", "val" or "test".
+    origin: (N, 3) int64: position in `files`, row and column of the tile's first pixel.
+    files: geotiff.Info of each image. classes: the class names, in the order of their ids.
+    split_by: in words, what kept the splits apart.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    split: np.ndarray
+    origin: np.ndarray
+    files: tuple
+    classes: tuple
+    split_by: str
+
+
+def load_folder(
+    images, masks, *, classes=None, bands=None, ignore_index=None, tile=64,
+    splits=None, block=4, val=0.2, test=0.2, split_seed=0,
+):  # fmt: skip
+    """Read a task from GeoTIFF images and masks that are paired by file name without extension.
+
+    images, masks: a folder, or a glob pattern. classes: text file, one name per line, the line
+    number from 0 being the class id; without it ids name themselves. bands: 0-based positions, in
+    the order wanted; default all. ignore_index: the mask value that is no label. tile: pixels.
+
+    splits: a folder with train.txt, val.txt and test.txt of file names without extension; images
+    in none of them are left out. Without it the fractions `val` and `test` are held out: by
+    ground, in square blocks of `block` tiles, where all images are georeferenced in one CRS, and
+    by whole images elsewhere. Drawn with split_seed.
+
+    Tiles without a single label are dropped. Raises ValueError or FileNotFoundError naming the
+    file or flag, what was found and the remedy; headers are all checked before pixels are read.
+    """
+    listed = None if splits is None else read_splits(splits)
+    pairs = pair_files(images, masks, listed)
+    names = None if classes is None else read_classes(classes)
+    files = [check_pair(image, mask, bands) for image, mask in pairs]
+    for file in files[1:]:
+        if bands is None and file.bands != files[0].bands:
+            raise ValueError(
+                f"{file.path}: {file.bands} bands, but {files[0].path} has {files[0].bands}; "
+                "choose the common ones with --bands"
+            )
+
+    parts = []
+    for position, file in enumerate(tqdm(files, "images and masks", unit="file")):
+        image = read_image(file, bands)
+        label = read_mask(pairs[position][1], names, ignore_index)
+        label[np.isnan(image[0])] = IGNORE
+        image, label = cut(image, tile, np.nan), cut(label[None], tile, IGNORE)[:, 0]
+        corner = np.indices((-(-file.height // tile), -(-file.width // tile))).reshape(2, -1).T
+        origin = np.insert(corner * tile, 0, position, axis=1)
+        keep = (label != IGNORE).any((1, 2))
+        parts.append((image[keep], label[keep], origin[keep]))
+    image, label, origin = (np.concatenate(part) for part in zip(*parts, strict=True))
+    if not len(label):
+        raise ValueError(f"{masks}: no labelled pixel in any mask; check --ignore-index and nodata")
+    if names is None:
+        names = tuple(str(i) for i in range(label.max() + 1))
+
+    if listed is not None:
+        split, split_by = np.array([listed[f.path.stem] for f in files])[origin[:, 0]], "file lists"
+    else:
+        split, split_by = draw_splits(files, origin, tile, block, val, test, split_seed)
+    for name in SPLITS:
+        if name not in split:
+            raise ValueError(
+                f"{masks}: no labelled pixel falls in the {name} split ({split_by}, "
+                f"{len(label)} labelled tiles); label more, or choose other --splits or --block"
+            )
+    keep = split != ""
+    return Task(
+        image[keep], label[keep], split[keep], origin[keep], tuple(files), names, split_by
+    )
+
+
+def list_tiffs(where):
+    """The TIFF files of a folder, or of a glob pattern, as {name without extension: path}.
+
+    Raises FileNotFoundError if there is none, ValueError if two share a name.
+    """
+    if Path(where).is_dir():
+        files = [p for p in Path(where).iterdir() if p.suffix.lower() in (".tif", ".tiff")]
+    else:
+        files = [Path(p) for p in glob.glob(str(where), recursive=True)]
+    if not files:
+        raise FileNotFoundError(
+            f"{where}: no .tif or .tiff file there; name a folder, or a glob pattern in quotes"
+        )
+    found = {}
+    for path in sorted(files):
+        if path.stem in found:
+            raise ValueError(
+                f"{path}: shares its name with {found[path.stem]}, so images and masks cannot be "
+                "paired by name; rename one"
+            )
+        found[path.stem] = path
+    return found
+
+
+def pair_files(images, masks, stems=None):
+    """Pair images and masks by file name without extension -> [(image path, mask path)], sorted.
+
+    stems: the names to use; default every image. Raises FileNotFoundError for a missing partner.
+    """
+    image, mask = list_tiffs(images), list_tiffs(masks)
+    for stem in sorted(image if stems is None else stems):
+        if stem not in image:
+            raise FileNotFoundError(
+                f"{images}: no image named {stem}, which the --splits lists name; add it, or "
+                "take the name off its list"
+            )
+        if stem not in mask:
+            raise FileNotFoundError(
+                f"{image[stem]}: no mask of that name in {masks}; add one, or list only the "
+                "labelled images in --splits"
+            )
+    return [(image[stem], mask[stem]) for stem in sorted(image if stems is None else stems)]
+
+
+def read_splits(folder):
+    """Read train.txt, val.txt and test.txt, one file name per line -> {name: split}.
+
+    A .tif or .tiff extension is taken off. Raises FileNotFoundError for a missing or empty list,
+    ValueError for a name in two lists.
+    """
+    listed = {}
+    for split in SPLITS:
+        path = Path(folder) / f"{split}.txt"
+        lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+        stems = [line.strip().removesuffix(".tif").removesuffix(".tiff") for line in lines]
+        if not any(stems):
+            raise FileNotFoundError(
+                f"{path}: no list of file names there; --splits needs train.txt, val.txt and "
+                "test.txt, one name per line"
+            )
+        for stem in filter(None, stems):
+            if listed.setdefault(stem, split) != split:
+                raise ValueError(
+                    f"{path}: {stem} is in {listed[stem]}.txt too; keep it in one split only"
+                )
+    return listed
+
+
+def read_classes(path):
+    """Class names from a text file, one per line, the line number from 0 being the class id.
+
+    Raises FileNotFoundError, or ValueError for an empty line or a name given twice.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"{path}: no such file; --classes wants a text file with one class name per line"
+        )
+    names = tuple(n.strip() for n in Path(path).read_text(encoding="utf-8").rstrip().split("\n"))
+    if "" in names:
+        raise ValueError(
+            f"{path}: line {names.index('') + 1} is empty; line numbers are class ids, so give "
+            "every id a name"
+        )
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{path}: {twice} names two classes; give each line a name of its own")
+    return names
+
+
+def check_pair(image, mask, bands):
+    """Compare the headers of one image and its mask; return the image's geotiff.Info."""
+    file, label = geotiff.info(image), geotiff.info(mask)
+    if (file.height, file.width) != (label.height, label.width):
+        raise ValueError(
+            f"{mask}: {label.height} x {label.width} pixels, its image has {file.height} x "
+            f"{file.width}; resample the mask to the image's grid (nearest neighbour)"
+        )
+    if label.bands != 1:
+        raise ValueError(
+            f"{mask}: {label.bands} bands; a mask has one band of class ids, so check --masks"
+        )
+    if np.dtype(label.dtype).kind not in "iu":
+        raise ValueError(
+            f"{mask}: values of type {label.dtype}; a mask holds integer class ids, so save it as "
+            "uint8 or int16"
+        )
+    if file.transform and label.transform:
+        apart = np.subtract(file.transform, label.transform)
+        if np.abs(apart[[2, 5]]).max() > file.gsd / 2:
+            raise ValueError(
+                f"{mask}: its corner lies {apart[2]:g}, {apart[5]:g} from its image's; resample "
+                "the mask to the image's grid, or correct the georeference"
+            )
+    if bands is not None and not all(0 <= band < file.bands for band in bands):
+        raise ValueError(
+            f"{image}: --bands {','.join(map(str, bands))} asks for more than its {file.bands} "
+            f"bands; use positions 0 to {file.bands - 1}"
+        )
+    return file
+
+
+def read_image(file, bands):
+    """Read one image (bands, rows, cols) float32, NaN in all bands of a pixel without data."""
+    image = geotiff.read(file.path, bands=bands)
+    valid = geotiff.valid_pixels(image, file.nodata)
+    image = image.astype(np.float32)
+    image[:, ~valid] = np.nan
+    return image
+
+
+def read_mask(path, classes, ignore_index):
+    """Read one mask as int16 class ids (rows, cols), IGNORE where it holds ignore_index.
+
+    classes: the names, or None. Raises ValueError for ids that no class has.
+    """
+    mask = geotiff.read(path)[0].astype(np.int64)
+    ignored = mask == ignore_index
+    ids = np.unique(mask[~ignored])
+    count = UNNAMED_CLASSES if classes is None else len(classes)
+    alien = ids[(ids < 0) | (ids >= count)]
+    if len(alien):
+        some = ", ".join(map(str, alien[:8])) + (", ..." if len(alien) > 8 else "")
+        raise ValueError(
+            f"{path}: class ids {some} found, but classes go from 0 to {count - 1}; name them in "
+            f"--classes, or pass --ignore-index {alien[0]} if that is no class"
+        )
+    return np.where(ignored, IGNORE, mask).astype(np.int16)
+
+
+def cut(array, tile, fill):
+    """Cut (bands, rows, cols) to (n, bands, tile, tile), row-major, the last ones filled up.
+
+    Tiles never overlap, so that each pixel is scored once and no two splits share one.
+    """
+    _, rows, cols = array.shape
+    padded = np.pad(array, ((0, 0), (0, -rows % tile), (0, -cols % tile)), constant_values=fill)
+    return rearrange(padded, "c (r h) (q w) -> (r q) c h w", h=tile, w=tile)
+
+
+def draw_splits(files, origin, tile, block, val, test, seed):
+    """Assign tiles to splits by blocks of ground, or by file where ground is unknown.
+
+    origin (N, 3) as in Task. Returns ((N,) split names, how it was done); "" marks a tile that
+    covers ground of another split, which happens where images overlap off each other's grid.
+    Raises ValueError if there are fewer groups than splits need.
+    """
+    same = [f.transform and geotiff.same_crs(f.crs, files[0].crs) for f in files]
+    if all(same):
+        bounds = ground(files, origin, tile)
+        side = block * tile * files[0].gsd
+        centre = (bounds[:, :2] + bounds[:, 2:]) / 2
+        # from the upper left corner, where the tiles of the first image begin
+        upper_left = bounds[:, 0].min(), bounds[:, 3].max()
+        group = np.floor((centre - upper_left) / side)
+        how = f"ground, blocks of {side:g} CRS units"
+    else:
+        group, how = origin[:, :1], "image"
+    _, group = np.unique(group, axis=0, return_inverse=True)
+    groups = group.max() + 1
+    held = [max(1, round(fraction * groups)) for fraction in (val, test)]
+    if sum(held) >= groups:
+        raise ValueError(
+            f"--images: {groups} separate groups (by {how}) are too few for train, val and test; "
+            "use a smaller --block or --tile, or --splits with lists of your own"
+        )
+    names = np.repeat(SPLITS, [groups - sum(held), *held])
+    split = np.random.default_rng(seed).permutation(names)[group.ravel()]
+    if all(same):
+        for keep, others in (("test", ("train", "val")), ("val", ("train",))):
+            split[overlaps(bounds, split == keep) & np.isin(split, others)] = ""
+    return split, how
+
+
+def ground(files, origin, tile):
+    """Bounding box of each tile's part inside its image -> (N, 4) left, bottom, right, top."""
+    size = np.array([(f.height, f.width) for f in files])[origin[:, 0]]
+    first, last = origin[:, 1:], np.minimum(origin[:, 1:] + tile, size)
+    a, b, c, d, e, f = np.array([file.transform for file in files])[origin[:, 0]].T
+    corners = [(first[:, 0], first[:, 1]), (first[:, 0], last[:, 1]),
+               (last[:, 0], first[:, 1]), (last[:, 0], last[:, 1])]  # fmt: skip
+    x = np.stack([a * col + b * row + c for row, col in corners])
+    y = np.stack([d * col + e * row + f for row, col in corners])
+    return np.stack([x.min(0), y.min(0), x.max(0), y.max(0)], axis=1)
+
+
+def overlaps(bounds, chosen):
+    """Which boxes (N, 4) share more than a rim with one of the chosen (N,) bool -> (N,) bool."""
+    rim = 1e-4 * (bounds[:, 2] - bounds[:, 0]).max()  # rounding of corners, not ground
+    left, bottom, right, top = bounds.T
+    hit = np.zeros(len(bounds), bool)
+    for l0, b0, r0, t0 in bounds[chosen] + [rim, rim, -rim, -rim]:
+        hit |= (left < r0) & (right > l0) & (bottom < t0) & (top > b0)
+    return hit
+
+
+def band_stats(images):
+    """Mean and standard deviation of each band over the valid pixels of (N, bands, h, w).
+
+    Returns two float64 (bands,); a band without variation gets 1, so that it can be divided by.
+    """
+    mean = np.nanmean(images, axis=(0, 2, 3), dtype=np.float64)
+    std = np.nanstd(images, axis=(0, 2, 3), dtype=np.float64)
+    return mean, np.where(std > 0, std, 1.0)
+
+
+def fingerprint(task):
+    """12 hex digits of a SHA-256 over pixels, labels, splits and class names."""
+    digest = hashlib.sha256("\n".join(task.classes).encode())
+    for array in (task.images, task.labels, task.split):
+        digest.update(f"{array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:12]
+
+
+def confusion_matrix(prediction, label, classes, ignore_index=IGNORE):
+    """Count label and prediction pairs; matrices of batches and ranks add up to the split's.
+
+    prediction, label: integer tensors of one shape. classes: their number. Pixels whose label is
+    ignore_index do not count. Returns (classes, classes) int64, rows label, columns prediction.
+    Raises ValueError for an id that is not below `classes`.
+    """
+    counted = label != ignore_index
+    label, prediction = label[counted].long(), prediction[counted].long()
+    for name, ids in (("label", label), ("prediction", prediction)):
+        if ids.numel() and not 0 <= ids.min() <= ids.max() < classes:
+            raise ValueError(
+                f"{name} ids reach from {ids.min()} to {ids.max()}; {classes} classes go from 0 "
+                f"to {classes - 1}"
+            )
+    pairs = label * classes + prediction
+    return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+
+
+def mean_iou(matrix):
+    """Intersection over union from a confusion matrix (classes, classes), rows label.
+
+    Returns (mean as float, (classes,) float64). A class absent from both labels and predictions
+    has IoU NaN and is left out of the mean; a matrix of zeros has mean NaN.
+    """
+    matrix = matrix.cpu().double()
+    hit = matrix.diagonal()
+    iou = hit / (matrix.sum(0) + matrix.sum(1) - hit)  # 0 / 0 = NaN is the absent class
+    return iou.nanmean().item(), iou

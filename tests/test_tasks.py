@@ -1,0 +1,436 @@
+import numpy as np
+import pytest
+import torch
+from real_tasks import write_eolearn, write_ukis
+
+import geotiff
+import tasks
+from tasks import IGNORE, confusion_matrix, load_folder, mean_iou
+
+UTM = 32633
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """folder(stem, image, mask, place) writes a pair, place = (left, top); folder.load() reads."""
+
+    class Folder:
+        images, masks = tmp_path / "images", tmp_path / "masks"
+
+        def __call__(self, stem, image, mask, place=None, crs=UTM, **options):
+            for path in (self.images, self.masks):
+                path.mkdir(exist_ok=True)
+            transform = place and (10.0, 0.0, place[0], 0.0, -10.0, place[1])
+            crs = crs if place else None
+            geotiff.write(self.images / f"{stem}.tif", image, transform, crs, **options)
+            geotiff.write(self.masks / f"{stem}.tif", mask, transform, crs)
+
+        def lists(self, **splits):
+            for split, stems in splits.items():
+                (tmp_path / f"{split}.txt").write_text("\n".join(stems) + "\n")
+            return tmp_path
+
+        def classes(self, *names):
+            (tmp_path / "classes.txt").write_text("\n".join(names) + "\n")
+            return tmp_path / "classes.txt"
+
+        def load(self, **options):
+            return load_folder(self.images, self.masks, **{"tile": 8, **options})
+
+    return Folder()
+
+
+def pixels(rng, rows, cols, bands=2, dtype=np.uint16):
+    return rng.integers(1, 1000, (bands, rows, cols)).astype(dtype)
+
+
+def labels(rng, rows, cols, classes=3):
+    return rng.integers(0, classes, (rows, cols)).astype(np.uint8)
+
+
+@pytest.fixture
+def three(folder):
+    """Three scenes of odd size without georeference, one for each split."""
+    rng = np.random.default_rng(0)
+    written = {s: (pixels(rng, 19, 13), labels(rng, 19, 13)) for s in ("a", "b", "c")}
+    for stem, (image, mask) in written.items():
+        folder(stem, image, mask)
+    folder.written, folder.splits = written, folder.lists(train=["a"], val=["b"], test=["c.tif"])
+    return folder
+
+
+# ---- metric -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int16, torch.uint8])
+def test_confusion_matrix_is_the_slow_loop(dtype):
+    rng = np.random.default_rng(0)
+    label, prediction = rng.integers(0, 5, (2, 3, 7, 5))
+    label[0, :2] = 200
+    slow = np.zeros((5, 5), int)
+    for a, b in zip(label.ravel(), prediction.ravel(), strict=True):
+        if a != 200:
+            slow[a, b] += 1
+    label, prediction = torch.tensor(label).to(dtype), torch.tensor(prediction).to(dtype)
+    fast = confusion_matrix(prediction, label, 5, 200)
+    assert fast.dtype == torch.int64
+    assert np.array_equal(fast, slow)
+    assert (fast.sum(0) != fast.sum(1)).any()  # so that swapped axes would be seen
+
+
+def test_confusion_matrices_of_batches_add_up():
+    label, prediction = torch.from_numpy(np.random.default_rng(0).integers(0, 4, (2, 6, 5, 5)))
+    label[3] = IGNORE
+    parts = zip(prediction.split(4), label.split(4), strict=True)
+    assert torch.equal(
+        sum(confusion_matrix(p, t, 4) for p, t in parts), confusion_matrix(prediction, label, 4)
+    )
+
+
+def test_confusion_matrix_without_a_labelled_pixel_is_zero():
+    assert not confusion_matrix(torch.zeros(2, 3), torch.full((2, 3), IGNORE), 4).any()
+
+
+@pytest.mark.parametrize("label, prediction", [(3, 0), (-2, 0), (0, 3), (0, -1)])
+def test_confusion_matrix_refuses_ids_that_no_class_has(label, prediction):
+    with pytest.raises(ValueError, match=r"ids reach from .*; 3 classes go from 0 to 2"):
+        confusion_matrix(torch.tensor([prediction]), torch.tensor([label]), 3)
+
+
+def test_mean_iou_by_hand():
+    # class 0: 6 / (6 + 2 + 1), class 1: 3 / (3 + 1 + 2), class 2 absent, class 3 only predicted
+    matrix = torch.tensor([[6, 1, 0, 1], [1, 3, 0, 0], [0, 0, 0, 0], [0, 1, 0, 0]])
+    matrix[3, 1], matrix[1, 0] = 0, 1
+    miou, iou = mean_iou(matrix)
+    assert iou[:2].tolist() == [6 / 9, 3 / 5]
+    assert iou[2].isnan()
+    assert iou[3] == 0  # predicted where it is not: a wrong class counts, an absent one does not
+    assert miou == pytest.approx((6 / 9 + 3 / 5 + 0) / 3)
+
+
+def test_mean_iou_of_nothing_is_nan():
+    assert np.isnan(mean_iou(torch.zeros(3, 3, dtype=torch.int64))[0])
+
+
+# ---- reading ----------------------------------------------------------------------------------
+
+
+def test_tiles_hold_every_pixel_once(three):
+    task = three.load(splits=three.splits)
+    assert task.images.shape == (18, 2, 8, 8) and task.images.dtype == np.float32
+    assert task.labels.dtype == np.int16 and task.classes == ("0", "1", "2")
+    for stem, (image, mask) in three.written.items():
+        number = [f.path.stem for f in task.files].index(stem)
+        found_image = np.full((2, 24, 16), np.nan)
+        found_mask = np.full((24, 16), -9)
+        for k in np.flatnonzero(task.origin[:, 0] == number):
+            _, row, col = task.origin[k]
+            assert row % 8 == col % 8 == 0
+            found_image[:, row : row + 8, col : col + 8] = task.images[k]
+            found_mask[row : row + 8, col : col + 8] = task.labels[k]
+        assert np.array_equal(found_image[:, :19, :13], image)
+        assert np.array_equal(found_mask[:19, :13], mask)
+        assert np.isnan(found_image[:, 19:]).all() and np.isnan(found_image[:, :, 13:]).all()
+        assert (found_mask[19:] == IGNORE).all() and (found_mask[:, 13:] == IGNORE).all()
+    assert (task.labels != IGNORE).sum() == 3 * 19 * 13
+
+
+def test_splits_from_lists_leave_out_the_unlisted(three):
+    rng = np.random.default_rng(1)
+    geotiff.write(three.images / "d.tif", pixels(rng, 8, 8))  # unlisted, so it needs no mask
+    task = three.load(splits=three.splits)
+    stems = np.array([f.path.stem for f in task.files])[task.origin[:, 0]]
+    assert {*zip(stems, task.split, strict=True)} == {("a", "train"), ("b", "val"), ("c", "test")}
+
+
+def test_bands_are_chosen_and_ordered(three):
+    assert np.array_equal(
+        three.load(splits=three.splits, bands=[1, 0]).images,
+        three.load(splits=three.splits).images[:, ::-1],
+        equal_nan=True,
+    )
+
+
+def test_globs_and_extensions(three):
+    (three.images / "a.tif").rename(three.images / "a.TIFF")
+    (three.images / "notes.txt").write_text("no image")
+    files = three.load(splits=three.splits).files
+    assert [file.path.name for file in files] == ["a.TIFF", "b.tif", "c.tif"]
+    found = tasks.list_tiffs(str(three.images / "[bc].*"))
+    assert {k: path.name for k, path in found.items()} == {"b": "b.tif", "c": "c.tif"}
+
+
+def test_what_is_ignored(folder):
+    rng = np.random.default_rng(0)
+    image, mask = pixels(rng, 8, 32, dtype=np.float32), labels(rng, 8, 32)
+    image[:, 0, 0] = 0  # nodata in all bands
+    image[1, 0, 1] = 0  # a dark pixel in one band
+    image[0, 0, 2], image[1, 0, 3] = np.nan, np.inf
+    mask[0, 4] = 77
+    image[:, :, 8:16] = 0  # a tile without data
+    mask[:, 16:24] = 77  # a tile without labels
+    for stem in "abc":
+        folder(stem, image, mask, nodata=0)
+    task = folder.load(ignore_index=77)
+    assert len(task.images) == 3 * 2  # the two tiles without a label are dropped
+    first = task.origin[:, 2] == 0
+    assert (task.labels[first, 0, :5] == [IGNORE, mask[0, 1], IGNORE, IGNORE, IGNORE]).all()
+    assert (task.labels[first] == IGNORE).sum() == 3 * 4
+    missing = np.isnan(task.images[first, :, 0, :5])  # in both bands, whichever it was
+    assert (missing == [True, False, True, True, False]).all()
+    assert not np.isinf(task.images).any()
+
+
+def test_band_stats_are_of_valid_pixels(folder):
+    images = np.random.default_rng(0).normal(5, 2, (6, 3, 4, 4)).astype(np.float32)
+    images[:, 2] = 7
+    images[1:3, :, 2] = np.nan
+    mean, std = tasks.band_stats(images)
+    for band in range(3):
+        values = images[:, band][~np.isnan(images[:, band])].astype(np.float64)
+        assert mean[band] == pytest.approx(values.mean())
+        assert std[band] == (1 if band == 2 else pytest.approx(values.std()))
+
+
+def test_fingerprint_sees_pixels_labels_splits_and_names(three):
+    task = three.load(splits=three.splits)
+    prints = {tasks.fingerprint(task), tasks.fingerprint(three.load(splits=three.splits))}
+    assert len(prints) == 1
+    for name in ("images", "labels", "split"):
+        array = getattr(task, name)
+        before = array[0].copy()
+        array[0] = "val" if name == "split" else 1
+        prints.add(tasks.fingerprint(task))
+        array[0] = before
+    names = three.classes("x", "y", "z")
+    prints.add(tasks.fingerprint(three.load(splits=three.splits, classes=names)))
+    assert len(prints) == 5
+
+
+# ---- splits by ground -------------------------------------------------------------------------
+
+
+def cells(task, split):
+    """Pixels of ground, 2 to an image pixel's side, that a split's tiles cover."""
+    ground = set()
+    for number, row, col in task.origin[task.split == split]:
+        a, _, x, _, e, y = task.files[number].transform
+        rows = min(8, task.files[number].height - row)
+        cols = min(8, task.files[number].width - col)
+        for i in range(2 * rows):
+            for j in range(2 * cols):
+                cx, cy = x + a * (col + (j + 0.5) / 2), y + e * (row + (i + 0.5) / 2)
+                ground.add((round(cx / 2.5), round(cy / 2.5)))
+    return ground
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_split_by_ground_shares_no_ground(folder, seed):
+    rng = np.random.default_rng(0)
+    folder("a", pixels(rng, 61, 64), labels(rng, 61, 64), place=(500000, 5000000))
+    folder("a_again", pixels(rng, 61, 64), labels(rng, 61, 64), place=(500000, 5000000))
+    # half a pixel and part of a tile off: its tiles straddle the blocks of the others
+    folder("b", pixels(rng, 40, 40), labels(rng, 40, 40), place=(500000 + 305, 5000000 - 175))
+    task = folder.load(block=2, split_seed=seed)
+    train, val, test = (cells(task, split) for split in tasks.SPLITS)
+    assert train and val and test
+    assert not train & val and not train & test and not val & test
+    # a place is in one split at all dates
+    of = {}
+    for number, row, col in task.origin[task.origin[:, 0] < 2]:
+        found = task.split[(task.origin == [number, row, col]).all(1)]
+        assert of.setdefault((row, col), found) == found
+    # whole blocks: neighbours within one are never apart
+    for (row, col), found in of.items():
+        assert of.get((row // 16 * 16, col // 16 * 16), found) == found
+
+
+def test_split_by_ground_drops_nothing_on_one_grid(folder):
+    rng = np.random.default_rng(0)
+    for i in range(2):
+        place = (500000 + 640 * i, 5000000)
+        folder(f"part_{i}", pixels(rng, 64, 64), labels(rng, 64, 64), place=place)
+    task = folder.load(block=2)
+    assert len(task.images) == 2 * 64
+    assert "ground" in task.split_by
+    assert [(task.split == s).sum() for s in tasks.SPLITS] == [20 * 4, 6 * 4, 6 * 4]
+
+
+def test_split_is_drawn_by_seed(folder):
+    rng = np.random.default_rng(0)
+    folder("a", pixels(rng, 64, 64), labels(rng, 64, 64), place=(500000, 5000000))
+    first, again, other = (folder.load(block=2, split_seed=s).split for s in (3, 3, 4))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+@pytest.mark.parametrize("crs", [[None] * 5, [UTM, UTM + 1] * 3])
+def test_without_common_ground_whole_images_are_split(folder, crs):
+    rng = np.random.default_rng(0)
+    for i in range(5):
+        place = crs[i] and (500000 + 1000 * i, 5000000)
+        folder(f"{i}", pixels(rng, 16, 16), labels(rng, 16, 16), place=place, crs=crs[i])
+    task = folder.load(block=1)
+    assert task.split_by == "image"
+    for number in range(5):
+        assert len({*task.split[task.origin[:, 0] == number]}) == 1
+
+
+# ---- bad input --------------------------------------------------------------------------------
+
+
+def spoil_not_a_tiff(f):
+    (f.images / "b.tif").write_text("this is text")
+
+
+def spoil_truncated(f):
+    whole = (f.masks / "b.tif").read_bytes()
+    (f.masks / "b.tif").write_bytes(whole[: len(whole) // 2])
+
+
+def spoil_ids(f):
+    mask = f.written["b"][1].copy()
+    mask[0, 0], mask[0, 1] = 9, 255
+    geotiff.write(f.masks / "b.tif", mask)
+
+
+def spoil_negative(f):
+    geotiff.write(f.masks / "b.tif", f.written["b"][1].astype(np.int16) - 1)
+
+
+def spoil_fill_value(f):
+    geotiff.write(f.masks / "b.tif", f.written["b"][1].astype(np.uint16) + 65533)
+
+
+def spoil_size(f):
+    geotiff.write(f.masks / "b.tif", f.written["b"][1][:-1])
+
+
+def spoil_float(f):
+    geotiff.write(f.masks / "b.tif", f.written["b"][1].astype(np.float32))
+
+
+def spoil_mask_bands(f):
+    geotiff.write(f.masks / "b.tif", np.stack([f.written["b"][1]] * 3))
+
+
+def spoil_place(f):
+    for folder, data, x in ((f.images, 0, 0.0), (f.masks, 1, 10.0)):
+        geotiff.write(folder / "b.tif", f.written["b"][data], (10.0, 0, x, 0, -10.0, 0), UTM)
+
+
+def spoil_missing(f):
+    (f.masks / "b.tif").unlink()
+
+
+def spoil_missing_image(f):
+    (f.images / "b.tif").unlink()
+
+
+def spoil_bands(f):
+    geotiff.write(f.images / "b.tif", np.stack([f.written["b"][1]] * 3))
+
+
+def spoil_twins(f):
+    geotiff.write(f.images / "b.tiff", f.written["b"][0])
+
+
+def spoil_labels(f):
+    geotiff.write(f.masks / "b.tif", np.full((19, 13), 2, np.uint8))
+
+
+def spoil_all_labels(f):
+    for stem in "abc":
+        geotiff.write(f.masks / f"{stem}.tif", np.full((19, 13), 2, np.uint8))
+
+
+def spoil_nothing(f):
+    pass
+
+
+@pytest.mark.parametrize(
+    "spoil, options, message",
+    [
+        (spoil_not_a_tiff, {}, r"b\.tif: not a TIFF"),
+        (spoil_truncated, {}, r"b\.tif: truncated"),
+        (spoil_ids, {"named": True}, r"b\.tif: class ids 9, 255 found.*0 to 2.*--ignore-index 9"),
+        (spoil_negative, {}, r"b\.tif: class ids -1 found.*--ignore-index -1"),
+        (spoil_fill_value, {}, r"b\.tif: class ids 65533, .* found.*name them in --classes"),
+        (spoil_size, {}, r"masks.b\.tif: 18 x 13 pixels, its image has 19 x 13; resample"),
+        (spoil_float, {}, r"b\.tif: values of type float32.*uint8"),
+        (spoil_mask_bands, {}, r"masks.b\.tif: 3 bands; a mask has one"),
+        (spoil_place, {}, r"b\.tif: its corner lies -10, 0 from its image's"),
+        (spoil_missing, {}, r"images.b\.tif: no mask of that name in .*masks"),
+        (spoil_missing_image, {}, r"images: no image named b, which the --splits lists name"),
+        (spoil_bands, {}, r"b\.tif: 3 bands, but .*a\.tif has 2; .*--bands"),
+        (spoil_twins, {}, r"b\.tiff: shares its name with .*b\.tif"),
+        (spoil_labels, {"ignore_index": 2}, r"no labelled pixel falls in the val split \(file"),
+        (spoil_all_labels, {"ignore_index": 2}, r"no labelled pixel in any mask"),
+        (spoil_nothing, {"bands": [0, 2]}, r"a\.tif: --bands 0,2 asks for more than its 2 bands"),
+        (spoil_nothing, {"bands": [-1]}, r"a\.tif: --bands -1 asks for .*use positions 0 to 1"),
+        (spoil_nothing, {"splits": None, "val": 0.5, "test": 0.5}, r"3 separate groups \(by image"),
+        (spoil_nothing, {"splits": "nowhere"}, r"train\.txt: no list of file names"),
+        (spoil_nothing, {"classes": "nowhere.txt"}, r"nowhere\.txt: no such file; --classes"),
+    ],
+)
+def test_bad_input_is_told_in_one_sentence(three, spoil, options, message):
+    spoil(three)
+    options = {"splits": three.splits, **options}
+    if options.pop("named", False):
+        options["classes"] = three.classes("x", "y", "z")
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        three.load(**options)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_lists(three):
+    both = three.lists(train=["a", "b"])
+    with pytest.raises(ValueError, match=r"val\.txt: b is in train\.txt too"):
+        three.load(splits=both)
+    empty = three.lists(train=["a"], test=[""])
+    with pytest.raises(FileNotFoundError, match=r"test\.txt: no list"):
+        three.load(splits=empty)
+
+
+def test_bad_class_files(three):
+    with pytest.raises(ValueError, match=r"classes\.txt: line 2 is empty"):
+        three.load(classes=three.classes("x", "", "z"))
+    with pytest.raises(ValueError, match=r"classes\.txt: x names two classes"):
+        three.load(classes=three.classes("x", "y", "x"))
+
+
+def test_empty_folder(three, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for where in (tmp_path / "empty", tmp_path / "*.png"):
+        with pytest.raises(FileNotFoundError, match=r"no \.tif or \.tiff file there"):
+            load_folder(where, three.masks)
+
+
+# ---- real labelled scenes ---------------------------------------------------------------------
+
+
+def test_ukis_scene(real, tmp_path):
+    write_ukis(real("ukis_csmask/sentinel2.npz").parent, tmp_path)
+    task = load_folder(
+        tmp_path / "images", tmp_path / "masks", classes=tmp_path / "classes.txt",
+        bands=[0, 1, 2, 3], block=2,
+    )  # fmt: skip
+    assert task.images.shape == (64, 4, 64, 64)
+    counts = np.bincount(task.labels.ravel(), minlength=5)
+    assert counts.tolist() == [28583, 840, 0, 183124, 49597]
+    assert {*task.split} == {*tasks.SPLITS}
+
+
+def test_eolearn_land_cover_of_odd_size(real, tmp_path):
+    write_eolearn(real("eolearn_testeopatch/LULC.npy").parent, tmp_path)
+    task = load_folder(
+        tmp_path / "images", tmp_path / "masks", classes=tmp_path / "classes.txt",
+        bands=[1, 2, 3, 7], tile=20, block=1, ignore_index=0,
+    )  # fmt: skip
+    assert len(task.files) == 5 and task.images.shape[1:] == (4, 20, 20)
+    assert (task.labels != IGNORE).sum() == 5 * (101 * 100 - 155)
+    assert task.files[0].bounds == pytest.approx((465181.05, 5079244.89, 466180.53, 5080254.63))
+    # all five dates of a place are in one split
+    of = {}
+    for (_, row, col), split in zip(task.origin, task.split, strict=True):
+        assert of.setdefault((row, col), split) == split
