@@ -1,0 +1,69 @@
+"""Pictures: true-colour composites of normalised chips and the principal components of tokens."""
+
+import os
+
+import torch
+from einops import rearrange
+
+
+def composite(images, bands):
+    """An RGB picture of each chip: (B, C, H, W) any scale -> (B, H, W, 3) in 0..1, CPU.
+
+    bands: names; R, G and B where all are there, else the first three bands, or one as grey.
+    Stretched between the 2nd and 98th percentile of all chips together.
+    """
+    chosen = [bands.index(b) for b in "RGB"] if set("RGB") <= set(bands) else range(len(bands))[:3]
+    picture = images.detach().float().cpu()[:, list(chosen)]
+    if picture.shape[1] < 3:
+        picture = picture[:, :1].expand(-1, 3, -1, -1)
+    # per band: sensors differ in brightness from band to band
+    flat = picture.transpose(0, 1).flatten(1)
+    step = max(1, flat.shape[1] // 1_000_000)  # quantile takes 16 million values at most
+    low, high = torch.quantile(flat[:, ::step], torch.tensor([0.02, 0.98]), dim=1).unbind()
+    scale = (high - low).clamp_min(1e-6).view(3, 1, 1)
+    return rearrange(((picture - low.view(3, 1, 1)) / scale).clamp(0, 1), "b c h w -> b h w c")
+
+
+def token_colours(tokens, grid):
+    """The first three principal components of tokens as colours 0..1: (B, N, D) -> (B, *grid, 3).
+
+    The components are those of all images together, so one colour means one thing throughout.
+    """
+    x = tokens.detach().double().cpu().flatten(0, 1)
+    x = x - x.mean(0)
+    _, axes = torch.linalg.eigh(x.mT @ x)
+    x = x @ axes[:, -3:].flip(1)
+    low, high = torch.quantile(x, torch.tensor([0.02, 0.98], dtype=x.dtype), dim=0)
+    colours = ((x - low) / (high - low).clamp_min(1e-9)).clamp(0, 1)
+    return colours.view(len(tokens), *grid, 3)
+
+
+def save_figure(figure, path):
+    """Write a matplotlib figure as PNG under a temporary name, then rename it."""
+    partial = path.with_name(path.name + ".partial")
+    figure.savefig(partial, format="png", dpi=120, bbox_inches="tight")
+    os.replace(partial, path)
+
+
+def draw_tokens(path, mr, hr, tokens, hr_tokens, patch, bands):
+    """A row per pair: HR, MR, student tokens of MR, teacher tokens of HR (as PCA colours).
+
+    mr (B, C, h, w), hr (B, C, r h, r w), tokens (B, N, D), hr_tokens (B, N r^2, D). patch: pixels.
+    """
+    from matplotlib.figure import Figure  # here, so that training does not wait for its import
+
+    grids = [(x.shape[-2] // patch, x.shape[-1] // patch) for x in (mr, hr)]
+    columns = {
+        "HR": composite(hr, bands),
+        "MR": composite(mr, bands),
+        "student tokens (MR)": token_colours(tokens, grids[0]),
+        "teacher tokens (HR)": token_colours(hr_tokens, grids[1]),
+    }
+    figure = Figure(figsize=(2.2 * len(columns), 2.2 * len(mr)))
+    axes = figure.subplots(len(mr), len(columns), squeeze=False)
+    for column, (title, pictures) in zip(axes.T, columns.items(), strict=True):
+        column[0].set_title(title, fontsize=9)
+        for axis, picture in zip(column, pictures, strict=True):
+            axis.imshow(picture.numpy(), interpolation="nearest")
+            axis.axis("off")
+    save_figure(figure, path)

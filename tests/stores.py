@@ -1,0 +1,44 @@
+"""A small store of smooth random landscapes for tests, written without any imagery."""
+
+import csv
+import json
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import data
+
+
+def write_store(path, chips=16, size=16, ratio=2, bands=("B", "G", "R", "NIR"), seed=0):
+    """mr (chips, C, size, size) and hr (chips, C, ratio * size, ...) uint16 of the same ground."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(chips, len(bands), 6, 6, generator=generator)
+    hr = F.interpolate(coarse, (ratio * size, ratio * size), mode="bicubic")
+    hr = (2000 + 1000 * hr + 200 * torch.rand(hr.shape, generator=generator)).clamp(0, 10000)
+    mr = F.avg_pool2d(hr, ratio)
+    arrays = {"mr": mr.numpy().astype(np.uint16), "hr": hr.numpy().astype(np.uint16)}
+    path.mkdir(parents=True)
+    for name, array in arrays.items():
+        np.save(path / f"{name}.npy", array)
+    meta = {
+        "format": data.FORMAT,
+        "version": data.VERSION,
+        "count": chips,
+        "shape": {k: list(v.shape[1:]) for k, v in arrays.items()},
+        "dtype": {k: str(v.dtype) for k, v in arrays.items()},
+        "bands": list(bands),
+        "gsd": {"mr": 10.0, "hr": 10.0 / ratio},
+        "pixel_ratio": [float(ratio), float(ratio)],
+        "mean": {k: v.mean((0, 2, 3)).tolist() for k, v in arrays.items()},
+        "std": {k: v.std((0, 2, 3)).tolist() for k, v in arrays.items()},
+    }
+    (path / "meta.json").write_text(json.dumps(meta))
+    with open(path / "index.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, data.COLUMNS)
+        writer.writeheader()
+        for i in range(chips):
+            split = "val" if i % 8 == 7 else "train"
+            row = dict.fromkeys(data.COLUMNS, 0) | {"chip": i, "split": split, "valid": 1}
+            writer.writerow(row)
+    return path
