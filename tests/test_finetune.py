@@ -104,15 +104,6 @@ def test_crop_labels_is_the_slow_loop(size):
                 assert out[b, i, j] == labels[b, int(row), int(col)]
 
 
-def test_crops_of_image_and_label_show_the_same_ground():
-    labels = torch.from_numpy(np.random.default_rng(0).integers(0, 2, (8, 4, 4)))
-    labels = labels.repeat_interleave(16, 1).repeat_interleave(16, 2)
-    windows = torch.from_numpy(finetune.draw_crops(0, 0, 8)) * 64
-    image = finetune.resample(labels[:, None].float(), windows, (64, 64))[:, 0]
-    # only edges, which the cubic kernel softens, may disagree
-    assert ((image > 0.5) == crop_labels(labels, windows, 64)).float().mean() > 0.98
-
-
 def test_loss_is_the_mean_over_labelled_pixels():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 3, 4, 4, generator=generator, requires_grad=True)
@@ -208,6 +199,30 @@ def test_cached_tokens_train_like_recomputed_ones(scenes, encoder, tmp_path, mon
     monkeypatch.setattr(finetune, "draw_crops", lambda seed, step, n: whole.repeat(n, 0))
     (cropped,) = run(scenes, encoder, tmp_path, "--crop", "--epochs", "5")
     assert cropped["miou"] == pytest.approx(cached["miou"], abs=1e-3)
+
+
+@pytest.mark.parametrize("protocol", ["linear", "finetune"])
+def test_training_crops_show_image_and_label_of_the_same_ground(
+    scenes, encoder, tmp_path, monkeypatch, protocol
+):
+    images, labels = [], []
+    tokens, loss = Probe.tokens, finetune.segmentation_loss
+
+    def spy_tokens(self, x):
+        if torch.is_grad_enabled():
+            images.append(x)
+        return tokens(self, x)
+
+    monkeypatch.setattr(Probe, "tokens", spy_tokens)
+    monkeypatch.setattr(finetune, "segmentation_loss", lambda x, y: labels.append(y) or loss(x, y))
+    # 2 x 2 plots to a tile, and as many pixels to the encoder as to the label
+    run(scenes, encoder, tmp_path, "--protocol", protocol, "--tile", "32", "--image-size", "32")
+    image, label = torch.cat(images), torch.cat(labels)
+    assert image.shape == (2 * 12, 2, 32, 32)
+    # the levels of the plots: band 0 is low in class 0, band 1 in class 1
+    shown = torch.where(image[:, 0] < 0, 0, torch.where(image[:, 1] < 0, 1, 2))
+    assert (shown == label).float().mean() > 0.97  # all but edges, which the kernel softens
+    assert len({tuple(each.flatten().tolist()) for each in label}) == len(label)  # crops differ
 
 
 def test_random_encoders_are_drawn_by_seed(scenes, encoder, tmp_path):

@@ -256,6 +256,14 @@ def test_split_by_ground_drops_nothing_on_one_grid(folder):
     assert [(task.split == s).sum() for s in tasks.SPLITS] == [20 * 4, 6 * 4, 6 * 4]
 
 
+def test_filling_up_the_last_tiles_takes_no_ground(folder):
+    rng = np.random.default_rng(0)
+    for i in range(2):  # side by side; the first one's last tiles reach 40 m into the second
+        place = (500000 + 600 * i, 5000000)
+        folder(f"part_{i}", pixels(rng, 64, 60), labels(rng, 64, 60), place=place)
+    assert all(len(folder.load(block=2, split_seed=s).images) == 2 * 64 for s in range(3))
+
+
 def test_split_is_drawn_by_seed(folder):
     rng = np.random.default_rng(0)
     folder("a", pixels(rng, 64, 64), labels(rng, 64, 64), place=(500000, 5000000))
