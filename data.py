@@ -249,8 +249,12 @@ def pack(
     Prints a report and returns the store's meta. Raises FileNotFoundError, FileExistsError or
     ValueError, one sentence that names file or flag and remedy; `out` then stays as it was.
     """
-    if not (chip > 0 and (stride or chip) > 0 and split_block > 0):
-        raise ValueError("--chip, --stride and --split-block must be 1 or more")
+    stride = chip if stride is None else stride
+    if min(chip, stride, split_block) < 1 or seed < 0:
+        raise ValueError(
+            f"--chip {chip}, --stride {stride} and --split-block {split_block} must be 1 or more, "
+            f"--seed {seed} 0 or more"
+        )
     if not (0 < min_valid <= 1 and 0 <= val and 0 <= test and val + test < 1):
         raise ValueError(
             f"--min-valid {min_valid} must be above 0 and at most 1, --val {val} and --test {test} "
@@ -264,7 +268,7 @@ def pack(
     mr_sources, band_names = open_sources(mr, "mr", mr_bands, band_names, nodata)
     hr_sources, _ = open_sources(hr, "hr", hr_bands, band_names, nodata)
     pairs = [
-        (m, chip_corners(m.info, chip, stride or chip), [(h, *align(m.info, h.info)) for h in hrs])
+        (m, chip_corners(m.info, chip, stride), [(h, *align(m.info, h.info)) for h in hrs])
         for m, hrs in pair_up(mr_sources, hr_sources)
     ]
     ratio, hr_size = common_geometry(pairs, chip)
@@ -310,7 +314,11 @@ def pack(
         sizes = np.bincount(ids[:, 0], minlength=len(names))
         split = assign_splits(sizes, {"val": val, "test": test}, seed)[ids]
         alone = (split == split[:, :1]).all(1)
-        skipped += [r | {"reason": "touches two splits"} for r in np.array(kept)[~alone]]
+        skipped += [
+            r | {"reason": "touches two splits"}
+            for r, ok in zip(kept, alone, strict=True)
+            if not ok
+        ]
         keep = np.flatnonzero(alone)
         for sensor in ("mr", "hr"):
             keep_chips(store / f"{sensor}.npy", keep, len(kept), shape[sensor], dtype[sensor])
@@ -558,7 +566,7 @@ def cut_chips(mr, corners, partners, chip, hr_size, min_valid, nonfinite):
     """
     name = mr.info.path.as_posix()
     if not partners or not len(corners):
-        reason = "smaller than a chip" if partners else "no HR file overlaps it"
+        reason = "smaller than a chip" if partners else "no HR file for it"
         yield {"mr_source": name, "reason": reason}, None
         return
     pixels = mr.info.dtype.itemsize + partners[0][0].info.dtype.itemsize * partners[0][1].prod()
@@ -688,20 +696,19 @@ def assign_splits(sizes, fractions, seed):
     """
     split = np.full(len(sizes), "train")
     order = np.random.default_rng(seed).permutation(np.flatnonzero(sizes))
+    left = len(order)  # blocks that train has
     for name, fraction in fractions.items():
         target, taken = fraction * sizes.sum(), 0
         for block in order:
-            spare = (split[order] == "train").sum() > 1
-            if (
-                spare
-                and split[block] == "train"
-                and abs(taken + sizes[block] - target) < target - taken
-            ):
+            closer = abs(taken + sizes[block] - target) < target - taken
+            if closer and split[block] == "train" and left > 1:
                 split[block] = name
                 taken += sizes[block]
-        free = order[split[order] == "train"]
-        if fraction and not taken and len(free) > 1:
+                left -= 1
+        if fraction and not taken and left > 1:
+            free = order[split[order] == "train"]
             split[free[np.abs(sizes[free] - target).argmin()]] = name
+            left -= 1
     return split
 
 
@@ -743,7 +750,7 @@ def is_store(path):
 
 def reasons(skipped):
     counts = Counter(row["reason"] for row in skipped)
-    return ", ".join(f"{n} {reason}" for reason, n in counts.most_common()) or "none skipped"
+    return ", ".join(f"{n} {reason}" for reason, n in counts.most_common()) or "none"
 
 
 def report(out, meta, skipped):
@@ -756,7 +763,7 @@ def report(out, meta, skipped):
         gsd = meta["gsd"][sensor]
         print(
             f"  {sensor}: {meta['provenance']['files'][sensor]} files, chips {bands} x {rows} x "
-            f"{cols} {meta['dtype'][sensor]}, " + (f"{gsd:g} a pixel" if gsd else "no georeference")
+            f"{cols} {meta['dtype'][sensor]}, " + (f"gsd {gsd:g}" if gsd else "no georeference")
         )
         for band, mean, std in zip(
             meta["bands"], meta["mean"][sensor], meta["std"][sensor], strict=True
