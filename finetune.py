@@ -99,8 +99,8 @@ def parse_args(argv):
     flag("--labels", type=fraction, default=1.0, help="fraction of the training tiles whose labels "
          "are used, drawn by seed (default 1)")
     flag("--seeds", type=positive, default=1, help="runs, with seeds 0, 1, ...: weights of the "
-         "linear layer, order, crops, choice of --labels (default 1; seeds differ by up to a point of "
-         "mIoU, so compare over 5)")
+         "linear layer, order, crops, choice of --labels (default 1; seeds differ by up to a point "
+         "of mIoU, so compare over 5)")
 
     flag = parser.add_argument_group("output").add_argument
     flag("--out", type=Path, default=Path("out/results"), help="folder; results.jsonl in it gains "
