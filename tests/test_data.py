@@ -467,6 +467,13 @@ def test_splits_share_no_ground(tmp_path, seed):
     assert len(store.split("train")) == meta["splits"]["train"]
     assert store.split("val").dtype == np.int64
     assert np.array_equal(store.split("test"), np.flatnonzero(split == "test"))
+    scenes = {name: geotiff.read(tmp_path / "mr" / name) for name in ("a.tif", "b.tif")}
+    for chip, row in zip(
+        store.mr, rows, strict=True
+    ):  # still each its own after chips were dropped
+        r, c = int(row["row"]), int(row["col"])
+        scene = scenes[Path(row["mr_source"]).name]
+        assert np.array_equal(chip, scene[:, r : r + 16, c : c + 16])
 
 
 @pytest.mark.parametrize("sizes", [[1, 1], [64, 2], [5] * 6, [1] * 200, [0, 3, 3, 0], [9, 1, 1]])
