@@ -126,10 +126,16 @@ def init_xavier(module):
             nn.init.zeros_(module.bias)
 
 
+def check_heads(dim, heads):
+    if dim % heads:
+        raise ValueError(f"a width of {dim} does not divide into {heads} attention heads")
+    return heads
+
+
 class Attention(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
-        self.heads = heads
+        self.heads = check_heads(dim, heads)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
@@ -142,7 +148,7 @@ class Attention(nn.Module):
 class CrossAttention(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
-        self.heads = heads
+        self.heads = check_heads(dim, heads)
         self.q_proj = nn.Linear(dim, dim)
         self.kv_proj = nn.Linear(dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -199,8 +205,6 @@ class ViT(nn.Module):
         pos_grid=None,
     ):
         super().__init__()
-        if dim % heads:
-            raise ValueError(f"width {dim} does not divide into {heads} heads")
         if pos not in ("ijepa", "latentmim", "learned"):
             raise ValueError(f"pos is {pos!r}; choose ijepa, latentmim or learned")
         self.config = dict(

@@ -602,9 +602,9 @@ def main(args):
     coming = ahead.submit(prepare, start) if start < stop else None
     clock, logged = time.perf_counter(), start
     for step in range(start, stop):
-        ijepa = args.objective == "ijepa"  # which counts steps from 1 for its lr
+        ijepa = args.objective == "ijepa"  # whose lr and weight decay count steps from 1
         lr = warmup_cosine(step + ijepa, total, warmup, args.start_lr, args.lr, args.final_lr)
-        weight_decay = cosine(step, total, args.weight_decay, args.final_weight_decay)
+        weight_decay = cosine(step + ijepa, total, args.weight_decay, args.final_weight_decay)
         momentum = (linear if ijepa else cosine)(step, total, args.momentum, 1.0)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -705,6 +705,9 @@ def main(args):
         draw_tokens(args.out / "tokens.png", mr, hr, tokens, hr_tokens, encoder.patch_size, bands)
         print(f"{args.out}: encoder.safetensors to share, tokens.png to look at")
     if world > 1:
+        # DDP first: it lets go of the process group under Python's lock, for which gloo's threads
+        # may be waiting, and as the last owner it would wait for them in turn
+        del model
         dist.destroy_process_group()
 
 

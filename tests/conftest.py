@@ -10,7 +10,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("CROSSSCALE_SHARED", ROOT.parent / "shared")).resolve()
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it brings
 
 
 @pytest.fixture(scope="session")

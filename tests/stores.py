@@ -35,10 +35,10 @@ def write_store(path, chips=16, size=16, ratio=2, bands=("B", "G", "R", "NIR"), 
     }
     (path / "meta.json").write_text(json.dumps(meta))
     with open(path / "index.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, data.COLUMNS)
+        writer = csv.DictWriter(file, data.INDEX)
         writer.writeheader()
         for i in range(chips):
             split = "val" if i % 8 == 7 else "train"
-            row = dict.fromkeys(data.COLUMNS, 0) | {"chip": i, "split": split, "valid": 1}
+            row = dict.fromkeys(data.INDEX, 0) | {"chip": i, "split": split, "valid": 1}
             writer.writerow(row)
     return path

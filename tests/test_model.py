@@ -120,7 +120,7 @@ def test_vit_sizes_and_messages():
         encoder(torch.zeros(1, 3, 30, 32))
     with pytest.raises(ValueError, match="reads 3 bands, the images have 4"):
         encoder(torch.zeros(1, 4, 32, 32))
-    with pytest.raises(ValueError, match="width 16 does not divide into 3 heads"):
+    with pytest.raises(ValueError, match="a width of 16 does not divide into 3 attention heads"):
         small(heads=3)
     with pytest.raises(ValueError, match="choose ijepa, latentmim or learned"):
         small(pos="rotary")

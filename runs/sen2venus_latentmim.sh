@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Latent MIM with spatial affinity on Sen2Venus (Sentinel-2 10 m, VENuS 5 m), as in arXiv 2601.12964, on 8 GPUs.
+# VARIANT=mr, hr, sa-interp or sa-mse trains the other models of the paper.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+torchrun --nproc_per_node=8 train.py --store "${STORE:-stores/sen2venus}" \
+    --objective latentmim --variant "${VARIANT:-sa}" --model small --epochs 300 --compile "$@"

@@ -1,0 +1,409 @@
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+from stores import write_store
+
+import train
+from data import Store
+from model import ViT, load_encoder, save_encoder
+
+TINY = (
+    "--dim 16 --depth 1 --heads 2 --patch 4 --predictor-dim 16 --predictor-depth 1 --targets 2 "
+    "--target-scale 0.08 0.12 --head-dim 16 --decoder-dim 16 --decoder-depth 1 --decoder-heads 2 "
+    "--gap 2 --visible 10 --global-batch 4 --log-every 1 --lr 1e-3 --device cpu"
+).split()
+SIZE = {"ijepa": "24", "latentmim": "36"}  # 6 x 6 tokens
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return write_store(tmp_path_factory.mktemp("store") / "pairs")
+
+
+def command(store, out, objective="ijepa", steps=2, **flags):
+    words = [*TINY, "--store", store, "--out", out, "--objective", objective, "--steps", steps]
+    words += ["--mr-size", SIZE[objective]]
+    for name, value in flags.items():
+        words.append("--" + name.replace("_", "-"))
+        words += value if isinstance(value, list) else [] if value is True else [value]
+    return [str(word) for word in words]
+
+
+def run(*args, **flags):
+    train.main(train.parse_args(command(*args, **flags)))
+
+
+def log_of(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def weights_of(out):
+    return torch.load(out / "ckpt.pt", weights_only=True)["objective"]
+
+
+def same_weights(a, b):
+    assert a.keys() == b.keys()
+    assert all(a[key].equal(b[key]) for key in a)
+
+
+# ---- schedules
+
+
+def test_ijepa_schedules_golden(golden):
+    z = golden("b_ijepa_schedules")
+    total, warmup = int(z["T"]), int(z["warmup_steps"])
+    for step in range(total):
+        lr = train.warmup_cosine(step + 1, total, warmup, 2e-4, 1e-3, 1e-6)
+        assert lr == pytest.approx(float(z["lr"][step]), rel=1e-9)
+        # the published counter is one ahead for weight decay too: z["wd"][s] belongs to s + 1
+        weight_decay = train.cosine(step + 1, total, 0.04, 0.4)
+        assert weight_decay == pytest.approx(float(z["wd"][step]), rel=1e-9)
+        momentum = train.linear(step, total, 0.996, 1.0)
+        assert momentum == pytest.approx(float(z["ema"][step]), rel=1e-9)
+
+
+def test_latentmim_schedules_golden(golden):
+    z = golden("d_latentmim_schedules")
+    base, low = float(z["base_lr"]), float(z["base_lr"] * z["min_lr_frac"])
+    for epoch, lr, momentum in zip(z["epoch"], z["lr"], z["mom"], strict=True):
+        found = train.warmup_cosine(float(epoch), 300, 30, low, base, low)
+        assert found == pytest.approx(float(lr), rel=1e-9)
+        assert train.cosine(float(epoch), 300, 0.99, 1.0) == pytest.approx(float(momentum))
+
+
+def test_weight_decay_groups_golden(golden):
+    z = golden("d_latentmim_tiny_author")
+    for names, expected in ((z["wd_names"], True), (z["nowd_names"], False)):
+        for name in names:
+            parameter = torch.zeros(2, 2)
+            assert train.decays("latentmim", str(name), parameter) == expected, name
+    matrix, vector = torch.zeros(2, 2), torch.zeros(2)
+    assert train.decays("ijepa", "predictor.mask_token", torch.zeros(1, 1, 2))
+    assert train.decays("ijepa", "student.patch_embed.proj.weight", matrix)
+    assert not train.decays("ijepa", "student.norm.weight", vector)
+    assert not train.decays("ijepa", "student.blocks.0.attn.qkv.bias", vector)
+
+
+def test_ema(golden):
+    z = golden("d_latentmim_tiny_author")
+    name = "blocks.0.attn.qkv.weight"
+    teacher, student = torch.nn.Linear(64, 192), torch.nn.Linear(64, 192)
+    teacher.weight.data = z[f"sd/target_encoder.{name}"].clone()
+    student.weight.data = z[f"sd/encoder.{name}"].clone()
+    train.ema_update(teacher, student, 0.9)
+    torch.testing.assert_close(teacher.weight.data, z[f"ema0.9/target_encoder.{name}"])
+
+
+# ---- health
+
+
+def test_health_knows_collapse_from_variety():
+    generator = torch.Generator().manual_seed(0)
+    varied = torch.randn(8, 64, 32, generator=generator)
+    flat = torch.ones(8, 64, 32) + 1e-4 * varied
+    good = train.health(*train.token_sums(varied, 2 * varied))
+    bad = train.health(*train.token_sums(flat, flat))
+    assert good["rank"] > 28 and abs(good["cosine"]) < 0.01
+    assert good["target_var"] == pytest.approx(4, rel=0.1)
+    assert bad["rank"] < 1.1 and bad["cosine"] > 0.99 and bad["target_var"] < 1e-6
+    unit = F.normalize(varied.flatten(0, 1).double(), dim=-1)
+    assert good["cosine"] == pytest.approx(float((unit @ unit.mT).mean()))
+    values = torch.linalg.svdvals(varied.flatten(0, 1).double())
+    share = values / values.sum()
+    assert good["rank"] == pytest.approx(float((-share * share.log()).sum().exp()))
+    # sums over parts are the sums over the whole
+    parts = [train.token_sums(v, 2 * v) for v in varied.split(3)]
+    joined = train.health(*[sum(values) for values in zip(*parts, strict=True)])
+    assert joined == pytest.approx(good)
+
+
+def test_collapse_is_called_out_in_words(capsys):
+    entry = dict.fromkeys(
+        "step loss ssl affinity cosine target_var grad_norm lr momentum ms images_per_s".split(), 1
+    )
+    train.report(entry | {"rank": 1.2, "gb": None}, 10, 4000)
+    said = capsys.readouterr().out
+    assert "tokens have collapsed (effective rank 1.20)" in said and "1 h 7 min left" in said
+    train.report(entry | {"rank": 20.0, "gb": 2.5}, 10, 40)
+    said = capsys.readouterr().out
+    assert "collapsed" not in said and "2.5 GB | 40 s left" in said
+
+
+# ---- runs
+
+
+@pytest.mark.parametrize("objective", ["ijepa", "latentmim"])
+@pytest.mark.parametrize("variant", ["mr", "hr", "sa", "sa-interp", "sa-mse"])
+def test_variants(store, tmp_path, objective, variant, capsys):
+    out = tmp_path / "run"
+    run(store, out, objective, variant=variant)
+    log, config = log_of(out), json.loads((out / "config.json").read_text())
+    assert [entry["step"] for entry in log] == [1, 2]
+    assert all(math.isfinite(v) for e in log for v in e.values() if v is not None)
+    assert (log[0]["affinity"] > 0) == variant.startswith("sa")
+    assert log[0]["rank"] > 2
+    assert config["args"]["variant"] == variant and "torch" in config["versions"]
+    encoder = load_encoder(out)
+    weights = weights_of(out)
+    assert encoder.norm.weight.equal(weights["student.norm.weight"])
+    sensor = "hr" if variant == "hr" else "mr"
+    assert encoder.meta["std"] == Store(store).meta["std"][sensor]
+    assert encoder.meta["variant"] == variant and encoder.meta["step"] == 2
+    assert {p.name for p in out.iterdir()} == {
+        "config.json", "log.jsonl", "ckpt.pt", "encoder.safetensors", "tokens.png",
+    }  # fmt: skip
+    assert "step 00002/2 | loss" in capsys.readouterr().out
+    # the teacher moved, and not as far as the student
+    run(store, tmp_path / "start", objective, variant=variant, stop_at=1, lr=0, start_lr=0,
+        final_lr=0, weight_decay=0)  # fmt: skip
+    before = weights_of(tmp_path / "start")
+    key = "blocks.0.mlp.fc1.weight"
+    moved = [(weights[f"{who}.{key}"] - before[f"{who}.{key}"]).norm() for who in
+             ("teacher", "student")]  # fmt: skip
+    assert 0 < moved[0] < 0.1 * moved[1]
+
+
+OPTIONS = {
+    "ijepa": [
+        dict(affinity_index="block"),
+        dict(pos="ground"),
+        dict(ratio=3),
+        dict(context_cut="last"),
+        dict(precision="bfloat16"),
+        dict(compile=False, affinity_weight=0.5),
+    ],
+    "latentmim": [
+        dict(affinity_index="block", affinity_on="trunk"),
+        dict(pos="ground", gap_offset="paper"),
+        dict(ratio=1, precision="bfloat16"),
+        dict(gap=0, mr_size=24),
+    ],
+}
+
+
+@pytest.mark.parametrize("objective, flags", [(o, f) for o, fs in OPTIONS.items() for f in fs])
+def test_options_train_and_matter(store, tmp_path, objective, flags):
+    if flags.pop("compile", None) is False:
+        flags["no_compile"] = True
+    run(store, tmp_path / "a", objective)
+    run(store, tmp_path / "b", objective, **flags)
+    a, b = log_of(tmp_path / "a"), log_of(tmp_path / "b")
+    assert math.isfinite(b[-1]["loss"]) and b[-1]["affinity"] > 0
+    assert a[-1]["loss"] != b[-1]["loss"]
+
+
+@pytest.mark.parametrize("objective", ["ijepa", "latentmim"])
+def test_losses_fall(store, tmp_path, objective):
+    run(store, tmp_path / "run", objective, steps=30, lr=3e-3)
+    log = log_of(tmp_path / "run")
+    first, last = log[:5], log[-5:]
+    for key in ("ssl", "affinity"):
+        assert sum(e[key] for e in last) < sum(e[key] for e in first)
+
+
+@pytest.mark.parametrize("objective", ["ijepa", "latentmim"])
+def test_resume_is_bit_for_bit(store, tmp_path, objective):
+    flags = dict(steps=4, affinity_index="block")
+    run(store, tmp_path / "whole", objective, **flags)
+    run(store, tmp_path / "parts", objective, **flags, stop_at=2)
+    assert len(log_of(tmp_path / "parts")) == 2
+    # a line of a step after the checkpoint, as a killed run leaves it
+    with open(tmp_path / "parts" / "log.jsonl", "a") as log:
+        log.write(json.dumps({"step": 3, "loss": 99}) + "\n")
+    run(store, tmp_path / "parts", objective, **flags, resume=True)
+    same_weights(weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts"))
+    a, b = log_of(tmp_path / "whole"), log_of(tmp_path / "parts")
+    assert [e["loss"] for e in a] == [e["loss"] for e in b]
+    assert (tmp_path / "parts" / "ckpt.previous.pt").is_file()
+    # the seed is the run: another one differs
+    run(store, tmp_path / "other", objective, **flags, seed=1)
+    assert log_of(tmp_path / "other")[0]["loss"] != a[0]["loss"]
+
+
+def spawn(words, ranks):
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return subprocess.run(
+        [sys.executable, *launcher, str(ROOT / "train.py"), *words],
+        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("objective", ["ijepa", "latentmim"])
+def test_any_number_of_ranks_trains_the_same_run(store, tmp_path, objective):
+    """1 rank, 1 rank with accumulation, 2 ranks, 2 ranks with accumulation."""
+    flags = dict(steps=5, affinity_index="block") if objective == "latentmim" else dict(steps=5)
+    run(store, tmp_path / "one", objective, **flags)
+    run(store, tmp_path / "parts", objective, **flags, device_batch=1)
+    for name, more in (("two", {}), ("four", dict(device_batch=1))):
+        done = spawn(command(store, tmp_path / name, objective, **flags, **more), 2)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("step 00001/5") == 1  # one rank speaks
+    one = log_of(tmp_path / "one")
+    for name in ("parts", "two", "four"):
+        for a, b in zip(one, log_of(tmp_path / name), strict=True):
+            for key in ("loss", "ssl", "affinity", "rank", "cosine", "target_var", "grad_norm"):
+                assert b[key] == pytest.approx(a[key], rel=1e-5, abs=1e-6), (name, key)
+        for key, value in weights_of(tmp_path / name).items():
+            if key.endswith("bias"):
+                continue  # some have no gradient but rounding, which Adam blows up
+            torch.testing.assert_close(
+                value, weights_of(tmp_path / "one")[key], rtol=1e-3, atol=1e-4
+            )
+
+
+def parsed(store, objective, **flags):
+    return train.parse_args(command(store, "unused", objective, **flags))
+
+
+@pytest.mark.parametrize("objective", ["ijepa", "latentmim"])
+@pytest.mark.parametrize("ratio", [1, 2, 4])
+def test_the_teacher_sees_the_ground_of_the_students_tokens(tmp_path, objective, ratio):
+    """HR pixels of each MR token, averaged, are its MR pixels, at any ratio and offset."""
+    args = parsed(None, objective, ratio=ratio, gap_offset="same")
+    size = args.mr_size
+    store = Store(write_store(tmp_path / "s", 4, size, ratio))
+    meta = store.meta | {"mean": {"mr": [0.0] * 4, "hr": [0.0] * 4},
+                         "std": {"mr": [1.0] * 4, "hr": [1.0] * 4}}  # fmt: skip
+    objective_ = train.build_objective(args, meta["bands"])
+    masks = train.draw_step(args, objective_, 0)
+    masks["crop"] = torch.tensor([[0.0, 0.0, 1.0, 1.0]], dtype=torch.float64).expand(4, -1)
+    seen = {}
+
+    def affinity(tokens, index, hr, grid):
+        seen.update(index=index, hr=hr, grid=grid)
+        return tokens.sum()
+
+    *_, mr = train.step_losses(
+        args, objective_, objective_, affinity, meta, store.batch([0, 1, 2, 3]), masks
+    )
+    if objective == "latentmim":
+        mr = objective_.patches(mr, masks)
+    torch.testing.assert_close(F.avg_pool2d(seen["hr"], ratio), mr, atol=1.0, rtol=0)
+    assert seen["grid"] == (6, 6) and seen["index"].equal(masks["context"])
+
+
+def test_defaults_are_the_papers(store):
+    words = ["--store", str(store)]
+    args = train.parse_args(words)
+    assert (args.objective, args.patch, args.mr_size, args.lr) == ("ijepa", 14, 224, 1e-3)
+    assert (args.start_lr, args.final_lr, args.weight_decay) == (2e-4, 1e-6, 0.04)
+    assert args.out == Path("out/ijepa-sa-s0")
+    args = train.parse_args([*words, "--objective", "latentmim"])
+    assert (args.patch, args.mr_size, args.global_batch, args.lr) == (16, 280, 512, 3e-4)
+    assert (args.start_lr, args.beta2, args.momentum) == (7.5e-5, 0.95, 0.99)
+    args = train.parse_args([*words, "--objective", "latentmim", "--lr", "8e-4"])
+    assert (args.lr, args.start_lr, args.final_lr) == (8e-4, 2e-4, 2e-4)
+
+
+# ---- starting from other weights
+
+
+def test_init_from_rgb_weights(store, tmp_path, capsys):
+    encoder = ViT(3, 4, 32, 1, 4, class_token=True)
+    save_encoder(encoder, tmp_path / "rgb.safetensors")
+    run(store, tmp_path / "run", steps=1, init=tmp_path / "rgb.safetensors", lr=0, start_lr=0,
+        final_lr=0)  # fmt: skip
+    assert "3-band weights inflated to B,G,R,NIR" in capsys.readouterr().out
+    loaded = load_encoder(tmp_path / "run")
+    assert loaded.class_token and loaded.in_channels == 4
+    torch.testing.assert_close(loaded.norm.weight, encoder.norm.weight)
+    run(store, tmp_path / "again", "latentmim", steps=1, init=tmp_path / "run")
+    assert log_of(tmp_path / "again")[0]["rank"] > 2
+
+
+# ---- bad input, before any work
+
+
+def refused(message, *args, **flags):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run(*args, **flags)
+
+
+def test_bad_flags(store, tmp_path):
+    out = tmp_path / "run"
+    refused("--global-batch 10 is not a multiple of --device-batch 4 x 1 ranks = 4; try 8 or 12",
+            store, out, global_batch=10, device_batch=4)  # fmt: skip
+    refused("--mr-size 30 is no multiple of the 4 px patch; try 32", store, out, mr_size=30)
+    refused(r"--mr-size 40 is no multiple of the 4 px patch \+ 2 px gap; try 42",
+            store, out, "latentmim", mr_size=40)  # fmt: skip
+    refused("nowhere: not a store", tmp_path / "nowhere", out)
+    refused(
+        r"use smaller or fewer targets \(--target-scale",
+        store,
+        out,
+        mr_size=16,
+        target_scale=["0.6", "0.6"],
+    )
+    refused("40 visible patches leave fewer than two targets", store, out, "latentmim", visible=40)
+    refused("a width of 18 does not divide into 4 attention heads", store, out, heads=4, dim=16,
+            predictor_dim=18)  # fmt: skip
+    refused("nothing.pt: no such encoder", store, out, init=tmp_path / "nothing.pt")
+    save_encoder(ViT(2, 4, 192, 1, 3), tmp_path / "two.safetensors")
+    refused(r"reads 2 bands, the data has 4 \(B,G,R,NIR\)",
+            store, out, init=tmp_path / "two.safetensors")  # fmt: skip
+    if not torch.cuda.is_available():
+        refused("--device cuda: no GPU found; use --device cpu", store, out, device="cuda")
+    assert not out.exists()
+
+
+def test_store_without_training_chips(tmp_path):
+    path = write_store(tmp_path / "pairs")
+    index = path / "index.csv"
+    index.write_text(index.read_text().replace("train", "test"))
+    refused("no chip in its train split", path, tmp_path / "run")
+
+
+def test_run_directory_is_never_overwritten(store, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.png").write_bytes(b"cat")
+    refused("photos: exists and is not a run directory", store, tmp_path / "photos")
+    refused("no run in .*photos", store, tmp_path / "photos2", resume=True)
+    assert [p.name for p in (tmp_path / "photos").iterdir()] == ["cat.png"]
+    out = tmp_path / "run"
+    run(store, out, steps=3, save_every=1, stop_at=2)
+    refused("run: holds a run; add --resume", store, out, steps=3)
+    refused("trained with --dim 16, now 32; repeat its flags", store, out, steps=3, resume=True,
+            dim=32)  # fmt: skip
+    refused("trained with --objective ijepa, now latentmim", store, out, "latentmim", steps=3,
+            resume=True)  # fmt: skip
+    whole = (out / "ckpt.pt").read_bytes()
+    (out / "ckpt.pt").write_bytes(whole[: len(whole) // 2])
+    refused(r"ckpt\.pt: cannot be read .* rename .*ckpt\.previous\.pt", store, out, steps=3,
+            resume=True)  # fmt: skip
+    os.replace(out / "ckpt.previous.pt", out / "ckpt.pt")
+    run(store, out, steps=3, resume=True)  # the remedy works
+    assert [e["step"] for e in log_of(out)] == [1, 2, 3]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(store, tmp_path):
+    path = write_store(tmp_path / "pairs")
+    meta = json.loads((path / "meta.json").read_text())
+    meta["std"]["mr"] = [0.0] * 4
+    (path / "meta.json").write_text(json.dumps(meta))
+    refused("step 1: the loss is nan; .*lower --lr", path, tmp_path / "run")
+    assert not (tmp_path / "run" / "ckpt.pt").exists()
+
+
+def test_the_script_says_one_sentence(store, tmp_path):
+    words = command(store, tmp_path / "run", mr_size=30)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *words], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "train.py: --mr-size 30 is no multiple of the 4 px patch; try 32\n"
+
+
+def test_store_is_smooth_and_paired(store):
+    """The fixture itself: HR averages to MR, or the tests above mean nothing."""
+    batch = Store(store).batch(np.arange(4))
+    pooled = F.avg_pool2d(batch["hr"].float(), 2)
+    torch.testing.assert_close(pooled, batch["mr"].float(), atol=1.0, rtol=0)
