@@ -1,0 +1,198 @@
+"""The whole road in one command, without a download: scenes, pairs, pretraining, probe, picture.
+
+    python demo.py                          as `make demo`: Latent MIM, 6 minutes on 2 CPU cores
+    python demo.py --objective ijepa --out out/demo-ijepa
+    python demo.py --steps 20000            a budget at which pretraining has something to say
+
+Prints every command before it runs it, so that any of them can be typed, changed and run alone.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import geotiff
+from figures import composite, save_figure, token_colours
+from model import load_encoder
+
+HERE = Path(__file__).parent
+# One small architecture for both objectives, on chips of 64 x 64 px: 8 x 8 tokens.
+MODEL = "--model tiny --dim 128 --depth 4 --heads 4 --patch 8"
+OBJECTIVE = {
+    "latentmim": "--mr-size 96 --gap 4 --visible 16 --crop-scale 0.4 1 --head-dim 512 "
+    "--decoder-dim 128 --decoder-depth 2 --decoder-heads 4",
+    "ijepa": "--mr-size 64 --targets 3 --target-scale 0.1 0.15 --predictor-dim 96 "
+    "--predictor-depth 2",
+}
+TRAINING = "--global-batch 32 --lr 5e-4 --log-every 25"
+ENCODERS = ("random", "mr", "sa")
+
+
+def run(command):
+    """Print a command as one would type it, run it in the project's folder, stop where it fails."""
+    words = [str(word) for word in command]
+    print("\n$ " + shlex.join(["python", *words[1:]]), flush=True)
+    done = subprocess.run(words, cwd=HERE)
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def print_table(rows):
+    """mIoU per encoder, mean and deviation over seeds, and the IoU of every class."""
+    names = list(next(iter(rows.values()))[0]["iou"])
+    print(f"\n{'encoder':<10}{'mIoU':>8}{'+-':>8}" + "".join(f"{name:>11}" for name in names))
+    for encoder, seeds in rows.items():
+        miou = np.array([row["miou"] for row in seeds])
+        iou = np.array([[row["iou"][name] for name in names] for row in seeds], float)
+        line = f"{encoder:<10}{miou.mean():8.4f}{miou.std(ddof=1) if len(miou) > 1 else 0:8.4f}"
+        print(line + "".join(f"{value:11.3f}" for value in np.nanmean(iou, 0)))
+
+
+def meaning(rows, steps):
+    """One honest sentence on what the table says."""
+    scores = {name: np.array([row["miou"] for row in seeds]) for name, seeds in rows.items()}
+    spread = max(s.std(ddof=1) if len(s) > 1 else 0.0 for s in scores.values())
+    gain = {name: scores[name].mean() - scores["random"].mean() for name in ("mr", "sa")}
+    hr = scores["sa"].mean() - scores["mr"].mean()
+    verdict = ", ".join(
+        f"{name} {'beats' if g > 2 * spread else 'loses to' if g < -2 * spread else 'equals'} "
+        f"random by {100 * g:+.1f} points"
+        for name, g in gain.items()
+    )
+    return (
+        f"After {steps} steps {verdict}; HR affinity adds {100 * hr:+.1f} to mr (probe seeds "
+        f"differ by {100 * spread:.1f}; one seed of pretraining says nothing of its own spread)."
+    )
+
+
+def draw(out, names, side=64):
+    """HR, MR, label, prediction and token colours of three test scenes -> out/figure.png."""
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    classes = (out / "task" / "classes.txt").read_text().split("\n")[:-1]
+    colours = ListedColormap(
+        ["#2b6cb0", "#1b4d2b", "#6aa84f", "#f1c232", "#e69138", "#b6d7a8", "#a0724a", "#7f7f7f"]
+    )
+    encoders = {
+        name: load_encoder(out / name if name != "random" else out / "mr") for name in names
+    }
+    untrained = encoders["random"]
+    torch.manual_seed(0)
+    encoders["random"] = type(untrained)(**untrained.config).eval()
+    scenes = sorted(p.name for p in (out / "maps_mr").glob("*.tif"))[:3]
+
+    # the window of each scene with the most predicted ground and classes in it
+    rows = []
+    for scene in scenes:
+        label = geotiff.read(out / "task" / "masks" / scene)[0]
+        known = geotiff.read(out / "maps_mr" / scene)[0] != 255
+        spots = [(r, c) for r in range(0, label.shape[0] - side + 1, side)
+                 for c in range(0, label.shape[1] - side + 1, side)]  # fmt: skip
+        row, col = max(
+            spots,
+            key=lambda s: (
+                known[s[0] : s[0] + side, s[1] : s[1] + side].mean(),
+                len(np.unique(label[s[0] : s[0] + side, s[1] : s[1] + side])),
+            ),
+        )
+        window = (row, col, side, side)
+        read = {
+            "mr": geotiff.read(out / "task" / "mr" / scene, window),
+            "hr": geotiff.read(out / "task" / "hr" / scene, tuple(2 * w for w in window)),
+            "label": label[row : row + side, col : col + side],
+        }
+        for name in names:
+            read[f"{name}: prediction"] = geotiff.read(out / f"maps_{name}" / scene, window)[0]
+        rows.append(read)
+
+    bands = ["B", "G", "R", "NIR"]
+    mr, hr = (
+        torch.from_numpy(np.stack([row[sensor] for row in rows]).astype(np.float32))
+        for sensor in ("mr", "hr")
+    )
+    mean, std = (torch.tensor(encoders["mr"].meta[key]).view(-1, 1, 1) for key in ("mean", "std"))
+    columns = {"HR": composite(hr, bands), "MR": composite(mr, bands)}
+    labels = {
+        key: np.stack([row[key] for row in rows])
+        for key in ("label", *(f"{name}: prediction" for name in names))
+    }
+    for name in names:
+        patch = encoders[name].patch_size
+        with torch.no_grad():
+            tokens = encoders[name]((mr - mean) / std)
+        columns[f"{name}: tokens"] = token_colours(tokens, (side // patch, side // patch))
+
+    count = len(columns) + len(labels)
+    figure = Figure(figsize=(1.9 * count, 2.0 * len(rows) + 0.6))
+    axes = figure.subplots(len(rows), count, squeeze=False)
+    order = ["HR", "MR", *labels, *(key for key in columns if "tokens" in key)]
+    for column, title in zip(axes.T, order, strict=True):
+        column[0].set_title(title, fontsize=9)
+        for k, axis in enumerate(column):
+            if title in labels:
+                shown = np.ma.masked_equal(labels[title][k], 255)
+                axis.imshow(shown, colours, vmin=0, vmax=7, interpolation="nearest")
+            else:
+                axis.imshow(columns[title][k].numpy(), interpolation="nearest")
+            axis.axis("off")
+    handles = [Patch(color=colours(i), label=name) for i, name in enumerate(classes)]
+    figure.legend(
+        handles=handles, loc="lower center", ncols=len(classes), fontsize=8, frameon=False
+    )
+    save_figure(figure, out / "figure.png")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    flag = parser.add_argument
+    flag("--out", type=Path, default=Path("out/demo"), help="new folder (default out/demo)")
+    flag("--objective", choices=sorted(OBJECTIVE), default="latentmim", help="default latentmim")
+    flag("--steps", type=int, default=500, help="of pretraining, per encoder (default 500)")
+    flag("--seeds", type=int, default=3, help="of the probe (default 3)")
+    flag("--quick", action="store_true", help="a minute: few scenes and steps, to see it work")
+    args = parser.parse_args()
+    if args.out.exists():
+        sys.exit(f"demo.py: {args.out} exists; remove it to run the demo anew, or choose --out")
+    scenes, task, size, steps, epochs = (24, 12, 256, args.steps, 60)
+    if args.quick:
+        scenes, task, size, steps, epochs = (4, 4, 128, 20, 10)
+    out, python, start = args.out.resolve(), sys.executable, time.perf_counter()
+
+    run([python, "scenes.py", out / "pairs", "--scenes", scenes, "--size", size, "--seed", 0])
+    run([python, "scenes.py", out / "task", "--scenes", task, "--size", size, "--seed", 1])
+    run([python, "data.py", "pack", "--mr", out / "pairs/mr", "--hr", out / "pairs/hr",
+         out / "store", "--chip", 64])  # fmt: skip
+    for variant in ("mr", "sa"):
+        run([python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1",
+             "train.py", "--store", out / "store", "--out", out / variant, "--variant", variant,
+             "--objective", args.objective, *MODEL.split(), *OBJECTIVE[args.objective].split(),
+             *TRAINING.split(), "--steps", steps])  # fmt: skip
+    rows = {}
+    for name in ENCODERS:
+        encoder = f"random:{out / 'mr'}" if name == "random" else out / name
+        results = out / f"results_{name}"
+        run([python, "finetune.py", "--encoder", encoder, "--images", out / "task/mr", "--masks",
+             out / "task/masks", "--classes", out / "task/classes.txt", "--image-size", 64,
+             "--no-crop", "--epochs", epochs, "--seeds", args.seeds, "--out", results, "--maps",
+             out / f"maps_{name}"])  # fmt: skip
+        lines = (results / "results.jsonl").read_text().splitlines()
+        rows[name] = [json.loads(line) for line in lines]
+
+    draw(out, ENCODERS)
+    print_table(rows)
+    print("\n" + meaning(rows, steps))
+    print("A larger budget: python demo.py --steps 20000 --out out/demo-long")
+    print(f"Look at {args.out / 'figure.png'} ({time.perf_counter() - start:.0f} s in all)")
+
+
+if __name__ == "__main__":
+    main()
