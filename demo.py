@@ -52,7 +52,9 @@ def print_table(rows):
         miou = np.array([row["miou"] for row in seeds])
         iou = np.array([[row["iou"][name] for name in names] for row in seeds], float)
         line = f"{encoder:<10}{miou.mean():8.4f}{miou.std(ddof=1) if len(miou) > 1 else 0:8.4f}"
-        print(line + "".join(f"{value:11.3f}" for value in np.nanmean(iou, 0)))
+        seen = np.isfinite(iou).sum(0)  # a class absent from labels and predictions has no IoU
+        mean = np.where(seen, np.nansum(iou, 0) / np.maximum(seen, 1), np.nan)
+        print(line + "".join(f"{value:11.3f}" for value in mean))
 
 
 def meaning(rows, steps):

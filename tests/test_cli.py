@@ -1,0 +1,86 @@
+"""What holds for all scripts together: help, imports without Triton, and what the README names."""
+
+import functools
+import importlib
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+SCRIPTS = ["train.py", "finetune.py", "scenes.py", "demo.py", "data.py pack"]
+MODULES = sorted(p.stem for p in ROOT.glob("*.py"))
+
+
+def python(*words):
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=ROOT)
+
+
+@functools.cache  # importing torch takes seconds
+def help_of(script):
+    done = python(*script.split(), "--help")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_has_a_help(script):
+    text = help_of(script)
+    # an option without help ends its line, and the next option follows
+    bare = re.findall(r"^  (--[\w-]+)[^\n]*\n(?=  --|\n|$)", text, re.M)
+    assert [flag for flag in bare if not re.search(rf"{flag}\b[^\n]*  \S", text)] == []
+
+
+@pytest.mark.parametrize("words", ["train --sto", "finetune --enc", "scenes --sce", "demo --obj"])
+def test_flags_are_never_abbreviated(words, monkeypatch, capsys):
+    script, flag = words.split()
+    module = importlib.import_module(script)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", flag, "1"])
+    with pytest.raises(SystemExit) as stopped:
+        getattr(module, "parse_args", module.main)(*[None] * (script == "finetune"))
+    assert stopped.value.code == 2 and "usage" in capsys.readouterr().err
+
+
+def test_everything_imports_without_triton():
+    """As on macOS and Windows: the import system is told that Triton is not there."""
+    code = f"import sys; sys.modules['triton'] = None\nimport {', '.join(MODULES)}"
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_step_trains_without_triton(tmp_path):
+    """The affinity loss and its gradient, with Triton hidden."""
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch; from affinity import gram_loss\n"
+        "s = torch.randn(2, 5, 8, requires_grad=True)\n"
+        "gram_loss(s, torch.randn(2, 20, 8)).backward(); assert s.grad.abs().sum() > 0"
+    )
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_readme_names_what_is_there():
+    readme = (ROOT / "README.md").read_text()
+    for module, name in re.findall(r"`(\w+)\.(\w+)`", readme):
+        if module in MODULES and name != "py":
+            assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
+    for file in re.findall(r"`((?:runs/|tests/)?\w+\.(?:py|txt))`", readme):
+        if file != "task/classes.txt":
+            assert (ROOT / file).exists(), file
+    flags = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", readme)) - {"--nproc"}
+    helps = "".join(help_of(script) for script in SCRIPTS)
+    assert sorted(f for f in flags if f not in helps) == []
+
+
+@pytest.mark.parametrize("run", sorted(p.name for p in (ROOT / "runs").glob("*.sh")))
+def test_published_runs_are_commands_of_train(run):
+    import train
+
+    text = (ROOT / "runs" / run).read_text().replace("\\\n", " ")
+    words = re.search(r"train\.py (.*)", text)[1].replace('"$@"', "")
+    words = re.sub(r'"\$\{\w+:-([^}]*)\}"', r"\1", words).split()
+    args = train.parse_args(words)
+    assert args.objective in run and str(args.store).split("/")[-1] in run
+    assert (args.model, args.epochs, args.variant) == ("small", 300, "sa")
