@@ -17,21 +17,26 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 
 import geotiff
 from figures import composite, save_figure, token_colours
 from model import load_encoder
 
 HERE = Path(__file__).parent
-# One small architecture for both objectives, on chips of 64 x 64 px: 8 x 8 tokens.
-MODEL = "--model tiny --dim 128 --depth 4 --heads 4 --patch 8"
+# One small architecture for both objectives: windows of 32 x 32 px are 8 x 8 tokens of 4 px. Tokens
+# this small leave texture to what the transformer makes of several, so that there is something to
+# learn; at this budget little of it is.
+SIDE = 32
+MODEL = "--model tiny --dim 96 --depth 4 --heads 4 --patch 4"
 OBJECTIVE = {
-    "latentmim": "--mr-size 96 --gap 4 --visible 16 --crop-scale 0.4 1 --head-dim 512 "
-    "--decoder-dim 128 --decoder-depth 2 --decoder-heads 4",
-    "ijepa": "--mr-size 64 --targets 3 --target-scale 0.1 0.15 --predictor-dim 96 "
-    "--predictor-depth 2",
+    "latentmim": "--mr-size 40 --gap 1 --visible 20 --head-dim 256 --decoder-dim 96 "
+    "--decoder-depth 1 --decoder-heads 4 --momentum 0.99",
+    "ijepa": "--mr-size 32 --targets 3 --target-scale 0.1 0.15 --predictor-dim 48 "
+    "--predictor-depth 1 --momentum 0.99",
 }
-TRAINING = "--global-batch 32 --lr 5e-4 --log-every 25"
+TRAINING = "--global-batch 32 --lr 1e-3 --crop-scale 0.6 1 --log-every 25"
+PROBE = f"--tile {SIDE} --image-size {SIDE} --no-crop --lr 1e-2 --schedule cosine"
 ENCODERS = ("random", "mr", "sa")
 
 
@@ -74,7 +79,17 @@ def meaning(rows, steps):
     )
 
 
-def draw(out, names, side=64):
+def tile_colours(encoder, images):
+    """Token colours of images (B, C, h, w), encoded in the tiles of SIDE pixels that the encoder
+    knows: (B, h / patch, w / patch, 3)."""
+    rows, cols, grid = images.shape[2] // SIDE, images.shape[3] // SIDE, SIDE // encoder.patch_size
+    tiles = rearrange(images, "b c (i h) (j w) -> (b i j) c h w", h=SIDE, w=SIDE)
+    with torch.no_grad():
+        colours = token_colours(encoder(tiles), (grid, grid))
+    return rearrange(colours, "(b i j) h w c -> b (i h) (j w) c", i=rows, j=cols)
+
+
+def draw(out, names, side=2 * SIDE):
     """HR, MR, label, prediction and token colours of three test scenes -> out/figure.png."""
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
@@ -128,10 +143,7 @@ def draw(out, names, side=64):
         for key in ("label", *(f"{name}: prediction" for name in names))
     }
     for name in names:
-        patch = encoders[name].patch_size
-        with torch.no_grad():
-            tokens = encoders[name]((mr - mean) / std)
-        columns[f"{name}: tokens"] = token_colours(tokens, (side // patch, side // patch))
+        columns[f"{name}: tokens"] = tile_colours(encoders[name], (mr - mean) / std)
 
     count = len(columns) + len(labels)
     figure = Figure(figsize=(1.9 * count, 2.0 * len(rows) + 0.6))
@@ -164,15 +176,15 @@ def main():
     args = parser.parse_args()
     if args.out.exists():
         sys.exit(f"demo.py: {args.out} exists; remove it to run the demo anew, or choose --out")
-    scenes, task, size, steps, epochs = (24, 12, 256, args.steps, 60)
+    scenes, task, size, steps, epochs = 24, 12, 256, args.steps, 60
     if args.quick:
-        scenes, task, size, steps, epochs = (4, 4, 128, 20, 10)
+        scenes, task, size, steps, epochs = 4, 4, 128, 20, 10
     out, python, start = args.out.resolve(), sys.executable, time.perf_counter()
 
     run([python, "scenes.py", out / "pairs", "--scenes", scenes, "--size", size, "--seed", 0])
     run([python, "scenes.py", out / "task", "--scenes", task, "--size", size, "--seed", 1])
     run([python, "data.py", "pack", "--mr", out / "pairs/mr", "--hr", out / "pairs/hr",
-         out / "store", "--chip", 64])  # fmt: skip
+         out / "store", "--chip", SIDE])  # fmt: skip
     for variant in ("mr", "sa"):
         run([python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1",
              "train.py", "--store", out / "store", "--out", out / variant, "--variant", variant,
@@ -183,8 +195,8 @@ def main():
         encoder = f"random:{out / 'mr'}" if name == "random" else out / name
         results = out / f"results_{name}"
         run([python, "finetune.py", "--encoder", encoder, "--images", out / "task/mr", "--masks",
-             out / "task/masks", "--classes", out / "task/classes.txt", "--image-size", 64,
-             "--no-crop", "--epochs", epochs, "--seeds", args.seeds, "--out", results, "--maps",
+             out / "task/masks", "--classes", out / "task/classes.txt", *PROBE.split(), "--epochs",
+             epochs, "--seeds", args.seeds, "--out", results, "--maps",
              out / f"maps_{name}"])  # fmt: skip
         lines = (results / "results.jsonl").read_text().splitlines()
         rows[name] = [json.loads(line) for line in lines]
