@@ -170,7 +170,7 @@ def main():
     flag = parser.add_argument
     flag("--out", type=Path, default=Path("out/demo"), help="new folder (default out/demo)")
     flag("--objective", choices=sorted(OBJECTIVE), default="latentmim", help="default latentmim")
-    flag("--steps", type=int, default=700, help="of pretraining, per encoder (default 700)")
+    flag("--steps", type=int, default=500, help="of pretraining, per encoder (default 500)")
     flag("--seeds", type=int, default=3, help="of the probe (default 3)")
     flag("--quick", action="store_true", help="a minute: few scenes and steps, to see it work")
     args = parser.parse_args()
