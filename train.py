@@ -151,6 +151,20 @@ def health(second_moment, unit_sum, target_sum, target_square, count):
 # ---- flags
 
 
+def positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 up")
+    return value
+
+
+def share_of_one(text):
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+    return value
+
+
 # fmt: off
 def parse_args(argv=None):
     p = argparse.ArgumentParser(
@@ -169,42 +183,42 @@ def parse_args(argv=None):
                    "is the MR crop resampled; sa-mse: tokens instead of Gram matrices")
     g.add_argument("--seed", type=int, default=0, help="weights, order, crops and masks")
     g.add_argument("--resume", action=on_off, default=False, help="continue the run in --out")
-    g.add_argument("--stop-at", type=int, metavar="STEP", help="checkpoint and stop here, early")
+    g.add_argument("--stop-at", type=positive, metavar="STEP", help="checkpoint and stop here, early")
 
     g = p.add_argument_group("images")
-    g.add_argument("--mr-size", type=int, help="pixels a side that MR crops are resampled to; "
+    g.add_argument("--mr-size", type=positive, help="pixels a side that MR crops are resampled to; "
                    "paper: 224 (ijepa), 280 (latentmim, gaps included)")
-    g.add_argument("--ratio", type=int, default=2, help="HR tokens per MR token side; paper: 2")
-    g.add_argument("--crop-scale", type=float, nargs=2, metavar=("MIN", "MAX"),
+    g.add_argument("--ratio", type=positive, default=2, help="HR tokens per MR token side; paper: 2")
+    g.add_argument("--crop-scale", type=share_of_one, nargs=2, metavar=("MIN", "MAX"),
                    help="share of the chip's area; paper: 0.3 1 (ijepa), 0.2 1 (latentmim)")
 
     g = p.add_argument_group("model")
     g.add_argument("--model", choices=sorted(SIZES), default="small", help="paper: small")
-    g.add_argument("--patch", type=int, help="pixels; paper: 14 (ijepa), 16 (latentmim)")
-    g.add_argument("--dim", type=int, help="width, instead of the model's")
-    g.add_argument("--depth", type=int, help="blocks, instead of the model's")
-    g.add_argument("--heads", type=int, help="attention heads, instead of the model's")
+    g.add_argument("--patch", type=positive, help="pixels; paper: 14 (ijepa), 16 (latentmim)")
+    g.add_argument("--dim", type=positive, help="width, instead of the model's")
+    g.add_argument("--depth", type=positive, help="blocks, instead of the model's")
+    g.add_argument("--heads", type=positive, help="attention heads, instead of the model's")
     g.add_argument("--init", type=Path, metavar="CKPT", help="start from this encoder, whose "
                    "architecture replaces the flags above; 3-band weights are inflated")
 
     g = p.add_argument_group("I-JEPA")
-    g.add_argument("--predictor-dim", type=int, default=384, help="width; paper: 384")
-    g.add_argument("--predictor-depth", type=int, default=12, help="blocks; paper: 12")
-    g.add_argument("--targets", type=int, default=4, help="target blocks an image; paper: 4")
-    g.add_argument("--target-scale", type=float, nargs=2, default=[0.15, 0.2],
+    g.add_argument("--predictor-dim", type=positive, default=384, help="width; paper: 384")
+    g.add_argument("--predictor-depth", type=positive, default=12, help="blocks; paper: 12")
+    g.add_argument("--targets", type=positive, default=4, help="target blocks an image; paper: 4")
+    g.add_argument("--target-scale", type=share_of_one, nargs=2, default=[0.15, 0.2],
                    metavar=("MIN", "MAX"), help="share of the grid; paper: 0.15 0.2")
-    g.add_argument("--context-scale", type=float, nargs=2, default=[0.85, 1.0],
+    g.add_argument("--context-scale", type=share_of_one, nargs=2, default=[0.85, 1.0],
                    metavar=("MIN", "MAX"), help="share of the grid; paper: 0.85 1")
     g.add_argument("--context-cut", choices=["random", "last"], default="random",
                    help="ids that go when contexts are cut to one length; paper: last")
 
     g = p.add_argument_group("Latent MIM")
     g.add_argument("--gap", type=int, default=4, help="pixels between MR patches; paper: 4")
-    g.add_argument("--visible", type=int, default=20, help="patches the student sees; paper: 20")
-    g.add_argument("--head-dim", type=int, default=4096, help="projection width; paper: 4096")
-    g.add_argument("--decoder-dim", type=int, default=512, help="width; paper: 512")
-    g.add_argument("--decoder-depth", type=int, default=3, help="blocks; paper: 3")
-    g.add_argument("--decoder-heads", type=int, default=16, help="attention heads; paper: 16")
+    g.add_argument("--visible", type=positive, default=20, help="patches the student sees; paper: 20")
+    g.add_argument("--head-dim", type=positive, default=4096, help="projection width; paper: 4096")
+    g.add_argument("--decoder-dim", type=positive, default=512, help="width; paper: 512")
+    g.add_argument("--decoder-depth", type=positive, default=3, help="blocks; paper: 3")
+    g.add_argument("--decoder-heads", type=positive, default=16, help="attention heads; paper: 16")
     g.add_argument("--tau", type=float, default=0.2, help="InfoNCE temperature; paper: 0.2")
     g.add_argument("--gap-offset", choices=["same", "paper"], default="same",
                    help="HR patches on the ground of their MR patch, or drawn apart; "
@@ -221,12 +235,12 @@ def parse_args(argv=None):
 
     g = p.add_argument_group("optimisation")
     g.add_argument("--epochs", type=float, default=300, help="passes over the store; paper: 300")
-    g.add_argument("--steps", type=int, help="updates, instead of --epochs")
+    g.add_argument("--steps", type=positive, help="updates, instead of --epochs")
     g.add_argument("--warmup-epochs", type=float, help="as if --epochs was 300; with --steps, the "
                    "same share of them; paper: 40 (ijepa), 30 (latentmim)")
-    g.add_argument("--global-batch", type=int, help="pairs an update, over all ranks; paper: 128 "
+    g.add_argument("--global-batch", type=positive, help="pairs an update, over all ranks; paper: 128 "
                    "a GPU (ijepa, here 1024), 512 (latentmim)")
-    g.add_argument("--device-batch", type=int, help="pairs at once on a rank; the rest accumulates "
+    g.add_argument("--device-batch", type=positive, help="pairs at once on a rank; the rest accumulates "
                    "(none: the rank's whole share)")
     g.add_argument("--lr", type=float, help="peak; paper: 1e-3 (ijepa), 1.5e-4 x global batch / "
                    "256 (latentmim)")
@@ -244,12 +258,21 @@ def parse_args(argv=None):
                    default="auto", help="autocast; auto: bfloat16 on a GPU that has it, else "
                    "float16; float32 on the CPU")
     g.add_argument("--compile", action=on_off, default=False, help="torch.compile the objective")
-    g.add_argument("--log-every", type=int, default=50, help="steps between log lines")
-    g.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints")
+    g.add_argument("--log-every", type=positive, default=50, help="steps between log lines")
+    g.add_argument("--save-every", type=positive, default=1000, help="steps between checkpoints")
 
     objective = p.parse_known_args(argv)[0].objective
     p.set_defaults(**PAPER[objective])
     args = p.parse_args(argv)
+    for name in ("crop_scale", "target_scale", "context_scale"):
+        low, high = getattr(args, name)
+        if low > high:
+            p.error(f"argument --{name.replace('_', '-')}: MIN {low} is above MAX {high}")
+    for name in ("seed", "gap"):
+        if getattr(args, name) < 0:
+            p.error(f"argument --{name}: {getattr(args, name)} is below 0")
+    if args.tau <= 0 or args.epochs <= 0:
+        p.error("arguments --tau and --epochs must be above 0")
     if args.out is None:
         args.out = Path("out") / f"{args.objective}-{args.variant}-s{args.seed}"
     if args.lr is None:
@@ -570,7 +593,8 @@ def main(args):
         # log lines after the checkpoint belong to steps that will be taken again
         log_path = args.out / "log.jsonl"
         lines = log_path.read_text().splitlines(True) if saved is not None else []
-        kept = "".join(line for line in lines if json.loads(line)["step"] <= start)
+        whole = [line for line in lines if line.endswith("\n")]  # a kill may cut the last one
+        kept = "".join(line for line in whole if json.loads(line)["step"] <= start)
         write_atomic(log_path, lambda to: to.write_text(kept))
         print(
             f"{args.out}: {args.objective} {args.variant}, encoder of "
@@ -719,3 +743,6 @@ if __name__ == "__main__":
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("train.py: interrupted; the same command with --resume continues", file=sys.stderr)
+        sys.exit(130)

@@ -216,9 +216,9 @@ def test_resume_is_bit_for_bit(store, tmp_path, objective):
     run(store, tmp_path / "whole", objective, **flags)
     run(store, tmp_path / "parts", objective, **flags, stop_at=2)
     assert len(log_of(tmp_path / "parts")) == 2
-    # a line of a step after the checkpoint, as a killed run leaves it
+    # a line of a step after the checkpoint and half a line, as a killed run leaves them
     with open(tmp_path / "parts" / "log.jsonl", "a") as log:
-        log.write(json.dumps({"step": 3, "loss": 99}) + "\n")
+        log.write(json.dumps({"step": 3, "loss": 99}) + '\n{"step": 4, "lo')
     run(store, tmp_path / "parts", objective, **flags, resume=True)
     same_weights(weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts"))
     a, b = log_of(tmp_path / "whole"), log_of(tmp_path / "parts")
@@ -353,6 +353,23 @@ def test_bad_flags(store, tmp_path):
     if not torch.cuda.is_available():
         refused("--device cuda: no GPU found; use --device cpu", store, out, device="cuda")
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--steps 0", "argument --steps: 0 is not a whole number from 1 up"),
+        ("--ratio -2", "argument --ratio: -2 is not a whole number from 1 up"),
+        ("--crop-scale 0 1", "argument --crop-scale: 0 is not above 0 and at most 1"),
+        ("--crop-scale 1 0.3", "argument --crop-scale: MIN 1.0 is above MAX 0.3"),
+        ("--seed -1", "argument --seed: -1 is below 0"),
+        ("--tau 0", "arguments --tau and --epochs must be above 0"),
+    ],
+)
+def test_absurd_numbers(store, words, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.parse_args(["--store", str(store), *words.split()])
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_store_without_training_chips(tmp_path):
