@@ -183,12 +183,12 @@ def parse_args(argv=None):
                    "is the MR crop resampled; sa-mse: tokens instead of Gram matrices")
     g.add_argument("--seed", type=int, default=0, help="weights, order, crops and masks")
     g.add_argument("--resume", action=on_off, default=False, help="continue the run in --out")
-    g.add_argument("--stop-at", type=positive, metavar="STEP", help="checkpoint and stop here, early")
+    g.add_argument("--stop-at", type=positive, metavar="STEP", help="save and stop here, early")
 
     g = p.add_argument_group("images")
-    g.add_argument("--mr-size", type=positive, help="pixels a side that MR crops are resampled to; "
-                   "paper: 224 (ijepa), 280 (latentmim, gaps included)")
-    g.add_argument("--ratio", type=positive, default=2, help="HR tokens per MR token side; paper: 2")
+    g.add_argument("--mr-size", type=positive, help="pixels a side that MR crops are resampled "
+                   "to; paper: 224 (ijepa), 280 (latentmim, gaps included)")
+    g.add_argument("--ratio", type=positive, default=2, help="HR per MR token side; paper: 2")
     g.add_argument("--crop-scale", type=share_of_one, nargs=2, metavar=("MIN", "MAX"),
                    help="share of the chip's area; paper: 0.3 1 (ijepa), 0.2 1 (latentmim)")
 
@@ -214,7 +214,7 @@ def parse_args(argv=None):
 
     g = p.add_argument_group("Latent MIM")
     g.add_argument("--gap", type=int, default=4, help="pixels between MR patches; paper: 4")
-    g.add_argument("--visible", type=positive, default=20, help="patches the student sees; paper: 20")
+    g.add_argument("--visible", type=positive, default=20, help="patches seen; paper: 20")
     g.add_argument("--head-dim", type=positive, default=4096, help="projection width; paper: 4096")
     g.add_argument("--decoder-dim", type=positive, default=512, help="width; paper: 512")
     g.add_argument("--decoder-depth", type=positive, default=3, help="blocks; paper: 3")
@@ -238,10 +238,10 @@ def parse_args(argv=None):
     g.add_argument("--steps", type=positive, help="updates, instead of --epochs")
     g.add_argument("--warmup-epochs", type=float, help="as if --epochs was 300; with --steps, the "
                    "same share of them; paper: 40 (ijepa), 30 (latentmim)")
-    g.add_argument("--global-batch", type=positive, help="pairs an update, over all ranks; paper: 128 "
-                   "a GPU (ijepa, here 1024), 512 (latentmim)")
-    g.add_argument("--device-batch", type=positive, help="pairs at once on a rank; the rest accumulates "
-                   "(none: the rank's whole share)")
+    g.add_argument("--global-batch", type=positive, help="pairs an update, over all ranks; paper: "
+                   "128 a GPU (ijepa, here 1024), 512 (latentmim)")
+    g.add_argument("--device-batch", type=positive, help="pairs at once on a rank, the rest "
+                   "accumulates (none: the rank's whole share)")
     g.add_argument("--lr", type=float, help="peak; paper: 1e-3 (ijepa), 1.5e-4 x global batch / "
                    "256 (latentmim)")
     g.add_argument("--start-lr", type=float, help="paper: 2e-4 (ijepa), lr / 4 (latentmim)")
