@@ -48,6 +48,7 @@ from tasks import (
 UNPREDICTED = 255  # in the class maps; so they hold at most 255 classes
 
 
+# fmt: off
 def parse_args(argv):
     parser = argparse.ArgumentParser(
         description="Linear probe or fine-tuning of an encoder on images and masks.",
@@ -117,6 +118,7 @@ def parse_args(argv):
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     return args
+# fmt: on
 
 
 def positive(text):

@@ -102,9 +102,7 @@ def load_folder(
                 f"{len(label)} labelled tiles); label more, or choose other --splits or --block"
             )
     keep = split != ""
-    return Task(
-        image[keep], label[keep], split[keep], origin[keep], tuple(files), names, split_by
-    )
+    return Task(image[keep], label[keep], split[keep], origin[keep], tuple(files), names, split_by)
 
 
 def list_tiffs(where):
