@@ -56,8 +56,8 @@ WORKSPACE = 2**24  # bytes that nobody misses: below it, a batch is not cut
 def unit_kernel(
     student,  # (images, n, D), any float dtype and strides
     teacher,  # (images, n * G, D), the G of one student token contiguous
-    u,  # (rows + padding, PAD) out: 256 (s - t), operand dtype; zero in the padding
-    s,  # (rows + padding, PAD) out: the student at unit length
+    u,  # (rows + padding, pad) out: 256 (s - t), operand dtype; zero in the padding
+    s,  # (rows + padding, pad) out: the student at unit length
     inverse,  # (rows + padding,) out, float32: 1 / |S|, zero for a token of zero norm
     rows,  # images * n
     n,  # tokens per image
@@ -67,16 +67,16 @@ def unit_kernel(
     t_image,  # the teacher's
     t_token,
     t_channel,
+    width,  # D
+    pad,  # D rounded up to whole chunks
     G: tl.constexpr,
-    D: tl.constexpr,
-    PAD: tl.constexpr,  # D rounded up to whole chunks
-    WIDTH: tl.constexpr,  # power of two >= PAD
+    WIDTH: tl.constexpr,  # power of two >= pad
     ROWS: tl.constexpr,  # tokens per program
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     image, token = (row // n)[:, None], (row % n)[:, None]
     d = tl.arange(0, WIDTH)[None, :]
-    inside = (row < rows)[:, None] & (d < D)
+    inside = (row < rows)[:, None] & (d < width)
 
     at = student + image * s_image + token * s_token + d * s_channel
     a = tl.load(at, mask=inside, other=0.0).to(tl.float32)
@@ -90,37 +90,37 @@ def unit_kernel(
     inverse_b = tl.where(norm_b > 0, 1 / tl.maximum(norm_b, 1e-12), 0.0)
     a, b = a * inverse_a[:, None], b * inverse_b[:, None]
 
-    out = row[:, None] * PAD + d
-    tl.store(u + out, (256 * (a - b)).to(u.dtype.element_ty), mask=d < PAD)
-    tl.store(s + out, a.to(s.dtype.element_ty), mask=d < PAD)
+    out = row[:, None] * pad + d
+    tl.store(u + out, (256 * (a - b)).to(u.dtype.element_ty), mask=d < pad)
+    tl.store(s + out, a.to(s.dtype.element_ty), mask=d < pad)
     tl.store(inverse + row, inverse_a)
 
 
 @triton.jit
-def tile(x, row, k, PAD: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr):
-    """x[row : row + ROWS, k : k + BK], x a tensor descriptor or a pointer to rows of PAD."""
+def tile(x, row, k, pad, ROWS: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr):
+    """x[row : row + ROWS, k : k + BK], x a tensor descriptor or a pointer to rows of pad."""
     if TMA:
         return x.load([row, k])
     else:
-        return tl.load(x + (row + tl.arange(0, ROWS))[:, None] * PAD + (k + tl.arange(0, BK)))
+        return tl.load(x + (row + tl.arange(0, ROWS))[:, None] * pad + (k + tl.arange(0, BK)))
 
 
 @triton.jit(do_not_specialize=["rows", "n", "group", "tiles"])
 def gram_kernel(
-    u_i,  # (rows + padding, PAD) 256 (s - t), in tiles of BM rows
-    s_i,  # (rows + padding, PAD) unit student, in tiles of BM rows
+    u_i,  # (rows + padding, pad) 256 (s - t), in tiles of BM rows
+    s_i,  # (rows + padding, pad) unit student, in tiles of BM rows
     u_j,  # u in tiles of BN rows
     s_j,  # s in tiles of BN rows
     inverse,  # (rows + padding,) float32: 1 / |S|
     loss,  # (programs,) out, float32: the sum of (256 d)^2 over a program's rows
-    grad,  # (rows, D) out: (g - (g.s) s) / |S|
-    scratch,  # (rows, D) float32, g while the panels pass; may be grad; unused if ONE_PANEL
+    grad,  # (rows, width) out: (g - (g.s) s) / |S|
+    scratch,  # (rows, width) float32, g while the panels pass; may be grad; unused if ONE_PANEL
     rows,  # images * n
     n,  # tokens per image
     group,  # rows that see each other: n, or those of the BM // n images packed together
     tiles,  # programs to a group
-    D: tl.constexpr,
-    PAD: tl.constexpr,
+    width,  # D
+    pad,  # D rounded up to whole chunks, zeros there
     WANT_GRAD: tl.constexpr,
     ONE_PANEL: tl.constexpr,  # group <= BN
     PRECISION: tl.constexpr,  # of float32 products: "ieee" or "tf32"
@@ -134,7 +134,7 @@ def gram_kernel(
     size = tl.minimum(group, rows - base)  # the last group may hold fewer images
     i = row + tl.arange(0, BM)
     d = tl.arange(0, BK)[None, :]
-    out = (base + i)[:, None] * D + d
+    out = (base + i)[:, None] * width + d
     norm = tl.load(inverse + base + i)[:, None] * (1 / 256)
     total = tl.zeros((BM,), tl.float32)
     radial = tl.zeros((BM,), tl.float32)  # g.s
@@ -142,13 +142,13 @@ def gram_kernel(
     for start in range(0, size, BN):
         j = start + tl.arange(0, BN)
         delta = tl.zeros((BM, BN), tl.float32)
-        for k in range(0, PAD, BK):
-            a = tile(u_i, base + row, k, PAD, BM, BK, TMA)
-            b = tile(s_i, base + row, k, PAD, BM, BK, TMA)
-            t = (b.to(tl.float32) - a.to(tl.float32) * (1 / 256)).to(b.dtype)
-            other = tile(s_j, base + start, k, PAD, BN, BK, TMA)
+        for k in range(0, pad, BK):
+            a = tile(u_i, base + row, k, pad, BM, BK, TMA)
+            b = tile(s_i, base + row, k, pad, BM, BK, TMA)
+            t = b - a * (1 / 256)  # in the operands' dtype: it rounds once, as through float32
+            other = tile(s_j, base + start, k, pad, BN, BK, TMA)
             delta = tl.dot(a, other.T, delta, input_precision=PRECISION)
-            other = tile(u_j, base + start, k, PAD, BN, BK, TMA)
+            other = tile(u_j, base + start, k, pad, BN, BK, TMA)
             delta = tl.dot(t, other.T, delta, input_precision=PRECISION)
         same = (i // n)[:, None] == (j // n)[None, :]
         inside = (i < size)[:, None] & (j < size)[None, :]
@@ -156,57 +156,60 @@ def gram_kernel(
         total += tl.sum(delta * delta, 1)
 
         if WANT_GRAD:
-            for k in range(0, PAD, BK):
-                other = tile(s_j, base + start, k, PAD, BN, BK, TMA)
+            for k in range(0, pad, BK):
+                other = tile(s_j, base + start, k, pad, BN, BK, TMA)
                 g = tl.dot(delta.to(other.dtype), other, input_precision=PRECISION)
-                b = tile(s_i, base + row, k, PAD, BM, BK, TMA).to(tl.float32)
+                b = tile(s_i, base + row, k, pad, BM, BK, TMA).to(tl.float32)
                 radial += tl.sum(g * b, 1)
                 if not ONE_PANEL:
-                    mask = (i < size)[:, None] & (d + k < D)
+                    mask = (i < size)[:, None] & (d + k < width)
                     if start > 0:
                         g += tl.load(scratch + out + k, mask=mask, other=0.0)
                     tl.store(scratch + out + k, g, mask=mask)
             if ONE_PANEL:  # again, from the panel on the chip: cheaper than float32 rows in memory
-                for k in range(0, PAD, BK):
-                    other = tile(s_j, base + start, k, PAD, BN, BK, TMA)
+                for k in range(0, pad, BK):
+                    other = tile(s_j, base + start, k, pad, BN, BK, TMA)
                     g = tl.dot(delta.to(other.dtype), other, input_precision=PRECISION)
-                    b = tile(s_i, base + row, k, PAD, BM, BK, TMA).to(tl.float32)
+                    b = tile(s_i, base + row, k, pad, BM, BK, TMA).to(tl.float32)
                     g = (g - radial[:, None] * b) * norm
-                    mask = (i < size)[:, None] & (d + k < D)
+                    mask = (i < size)[:, None] & (d + k < width)
                     tl.store(grad + out + k, g.to(grad.dtype.element_ty), mask=mask)
 
     tl.store(loss + tl.program_id(0), tl.sum(total))
     if WANT_GRAD and not ONE_PANEL:
         tl.debug_barrier()  # a thread may read what another of its program wrote
-        for k in range(0, PAD, BK):
-            mask = (i < size)[:, None] & (d + k < D)
+        for k in range(0, pad, BK):
+            mask = (i < size)[:, None] & (d + k < width)
             g = tl.load(scratch + out + k, mask=mask, other=0.0)
-            b = tile(s_i, base + row, k, PAD, BM, BK, TMA).to(tl.float32)
+            b = tile(s_i, base + row, k, pad, BM, BK, TMA).to(tl.float32)
             g = (g - radial[:, None] * b) * norm
             tl.store(grad + out + k, g.to(grad.dtype.element_ty), mask=mask)
 
 
-def tiles_for(capability, dtype, n, tf32=False):
-    """The launch of `gram_kernel` for operands of a dtype on a compute capability, e.g. (9, 0).
+# (BM, BN, BK, num_warps, num_stages) in 16 bits, by the major compute capability: the largest found
+# that spill no register. `square` serves N <= 128 in one panel and N > 256 in several, `wide`
+# holds the columns of a 14 x 14 or 16 x 16 grid. Others than 9 and 10 take the row of 8.
+SQUARE = {8: (128, 128, 32, 8, 2), 9: (128, 128, 64, 8, 3), 10: (128, 128, 32, 8, 3)}
+WIDE = {8: (64, 256, 32, 8, 2), 9: (128, 256, 32, 8, 2), 10: (64, 256, 32, 8, 3)}
 
-    Returns (constants BM, BN, BK, ONE_PANEL, PRECISION and TMA, options num_warps and num_stages).
-    Chosen so that nothing spills to memory in 16 bits: `python bench.py compile` shows each.
+
+def tiles_for(capability, operand, n, tf32=False):
+    """How to launch `gram_kernel` for an operand dtype on a compute capability, e.g. (9, 0).
+
+    Returns (constants BM, BN, BK, ONE_PANEL, PRECISION, TMA; options num_warps, num_stages).
     """
-    if dtype == torch.float32:
-        bm, bn, bk, warps, stages = (64, 64, 32, 4, 2) if tf32 else (64, 64, 32, 8, 2)
-    elif n <= 128 or n > 256:
-        bk = 64 if capability[0] == 9 else 32
-        bm, bn, bk, warps, stages = 128, 128, bk, 8, 3
-    else:  # the columns of a ViT's 14 x 14 or 16 x 16 grid in one panel
-        bm = 128 if capability[0] == 9 else 64
-        bm, bn, bk, warps, stages = bm, 256, 32, 8, 3 if capability[0] >= 9 else 2
+    major = capability[0] if capability[0] in SQUARE else 8
+    if operand == torch.float32:
+        bm, bn, bk, warps, stages = (64, 64, 32, 4 if tf32 else 8, 2)
+    else:
+        bm, bn, bk, warps, stages = (WIDE if 128 < n <= 256 else SQUARE)[major]
     constants = {
         "BM": bm,
         "BN": bn,
         "BK": bk,
         "ONE_PANEL": n <= bn,
         "PRECISION": "tf32" if tf32 else "ieee",
-        "TMA": capability[0] >= 9 and dtype != torch.float32,
+        "TMA": major > 8 and operand != torch.float32,
     }
     return constants, {"num_warps": warps, "num_stages": stages}
 
@@ -274,14 +277,14 @@ def loss_and_grad(student, teacher, operand, want_grad, capability=None):
         x, y = student[first : first + images], teacher[first : first + images]
         rows = x.shape[0] * n
         unit_kernel[(triton.cdiv(height, block),)](
-            *(x, y, u, s, inverse, rows, n, *x.stride(), *y.stride()),
-            **{"G": y.shape[1] // n, "D": d, "PAD": pad, "WIDTH": width, "ROWS": block},
+            *(x, y, u, s, inverse, rows, n, *x.stride(), *y.stride(), d, pad),
+            **{"G": y.shape[1] // n, "WIDTH": width, "ROWS": block},
         )
         out = grad[first : first + images]
         gram_kernel[(triton.cdiv(x.shape[0], packed) * tiles,)](
             *(*operands, inverse, loss[part], out, scratch if apart else out),
-            *(rows, n, packed * n, tiles),
-            **{"D": d, "PAD": pad, "WANT_GRAD": want_grad, **constants, **options},
+            *(rows, n, packed * n, tiles, d, pad),
+            **{"WANT_GRAD": want_grad, **constants, **options},
         )
     return loss.sum(dtype=torch.float64).div(256**2 * b * n**2).float(), grad
 
