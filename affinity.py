@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 BACKENDS = ("auto", "eager", "triton", "linear", "matmul")
 LINEAR_FROM = 2  # tokens per channel from which the linear form is tried; see `gram_fused`
-CHUNK = 2**21  # elements of the temporaries on the PyTorch path: 8 MB in float32
+CHUNK = 2**19  # elements of the temporaries on the PyTorch path: 2 MB in float32, in the cache
 
 log = logging.getLogger("crossscale")
 
@@ -117,21 +117,32 @@ def gram_loss(student, teacher, *, backend="auto"):
 
 def sums_and_differences(student, teacher):
     """Unit student s, u = s - t, v = s + t, and 1 / |student| (0 for a token of zero norm)."""
-    s, t = unit_pairs(student, teacher)
-    norm = student.to(s.dtype).norm(dim=-1, keepdim=True)
-    return s, s - t, s + t, torch.where(norm > 0, 1 / norm.clamp_min(1e-12), 0)
+    exact = torch.promote_types(student.dtype, torch.float32)
+    s, t = student.to(exact), teacher.to(exact)
+    if s.shape != t.shape:
+        t = t.unflatten(1, (s.shape[1], -1)).mean(2)
+    norms = torch.linalg.vector_norm(torch.stack((s, t)), dim=-1, keepdim=True)
+    inverse, inverse_t = torch.where(norms > 0, 1 / norms.clamp_min(1e-12), 0)
+    s = s * inverse
+    return s, torch.addcmul(s, t, inverse_t, value=-1), torch.addcmul(s, t, inverse_t), inverse
 
 
-def project(g, s, inverse, dtype):
-    """sum_j d_ij s_j -> the gradient of half the squares through the normalisation, in place."""
-    return g.sub_((g * s).sum(-1, keepdim=True) * s).mul_(inverse).to(dtype)
+def project(g, s, inverse, out):
+    """out = (g - (g.s) s) / |S|: the gradient through the normalisation. Overwrites g."""
+    radial = (g * s).sum(-1, keepdim=True)
+    torch.mul(g.addcmul_(radial, s, value=-1), inverse, out=out)
+
+
+def squares(delta):
+    """Sum of squares in float64; rows in the dtype of delta, which needs no copy of it."""
+    return torch.linalg.vector_norm(delta, dim=-1).double().square().sum()
 
 
 def matmul(student, teacher, want_grad):
     """Sum of d_ij^2, and (g - (g.s) s) / |S| with g_i = sum_j d_ij s_j, by matrix products.
 
     4 B N^2 D operations; a few images at a time, of large ones a few rows, so that the temporaries
-    stay small. Shapes as `gram_loss`; the gradient is empty if not wanted.
+    stay small and in the cache. Shapes as `gram_loss`; the gradient is empty if not wanted.
     """
     b, n, d = student.shape
     total = 0
@@ -142,11 +153,11 @@ def matmul(student, teacher, want_grad):
         s, u, v, inverse = sums_and_differences(student[part], teacher[part])
         for row in range(0, n, rows):
             i = slice(row, row + rows)
-            delta = u[:, i] @ v.mT
-            delta = delta.add_(v[:, i] @ u.mT if rows < n else delta.mT.clone()).mul_(0.5)
-            total = total + delta.square().sum(dtype=torch.float64)
+            double = u[:, i] @ v.mT  # 2 delta, when its mirror image is added
+            double = double + double.mT if rows == n else double.baddbmm_(v[:, i], u.mT)
+            total = total + squares(double) / 4
             if want_grad:
-                grad[part, i] = project(delta @ s, s[:, i], inverse[:, i], student.dtype)
+                project(double @ s, s[:, i], inverse[:, i] / 2, out=grad[part, i])
     return total, grad
 
 
@@ -160,15 +171,14 @@ def linear(student, teacher, want_grad):
     total, sound = 0, True
     grad = student.new_empty(student.shape if want_grad else 0)
     for image in range(len(student)):
-        part = slice(image, image + 1)
-        s, u, v, inverse = sums_and_differences(student[part], teacher[part])
+        s, u, v, inverse = sums_and_differences(student[image, None], teacher[image, None])
         a, b, c = u.mT @ u, v.mT @ v, u.mT @ v
         ab = (a * b).sum(dtype=torch.float64)
-        squares = ((ab + (c * c.mT).sum(dtype=torch.float64)) / 2).clamp_min(0)
-        total, sound = total + squares, sound & (ab <= 100 * squares)
+        part = ((ab + (c * c.mT).sum(dtype=torch.float64)) / 2).clamp_min(0)
+        total, sound = total + part, sound & (ab <= 100 * part)
         if want_grad:
-            g = (u @ (c.mT + b)).add_(v @ (a + c)).mul_(0.25)
-            grad[part] = project(g, s, inverse, student.dtype)
+            g = (u @ (c.mT + b)).baddbmm_(v, a + c)
+            project(g, s, inverse / 4, out=grad[image, None])
     return total, grad, sound
 
 
