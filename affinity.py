@@ -57,7 +57,7 @@ def unit(tokens):
 
 
 def check_pair(student, teacher):
-    """Raise ValueError unless student is (B, N, D) and teacher (B, N * G, D), none of them empty."""
+    """Raise ValueError unless student is (B, N, D) and teacher (B, N * G, D), none of it empty."""
     if student.ndim != 3 or teacher.ndim != 3 or 0 in student.shape:
         raise ValueError(
             f"tokens must be (B, N, D) with B, N, D > 0; found student {tuple(student.shape)}, "
@@ -111,7 +111,7 @@ def gram_loss(student, teacher, *, backend="auto"):
         return gram_fused(student, teacher.detach(), backend, operand, want_grad)[0]
 
 
-# ---- the same loss with its gradient in one pass: d_ij = (u_i.v_j + v_i.u_j) / 2 with u = s - t and
+# ---- the same loss with its gradient in one pass: d_ij = (u_i.v_j + v_i.u_j) / 2, u = s - t and
 # v = s + t. Nothing cancels as the student nears its teacher, and one product serves both halves.
 
 
@@ -121,10 +121,10 @@ def sums_and_differences(student, teacher):
     s, t = student.to(exact), teacher.to(exact)
     if s.shape != t.shape:
         t = t.unflatten(1, (s.shape[1], -1)).mean(2)
-    norms = torch.linalg.vector_norm(torch.stack((s, t)), dim=-1, keepdim=True)
-    inverse, inverse_t = torch.where(norms > 0, 1 / norms.clamp_min(1e-12), 0)
-    s = s * inverse
-    return s, torch.addcmul(s, t, inverse_t, value=-1), torch.addcmul(s, t, inverse_t), inverse
+    norms = [torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (s, t)]
+    inverse, inverse_t = (torch.where(x > 0, 1 / x.clamp_min(1e-12), 0) for x in norms)
+    s, t = s * inverse, t * inverse_t
+    return s, s - t, s + t, inverse
 
 
 def project(g, s, inverse, out):

@@ -45,20 +45,24 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     commands = parser.add_subparsers(dest="command", required=True)
-    # fmt: off
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     p = commands.add_parser("gram", help="time the forms of the Gram loss", allow_abbrev=False)
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda, default what is there")
-    p.add_argument("--dtype", choices=DTYPES, help="of the tokens, default float32 on cpu, bfloat16 on cuda")
-    p.add_argument("--shape", action="append", metavar="B,N,D,R", help="images, tokens, width, HR tokens per side; repeatable, default a list for the device")
-    p.add_argument("--rounds", type=int, default=11, help="timed runs of each form, default 11")
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="also time torch.compile of the definition, default yes")
-    p.add_argument("--seed", type=int, default=0, help="of the tokens, default 0")
-    p.add_argument("--out", type=Path, help="JSON file to write, default none")
-    p = commands.add_parser("compile", help="compile the kernel without a GPU", allow_abbrev=False)
-    p.add_argument("--arch", type=int, action="append", choices=SHARED_LIMIT, help="80, 90 or 100; repeatable, default all")
-    p.add_argument("--jobs", type=int, default=2, help="processes, default 2")
-    p.add_argument("--out", type=Path, help="JSON file to write, default none")
-    # fmt: on
+    add = p.add_argument
+    add("--device", default=device, help="cpu or cuda, default what is there")
+    add("--dtype", choices=DTYPES, help="of the tokens, default float32; bfloat16 on cuda")
+    add("--shape", action="append", metavar="B,N,D,R",
+        help="images, tokens, width, HR tokens per side; repeatable, default a list")
+    add("--rounds", type=int, default=11, help="timed runs of each form, default 11")
+    add("--compile", action=argparse.BooleanOptionalAction, default=True,
+        help="also time torch.compile of the definition, default yes")
+    add("--seed", type=int, default=0, help="of the tokens, default 0")
+    add("--out", type=Path, help="JSON file to write, default none")
+    p = commands.add_parser("compile", help="compile the kernel, no GPU", allow_abbrev=False)
+    add = p.add_argument
+    add("--arch", type=int, action="append", choices=SHARED_LIMIT,
+        help="80, 90 or 100; repeatable, default all")
+    add("--jobs", type=int, default=2, help="processes, default 2")
+    add("--out", type=Path, help="JSON file to write, default none")
     args = parser.parse_args()
     try:
         rows = {"gram": bench_gram, "compile": bench_compile}[args.command](args)
@@ -73,18 +77,26 @@ def main():
 
 def provenance(args):
     """What it takes to repeat the run: device, versions, commit, date, flags."""
-    cuda = getattr(args, "device", "cpu").startswith("cuda")
-    git = ["git", "-C", str(Path(__file__).parent)]
-    commit = subprocess.run([*git, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:  # no git on this machine
+        commit = ""
     return {
-        "device": torch.cuda.get_device_name() if cuda else f"{cpu_name()}, {torch.get_num_threads()} threads",
+        "device": device_name(getattr(args, "device", "cpu")),
         "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit or "unknown",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton_version(),
         "flags": {key: str(value) for key, value in vars(args).items()},
     }
+
+
+def device_name(device):
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
 
 
 def cpu_name():
@@ -113,7 +125,7 @@ def bench_gram(args):
     shapes = []
     for text in args.shape or SHAPES[device.type]:
         if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*){3}", text):
-            raise ValueError(f"--shape {text}: four positive numbers B,N,D,R expected, as 32,256,384,2")
+            raise ValueError(f"--shape {text}: give B,N,D,R, four positive numbers: 32,256,384,2")
         shapes.append(tuple(map(int, text.split(","))))
     if args.rounds < 1:
         raise ValueError(f"--rounds {args.rounds}: give at least 1")
@@ -127,17 +139,33 @@ def bench_gram(args):
     forms["ours"] = gram_loss
 
     bandwidth, rate = ceilings(device, dtype)
-    print(f"{provenance(args)['device']}, {dtype}: copies at {bandwidth / 1e9:.0f} GB/s, ", end="")
+    print(f"{device_name(args.device)}, {dtype}: copies at {bandwidth / 1e9:.0f} GB/s, ", end="")
     print(f"multiplies matrices at {rate / 1e12:.2f} TFLOP/s")
     print("medians of interleaved rounds in ms (smallest..largest)\n")
     print(f"{'B, N, D, ratio':22}{'form':9}{'forward':>24}{'with gradient':>26}", end="")
     print(f"{'eager/it':>10}{'of floor':>10}{'extra MB':>10}{'loss err':>10}{'grad err':>10}")
     rows = []
     for shape in shapes:
-        for row in bench_shape(shape, forms, device, dtype, args.rounds, args.seed, bandwidth, rate):
+        student, teacher = draw_tokens(shape, args.seed, device, dtype)
+        b, n, d, ratio = shape
+        # count once: student in, gradient out, teacher in; two symmetric products, or linear
+        floor = (2 + ratio**2) * b * n * d * student.element_size() / bandwidth
+        floor = max(floor, min(4 * n, 10 * d) * b * n * d / rate)
+        for row in bench_shape(forms, student, teacher, args.rounds):
+            row["shape"], row["dtype"], row["floor_ms"] = shape, str(dtype), floor * 1e3
+            row["floor_share"] = row["floor_ms"] / statistics.median(row["gradient_ms"])
             rows.append(row)
             print_row(row)
     return rows
+
+
+def draw_tokens(shape, seed, device, dtype):
+    """A student 30 % from its teacher, whose ratio**2 HR tokens are equal."""
+    b, n, d, ratio = shape
+    generator = torch.Generator().manual_seed(seed)
+    teacher = torch.randn(b, n, d, generator=generator)
+    student = teacher + 0.3 * torch.randn(b, n, d, generator=generator)
+    return student.to(device, dtype), teacher.repeat_interleave(ratio**2, 1).to(device, dtype)
 
 
 def print_row(row):
@@ -152,30 +180,21 @@ def print_row(row):
     print(f"{row['loss_error']:>10.0e}{row['grad_error']:>10.0e}", flush=True)
 
 
-def bench_shape(shape, forms, device, dtype, rounds, seed, bandwidth, rate):
-    """One row per form: a list of times per pass, the speed-up over eager as the median of paired
-    ratios, the share of the roofline, memory beyond inputs and gradient, errors against float64."""
-    b, n, d, ratio = shape
-    generator = torch.Generator().manual_seed(seed)
-    teacher = torch.randn(b, n, d, generator=generator)
-    student = (teacher + 0.3 * torch.randn(b, n, d, generator=generator)).to(device, dtype)
-    teacher = teacher.repeat_interleave(ratio**2, 1).to(device, dtype)
-    size = student.element_size()
-    # count once: student in, gradient out, teacher in; two symmetric products, 4 B N^2 D, or linear
-    seconds = (2 + ratio**2) * b * n * d * size / bandwidth
-    seconds = max(seconds, min(4 * n, 10 * d) * b * n * d / rate)
-
+def bench_shape(forms, student, teacher, rounds):
+    """One row per form: times of each round in ms, forward alone and with the gradient; the
+    speed-up over eager as the median of paired ratios; memory; errors against float64."""
     exact, exact_grad = loss_and_grad(
         lambda s, t: gram_loss(s, t, backend="matmul"), student.double(), teacher.double()
     )
     rows = []
     for name, form in forms.items():
-        loss, grad = loss_and_grad(form, student, teacher)  # compiles, too
         with torch.no_grad():
             form(student, teacher)
+        loss, grad = loss_and_grad(form, student, teacher)  # both calls warm up and compile, too
         rows.append({
-            "shape": shape, "form": name, "dtype": str(dtype), "forward_ms": [], "gradient_ms": [],
-            "floor_ms": seconds * 1e3,
+            "form": name,
+            "forward_ms": [],
+            "gradient_ms": [],
             "extra_mb": extra_memory(form, student, teacher) / 2**20,
             "loss_error": abs(float(loss) / float(exact) - 1),
             "grad_error": float((grad.double() - exact_grad).norm() / exact_grad.norm()),
@@ -183,14 +202,11 @@ def bench_shape(shape, forms, device, dtype, rounds, seed, bandwidth, rate):
     for _ in range(rounds):
         for row, form in zip(rows, forms.values(), strict=True):
             with torch.no_grad():
-                row["forward_ms"].append(milliseconds(lambda: form(student, teacher), device))
-            row["gradient_ms"].append(
-                milliseconds(lambda: loss_and_grad(form, student, teacher), device)
-            )
+                row["forward_ms"].append(milliseconds(form, student, teacher))
+            row["gradient_ms"].append(milliseconds(loss_and_grad, form, student, teacher))
     for row in rows:
         pairs = zip(rows[0]["gradient_ms"], row["gradient_ms"], strict=True)
         row["speedup"] = statistics.median(eager / own for eager, own in pairs)
-        row["floor_share"] = row["floor_ms"] / statistics.median(row["gradient_ms"])
     return rows
 
 
@@ -201,17 +217,18 @@ def loss_and_grad(form, student, teacher):
     return loss.detach(), grad
 
 
-def milliseconds(run, device):
+def milliseconds(function, *args):
     """Time of one call; on a GPU between two events, with the inputs out of its cache."""
+    device = args[-1].device
     if device.type == "cpu":
         start = time.perf_counter()
-        run()
+        function(*args)
         return (time.perf_counter() - start) * 1e3
     torch.empty(2**28, dtype=torch.int8, device=device).zero_()
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
     torch.cuda.synchronize()
     events[0].record()
-    run()
+    function(*args)
     events[1].record()
     torch.cuda.synchronize()
     return events[0].elapsed_time(events[1])
@@ -239,9 +256,9 @@ def ceilings(device, dtype):
     side, count = (8192, 2**28) if device.type == "cuda" else (2048, 2**25)
     a = torch.randn(count, device=device)
     b = torch.empty_like(a)
-    copies = [milliseconds(lambda: b.copy_(a), device) for _ in range(8)]
+    copies = [milliseconds(b.copy_, a) for _ in range(8)]
     a, b = torch.randn(2, side, side, device=device).to(dtype)
-    products = [milliseconds(lambda: a @ b, device) for _ in range(8)]
+    products = [milliseconds(torch.matmul, a, b) for _ in range(8)]
     return 8 * count / min(copies) * 1e3, 2 * side**3 / min(products) * 1e3
 
 
@@ -252,19 +269,16 @@ def bench_compile(args):
     """Compile every launch that "auto" can choose; prints a table and returns its rows as dicts."""
     if triton_version() is None:
         raise ValueError("compile needs Triton, which is not installed: pip install 'triton>=3.5'")
-    print(f"{'arch':>5}{'kernel':>8}{'tokens':>10}{'operands':>10}{'tiles':>15}{'panels':>8}", end="")
-    print(f"{'warps':>7}{'stages':>8}{'shared KB':>11}{'registers':>11}{'stack B':>9}  products by")
+    cells = {"arch": 5, "kernel": 7, "tokens": 7, "operands": 9, "tiles": 14, "panels": 7}
+    cells |= {"warps": 6, "stages": 7, "shared_kb": 10, "registers": 10, "stack": 6, "unit": 8}
+    print(" ".join(f"{name:>{width}}" for name, width in cells.items()))
     rows = []
     with concurrent.futures.ProcessPoolExecutor(args.jobs) as pool:
         for row in pool.map(compiled, *zip(*launches(args.arch or SHARED_LIMIT), strict=True)):
             rows.append(row)
-            tiles, panels = ", ".join(map(str, row["tiles"])), row["panels"]
-            print(f"{row['arch']:>5}{row['kernel']:>8}{row['tokens']:>10}{row['operands']:>10}", end="")
-            print(f"{tiles:>15}{panels:>8}{row['warps']:>7}{row['stages']:>8}", end="")
-            print(f"{row['shared_kb']:>11.0f}{row['registers']:>11}{row['stack']:>9}", end="")
-            print(f"  {row['unit']}", flush=True)
+            print(" ".join(f"{row[name]!s:>{width}}" for name, width in cells.items()), flush=True)
     print("\nstack: bytes per thread in memory, 0 where no register spills. N and D are arguments:")
-    print("a line of gram serves every N of its panels and every D, one of unit every D up to its tile.")
+    print("a line of gram serves every N of its panels and every D, one of unit D up to its tile.")
     return rows
 
 
@@ -284,7 +298,7 @@ def launches(archs):
                 yield arch, "gram", tokens, operands, {**constants, "WANT_GRAD": True}, options
         for width in (256, 512, 1024, 2048) if operands != "tf32" else ():  # D of 192 to 1280
             constants = {"G": 4, "WIDTH": width, "ROWS": 2048 // width}
-            yield arch, "unit", tokens, operands, constants, {"num_warps": 4, "num_stages": 3}
+            yield arch, "unit", tokens, operands, constants, gram.UNIT_OPTIONS
 
 
 def compiled(arch, kernel, tokens, operands, constants, options):
@@ -323,17 +337,18 @@ def compiled(arch, kernel, tokens, operands, constants, options):
         cubin.write_bytes(result.asm["cubin"])
         command = [tools / "cuobjdump", "-res-usage", cubin]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    tiles = ("BM", "BN", "BK") if kernel == "gram" else ("ROWS", "WIDTH")
     units = {"wgmma.mma_async": "wgmma", "tcgen05.mma": "tcgen05", "mma.sync": "mma"}
     return {
         "arch": arch,
         "kernel": kernel,
         "tokens": tokens,
         "operands": operands,
-        "tiles": [constants[key] for key in ("BM", "BN", "BK", "ROWS", "WIDTH") if key in constants],
-        "panels": {True: "one", False: "many"}.get(constants.get("ONE_PANEL"), ""),
-        "warps": options["num_warps"],
-        "stages": options["num_stages"],
-        "shared_kb": result.metadata.shared / 1024,
+        "tiles": " ".join(str(constants[key]) for key in tiles),
+        "panels": {True: "one", False: "many"}.get(constants.get("ONE_PANEL"), "-"),
+        "warps": result.metadata.num_warps,
+        "stages": result.metadata.num_stages,
+        "shared_kb": round(result.metadata.shared / 1024, 1),
         "shared_limit_kb": SHARED_LIMIT[arch],
         "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
         "stack": int(re.search(r"STACK:(\d+)", usage).group(1)),

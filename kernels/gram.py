@@ -34,7 +34,7 @@ tensor (or 16 MB).
 
 **Given up:** double backward; float64; the 16-bit rotated case above. The loss of a batch in which
 one token is NaN is NaN, as in eager PyTorch, but the NaN may reach the gradient of an image beside.
-No GPU was at hand: the tiles below were chosen by what the compiler makes of them (registers, shared
+No GPU was at hand: the tiles were chosen by what the compiler makes of them (registers, shared
 memory, tensor-core instructions: `python bench.py compile`); no speed on a GPU is measured.
 
 Deterministic: every sum has one order, no atomics. Source of the loss: arXiv 2601.12964; the
@@ -186,6 +186,8 @@ def gram_kernel(
             tl.store(grad + out + k, g.to(grad.dtype.element_ty), mask=mask)
 
 
+# unfused, or a student equal to its teacher would differ from it by a rounding
+UNIT_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 # (BM, BN, BK, num_warps, num_stages) in 16 bits, by the major compute capability: the largest found
 # that spill no register. `square` serves N <= 128 in one panel and N > 256 in several, `wide`
 # holds the columns of a 14 x 14 or 16 x 16 grid. Others than 9 and 10 take the row of 8.
@@ -196,7 +198,7 @@ WIDE = {8: (64, 256, 32, 8, 2), 9: (128, 256, 32, 8, 2), 10: (64, 256, 32, 8, 3)
 def tiles_for(capability, operand, n, tf32=False):
     """How to launch `gram_kernel` for an operand dtype on a compute capability, e.g. (9, 0).
 
-    Returns (constants BM, BN, BK, ONE_PANEL, PRECISION, TMA; options num_warps, num_stages).
+    Returns (constants BM, BN, BK, ONE_PANEL, PRECISION, TMA; options for the compiler).
     """
     major = capability[0] if capability[0] in SQUARE else 8
     if operand == torch.float32:
@@ -211,7 +213,7 @@ def tiles_for(capability, operand, n, tf32=False):
         "PRECISION": "tf32" if tf32 else "ieee",
         "TMA": major > 8 and operand != torch.float32,
     }
-    return constants, {"num_warps": warps, "num_stages": stages}
+    return constants, {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
 
 
 def unsupported(device, dtype):
@@ -278,7 +280,7 @@ def loss_and_grad(student, teacher, operand, want_grad, capability=None):
         rows = x.shape[0] * n
         unit_kernel[(triton.cdiv(height, block),)](
             *(x, y, u, s, inverse, rows, n, *x.stride(), *y.stride(), d, pad),
-            **{"G": y.shape[1] // n, "WIDTH": width, "ROWS": block},
+            **{"G": y.shape[1] // n, "WIDTH": width, "ROWS": block, **UNIT_OPTIONS},
         )
         out = grad[first : first + images]
         gram_kernel[(triton.cdiv(x.shape[0], packed) * tiles,)](
