@@ -151,6 +151,8 @@ def test_compiles_without_a_graph_break(backend):
     expected = loss_and_grad(student, teacher, backend, scale=2.0)
     torch.testing.assert_close(loss, 2 * expected[0])
     torch.testing.assert_close(student.grad, expected[1])
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(compiled(student, teacher), loss)
 
 
 def test_no_gradient_work_without_gradient(monkeypatch):
@@ -171,7 +173,7 @@ def test_loss_used_twice_and_weighted():
     student.requires_grad_()
     loss = gram_loss(student, teacher)
     (loss * loss + 3 * loss).backward()
-    expected = loss_and_grad(student, teacher, "eager", scale=float(2 * loss) + 3)[1]
+    expected = loss_and_grad(student, teacher, "eager", scale=2 * loss.item() + 3)[1]
     torch.testing.assert_close(student.grad, expected, rtol=1e-4, atol=1e-9)
 
 
@@ -261,10 +263,48 @@ def test_interpreted():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("n", N_SWEEP)
 def test_kernel_against_float64(n, dtype):
-    for d in D_SWEEP:
-        student, teacher = tokens(2 if n > 20 else 7, n, d, 4 if d == 40 else 1, dtype)
+    for d in D_SWEEP if n <= 256 else (40,):
+        b = 7 if n <= 20 else 2 if n < 100 else 1
+        student, teacher = tokens(b, n, d, 4 if d == 40 else 1, dtype)
         loss, grad = loss_and_grad(student, teacher, "triton")
         assert_no_worse_than_eager(student, teacher, loss, grad)
+
+
+BUGS = {
+    "row mask of the last tile": ("tl.where(same & inside", "tl.where(same"),
+    "image mask": ("tl.where(same & inside", "tl.where(inside"),
+    "factor 2": ("delta = tl.dot(t, other.T, delta,", "tl.dot(t, other.T, delta,"),
+    "projection": ("g - radial[:, None] * b", "g"),
+    "rows for columns": ("tile(s_j, base + start", "tile(s_j, base + row"),
+    "the first panels' share": ("if start > 0:", "if start > BN:"),
+    "group of tokens": ("(token * G + g)", "(token + g)"),
+    "norm": ("inverse + base + i", "inverse + base + 0 * i"),
+}
+
+
+@inside
+@pytest.mark.parametrize("bug", BUGS)
+def test_kernel_bugs_are_caught(bug, tmp_path):
+    """The rule sees each of these, planted in a copy of the file."""
+    from kernels import gram
+
+    right, wrong = BUGS[bug]
+    source = Path(gram.__file__).read_text()
+    assert right in source
+    (tmp_path / "planted.py").write_text(source.replace(right, wrong))
+    spec = importlib.util.spec_from_file_location("planted", tmp_path / "planted.py")
+    planted = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(planted)
+
+    def check(module):
+        for b, n in ((5, 20), (2, 150)):  # packed, two groups; several tiles and panels
+            student, teacher = tokens(b, n, 24, group=4)
+            loss, grad = module.loss_and_grad(student, teacher, torch.float32, True)
+            assert_no_worse_than_eager(student, teacher, loss, grad * (4 / (b * n**2)))
+
+    check(gram)
+    with pytest.raises(AssertionError):
+        check(planted)
 
 
 @inside
@@ -322,6 +362,8 @@ def test_kernel_edges():
     assert grad[0, 3].eq(0).all()
     loss, grad = loss_and_grad(teacher, teacher, "triton")
     assert loss == 0 and grad.eq(0).all()
+    with pytest.raises(ValueError, match="N, D > 0"):
+        gram_loss(student[:, :0], teacher[:, :0], backend="triton")
 
 
 @inside
