@@ -65,6 +65,8 @@ def main():
     add("--out", type=Path, help="JSON file to write, default none")
     args = parser.parse_args()
     try:
+        if args.out and not args.out.parent.is_dir():
+            raise ValueError(f"--out {args.out.parent}: no such folder; make it first")
         rows = {"gram": bench_gram, "compile": bench_compile}[args.command](args)
     except ValueError as error:
         print(f"bench.py: {error}", file=sys.stderr)
@@ -118,9 +120,9 @@ def triton_version():
 
 def bench_gram(args):
     """Time the forms of the Gram loss; prints a table and returns its rows as dicts."""
-    device = torch.device(args.device)
-    if device.type not in SHAPES or (device.type == "cuda" and not torch.cuda.is_available()):
+    if args.device not in SHAPES or (args.device == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"--device {args.device}: no such device here; use cpu")
+    device = torch.device(args.device)
     dtype = DTYPES[args.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
     shapes = []
     for text in args.shape or SHAPES[device.type]:

@@ -139,6 +139,7 @@ def gram_kernel(
     total = tl.zeros((BM,), tl.float32)
     radial = tl.zeros((BM,), tl.float32)  # g.s
 
+    delta = tl.zeros((BM, BN), tl.float32)  # 256 d
     for start in range(0, size, BN):
         j = start + tl.arange(0, BN)
         delta = tl.zeros((BM, BN), tl.float32)
@@ -166,21 +167,18 @@ def gram_kernel(
                     if start > 0:
                         g += tl.load(scratch + out + k, mask=mask, other=0.0)
                     tl.store(scratch + out + k, g, mask=mask)
-            if ONE_PANEL:  # again, from the panel on the chip: cheaper than float32 rows in memory
-                for k in range(0, pad, BK):
-                    other = tile(s_j, base + start, k, pad, BN, BK, TMA)
-                    g = tl.dot(delta.to(other.dtype), other, input_precision=PRECISION)
-                    b = tile(s_i, base + row, k, pad, BM, BK, TMA).to(tl.float32)
-                    g = (g - radial[:, None] * b) * norm
-                    mask = (i < size)[:, None] & (d + k < width)
-                    tl.store(grad + out + k, g.to(grad.dtype.element_ty), mask=mask)
+            if not ONE_PANEL:
+                tl.debug_barrier()  # the next to read a value may be another thread
 
     tl.store(loss + tl.program_id(0), tl.sum(total))
-    if WANT_GRAD and not ONE_PANEL:
-        tl.debug_barrier()  # a thread may read what another of its program wrote
+    if WANT_GRAD:
         for k in range(0, pad, BK):
             mask = (i < size)[:, None] & (d + k < width)
-            g = tl.load(scratch + out + k, mask=mask, other=0.0)
+            if ONE_PANEL:  # again, from the panel on the chip: cheaper than rows kept in memory
+                other = tile(s_j, base, k, pad, BN, BK, TMA)
+                g = tl.dot(delta.to(other.dtype), other, input_precision=PRECISION)
+            else:
+                g = tl.load(scratch + out + k, mask=mask, other=0.0)
             b = tile(s_i, base + row, k, pad, BM, BK, TMA).to(tl.float32)
             g = (g - radial[:, None] * b) * norm
             tl.store(grad + out + k, g.to(grad.dtype.element_ty), mask=mask)
@@ -189,10 +187,10 @@ def gram_kernel(
 # unfused, or a student equal to its teacher would differ from it by a rounding
 UNIT_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 # (BM, BN, BK, num_warps, num_stages) in 16 bits, by the major compute capability: the largest found
-# that spill no register. `square` serves N <= 128 in one panel and N > 256 in several, `wide`
+# that spill no register. SQUARE serves N <= 128 in one panel and N > 256 in several, WIDE
 # holds the columns of a 14 x 14 or 16 x 16 grid. Others than 9 and 10 take the row of 8.
 SQUARE = {8: (128, 128, 32, 8, 2), 9: (128, 128, 64, 8, 3), 10: (128, 128, 32, 8, 3)}
-WIDE = {8: (64, 256, 32, 8, 2), 9: (128, 256, 32, 8, 2), 10: (64, 256, 32, 8, 3)}
+WIDE = {8: (64, 256, 32, 8, 3), 9: (128, 256, 32, 8, 2), 10: (64, 256, 32, 8, 3)}
 
 
 def tiles_for(capability, operand, n, tf32=False):
@@ -259,7 +257,8 @@ def loss_and_grad(student, teacher, operand, want_grad, capability=None):
     # u and s of a few images at a time, so that they stay small, and in the cache of the chip
     apart = want_grad and not constants["ONE_PANEL"] and student.dtype != torch.float32
     image_bytes = n * (2 * pad * operand.itemsize + 4 * d * apart)
-    parts = triton.cdiv(b * image_bytes, max(student.numel() * student.itemsize, WORKSPACE))
+    size = min(student.numel() * student.itemsize, 2**32)  # offsets in the kernel are 32 bit
+    parts = triton.cdiv(b * image_bytes, max(size, WORKSPACE))
     images = min(round_up(triton.cdiv(b, parts), packed), b)
     height = round_up(images * n + max(bm, bn), CHUNK)  # tiles reach past the last row: zeros there
     u, s = torch.empty(2, height, pad, dtype=operand, device=device)
@@ -275,19 +274,20 @@ def loss_and_grad(student, teacher, operand, want_grad, capability=None):
         operands = [TensorDescriptor.from_tensor(x, [rows, bk]) for x, rows in blocks]
     width = triton.next_power_of_2(pad)
     block = max(1, 2048 // width)  # tokens per program of unit_kernel
-    for part, first in enumerate(range(0, b, images)):
-        x, y = student[first : first + images], teacher[first : first + images]
-        rows = x.shape[0] * n
-        unit_kernel[(triton.cdiv(height, block),)](
-            *(x, y, u, s, inverse, rows, n, *x.stride(), *y.stride(), d, pad),
-            **{"G": y.shape[1] // n, "WIDTH": width, "ROWS": block, **UNIT_OPTIONS},
-        )
-        out = grad[first : first + images]
-        gram_kernel[(triton.cdiv(x.shape[0], packed) * tiles,)](
-            *(*operands, inverse, loss[part], out, scratch if apart else out),
-            *(rows, n, packed * n, tiles, d, pad),
-            **{"WANT_GRAD": want_grad, **constants, **options},
-        )
+    with torch.cuda.device_of(student):  # Triton launches on the current device
+        for part, first in enumerate(range(0, b, images)):
+            x, y = student[first : first + images], teacher[first : first + images]
+            rows = x.shape[0] * n
+            unit_kernel[(triton.cdiv(height, block),)](
+                *(x, y, u, s, inverse, rows, n, *x.stride(), *y.stride(), d, pad),
+                **{"G": y.shape[1] // n, "WIDTH": width, "ROWS": block, **UNIT_OPTIONS},
+            )
+            out = grad[first : first + images]
+            gram_kernel[(triton.cdiv(x.shape[0], packed) * tiles,)](
+                *(*operands, inverse, loss[part], out, scratch if apart else out),
+                *(rows, n, packed * n, tiles, d, pad),
+                **{"WANT_GRAD": want_grad, **constants, **options},
+            )
     return loss.sum(dtype=torch.float64).div(256**2 * b * n**2).float(), grad
 
 

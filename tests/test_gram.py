@@ -457,10 +457,9 @@ def test_every_launch_compiles_fits_and_does_not_spill(tmp_path):
     assert {row["arch"] for row in rows} == {80, 90, 100}
     for row in rows:
         assert row["shared_kb"] <= row["shared_limit_kb"], row
-        if row["tokens"] != "fp32":
+        if row["operands"] in ("bf16", "fp16"):
             assert row["stack"] == 0, row
         if row["kernel"] == "gram" and row["operands"] in ("bf16", "fp16"):
-            assert row["stack"] <= 8, row
             assert row["unit"] == {80: "mma", 90: "wgmma", 100: "tcgen05"}[row["arch"]], row
         if row["operands"] == "fp32":
             assert row["unit"] == "-", row  # no tf32 behind the user's back
