@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 BACKENDS = ("auto", "eager", "triton", "linear", "matmul")
 LINEAR_FROM = 2  # tokens per channel from which the linear form is tried; see `gram_fused`
-CHUNK = 2**19  # elements of the temporaries on the PyTorch path: 2 MB in float32, in the cache
+CHUNK = 2**21  # elements of a temporary of the PyTorch forms: 8 MB in float32
 
 log = logging.getLogger("crossscale")
 
@@ -90,10 +90,10 @@ def gram_loss(student, teacher, *, backend="auto"):
     loses the small differences that the loss is made of. A token of zero norm gets zero gradient.
     Raises ValueError if shapes do not fit or N = 0.
 
-    backend: "eager" is the definition, three lines below. The others compute the gradient along
-    with the loss, with `gram_fused`, and cannot be differentiated twice: "matmul" and "linear" in
-    PyTorch on any device, "triton" by `kernels.gram` on NVIDIA GPUs (RuntimeError elsewhere), under
-    autocast with u and s rounded to its dtype. "auto" takes the one that suits shape and device.
+    backend: "eager" is the definition, below in two lines. The others compute the gradient along
+    with the loss, in `gram_fused`, and cannot be differentiated twice: "matmul" and "linear" in
+    PyTorch on any device; "triton" by `kernels.gram` on NVIDIA GPUs (RuntimeError elsewhere), which
+    under autocast multiplies in its dtype without that loss. "auto" takes what suits (`pick`).
     Source: arXiv 2601.12964, spatial affinity; DINOv3's Gram loss (arXiv 2508.10104) unclamped.
     """
     if backend not in BACKENDS:
@@ -142,7 +142,7 @@ def matmul(student, teacher, want_grad):
     """Sum of d_ij^2, and (g - (g.s) s) / |S| with g_i = sum_j d_ij s_j, by matrix products.
 
     4 B N^2 D operations; a few images at a time, of large ones a few rows, so that the temporaries
-    stay small and in the cache. Shapes as `gram_loss`; the gradient is empty if not wanted.
+    stay small. Shapes as `gram_loss`; the gradient is empty if not wanted.
     """
     b, n, d = student.shape
     total = 0

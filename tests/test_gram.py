@@ -186,6 +186,14 @@ def test_small_float16_gradients_survive_until_the_scaler():
     assert (found - exact).norm() / exact.norm() < 1e-2
 
 
+def test_factor_is_not_rounded_to_the_gradients_16_bits():
+    """Values round either way and average out, a rounded factor would shift them all: by 4e-3."""
+    student, teacher = tokens(3, 50, 64, dtype=torch.bfloat16)
+    exact = loss_and_grad(student.double(), teacher.double(), "eager", scale=1.0039)[1]
+    found = loss_and_grad(student, teacher, "auto", scale=1.0039)[1].double()
+    assert abs(float((found * exact).sum() / exact.square().sum()) - 1) < 3e-4
+
+
 def test_double_backward_is_refused():
     student, teacher = tokens(1, 4, 8)
     student.requires_grad_()
