@@ -2,8 +2,9 @@
 
 The loss of Cross-Scale Pretraining (arXiv 2601.12964), in the order in which it is computed: which
 HR tokens lie on an MR token's ground (`hr_index`), one token per MR token from them (`pool_to_mr`),
-and the squared difference of the two Gram matrices (`gram_loss`). `SpatialAffinity` joins them for
-any student and teacher; nothing here knows how either is trained.
+and the squared difference of the two Gram matrices (`gram_loss`: its definition, then the forms
+that give loss and gradient in one pass). `SpatialAffinity` joins them for any student and teacher;
+nothing here knows how either is trained. Imports without Triton.
 
 B images, K tokens that the student sees, D their width, r = ratio HR tokens per MR token side.
 """

@@ -254,6 +254,19 @@ def test_kernel_names_what_it_does_not_support(monkeypatch):
     assert gram.unsupported(cuda, torch.bfloat16) is None
 
 
+@needs_triton
+def test_an_old_gpu_is_told_once_and_served(monkeypatch, caplog):
+    from kernels import gram
+
+    monkeypatch.setattr(gram, "unsupported", lambda device, dtype: "the GPU is too old")
+    affinity.kernel_missing.cache_clear()
+    for _ in range(2):
+        assert affinity.kernel_missing(torch.device("cuda"), torch.float32) == "the GPU is too old"
+    affinity.kernel_missing.cache_clear()
+    (record,) = caplog.records
+    assert record.message == "gram_loss: the GPU is too old; the PyTorch form serves"
+
+
 # ---- the kernels, interpreted: the tests below marked `inside` run in one process of their own,
 # since the interpreter's switch changes what @triton.jit makes
 
