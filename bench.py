@@ -271,16 +271,17 @@ def bench_compile(args):
     """Compile every launch that "auto" can choose; prints a table and returns its rows as dicts."""
     if triton_version() is None:
         raise ValueError("compile needs Triton, which is not installed: pip install 'triton>=3.5'")
-    cells = {"arch": 5, "kernel": 7, "tokens": 7, "operands": 9, "tiles": 14, "panels": 7}
-    cells |= {"warps": 6, "stages": 7, "shared_kb": 10, "registers": 10, "stack": 6, "unit": 8}
+    cells = {"arch": 4, "kernel": 6, "tokens": 6, "operands": 8, "gradient": 8, "tiles": 10}
+    cells |= {"panels": 6, "warps": 5, "stages": 6, "shared_kb": 9, "registers": 9, "stack": 5}
+    cells |= {"unit": 7}
     print(" ".join(f"{name:>{width}}" for name, width in cells.items()))
     rows = []
     with concurrent.futures.ProcessPoolExecutor(args.jobs) as pool:
         for row in pool.map(compiled, *zip(*launches(args.arch or SHARED_LIMIT), strict=True)):
             rows.append(row)
             print(" ".join(f"{row[name]!s:>{width}}" for name, width in cells.items()), flush=True)
-    print("\nstack: bytes per thread in memory, 0 where no register spills. N and D are arguments:")
-    print("a line of gram serves every N of its panels and every D, one of unit D up to its tile.")
+    print("\nstack: bytes per thread in memory, 0 where no register spills. N and D are arguments: a")
+    print("line of gram serves every N of its panels and every D, one of unit every D up to its tile.")
     return rows
 
 
@@ -296,8 +297,9 @@ def launches(archs):
             launch = gram.tiles_for((arch // 10, 0), dtype, n, operands == "tf32")
             if launch not in seen:
                 seen.append(launch)
-                constants, options = launch
-                yield arch, "gram", tokens, operands, {**constants, "WANT_GRAD": True}, options
+                for want_grad in (True, False):
+                    constants = {**launch[0], "WANT_GRAD": want_grad}
+                    yield arch, "gram", tokens, operands, constants, launch[1]
         for width in (256, 512, 1024, 2048) if operands != "tf32" else ():  # D of 192 to 1280
             constants = {"G": 4, "WIDTH": width, "ROWS": 2048 // width}
             yield arch, "unit", tokens, operands, constants, gram.UNIT_OPTIONS
@@ -347,6 +349,7 @@ def compiled(arch, kernel, tokens, operands, constants, options):
         "tokens": tokens,
         "operands": operands,
         "tiles": " ".join(str(constants[key]) for key in tiles),
+        "gradient": {True: "yes", False: "no"}.get(constants.get("WANT_GRAD"), "-"),
         "panels": {True: "one", False: "many"}.get(constants.get("ONE_PANEL"), "-"),
         "warps": result.metadata.num_warps,
         "stages": result.metadata.num_stages,
