@@ -280,8 +280,8 @@ def bench_compile(args):
         for row in pool.map(compiled, *zip(*launches(args.arch or SHARED_LIMIT), strict=True)):
             rows.append(row)
             print(" ".join(f"{row[name]!s:>{width}}" for name, width in cells.items()), flush=True)
-    print("\nstack: bytes per thread in memory, 0 where no register spills. N and D are arguments: a")
-    print("line of gram serves every N of its panels and every D, one of unit every D up to its tile.")
+    print("\nstack: bytes per thread in memory, 0 where no register spills. N and D are arguments:")
+    print("a line of gram serves all N of its panels and all D, one of unit all D up to its tile.")
     return rows
 
 
