@@ -1,8 +1,13 @@
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+import affinity
 from affinity import SpatialAffinity, gram_loss, hr_index, pool_to_mr, token_mse
+
+gram_eager = partial(gram_loss, backend="eager")
 
 
 def pair(b, n, d, group=1, dtype=torch.float32, seed=0):
@@ -62,26 +67,34 @@ def test_pool_is_the_mean_of_the_ground():
         pool_to_mr(tokens, 2)
 
 
-# ---- the loss against the public implementations
+# ---- the loss against the public implementations; `test_gram.py` does the same for the kernel
 
 
-def test_gram_dinov3(golden):
+BACKENDS = ["eager", "auto", "matmul", "linear"]
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gram_dinov3(golden, backend):
     z = golden("a_dinov3_gram")
     for i in range(int(z["n_cases"])):
-        loss, grad = loss_and_grad(gram_loss, z[f"c{i}_student"], z[f"c{i}_teacher"])
+        loss, grad = loss_and_grad(
+            partial(gram_loss, backend=backend), z[f"c{i}_student"], z[f"c{i}_teacher"]
+        )
         torch.testing.assert_close(loss, z[f"c{i}_noneg0_loss"], rtol=1e-5, atol=0)
         torch.testing.assert_close(grad, z[f"c{i}_noneg0_grad"], rtol=1e-4, atol=1e-9)
-        exact = gram_loss(z[f"c{i}_student"].double(), z[f"c{i}_teacher"].double())
+        exact = gram_loss(z[f"c{i}_student"].double(), z[f"c{i}_teacher"].double(), backend=backend)
         torch.testing.assert_close(exact, z[f"c{i}_f64_loss"], rtol=1e-12, atol=0)
 
 
-def test_gram_and_mse_author(golden):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gram_and_mse_author(golden, backend):
+    gram = partial(gram_loss, backend=backend)
+
     z = golden("a_author_hr_gram")
     for i in range(int(z["n_cases"])):
         student, teacher, scale = z[f"c{i}_student"], z[f"c{i}_teacher_hr"], int(z[f"c{i}_scale"])
         if scale == 3:  # the author's bilinear pooling keeps the centre token alone; ours is a mean
             teacher = teacher.unflatten(1, (-1, 9))[:, :, 4]
-        for name, function in (("gram", gram_loss), ("mse", token_mse)):
+        for name, function in (("gram", gram), ("mse", token_mse)):
             loss, grad = loss_and_grad(function, student, teacher)
             torch.testing.assert_close(loss, z[f"c{i}_{name}_loss"], rtol=1e-5, atol=0)
             torch.testing.assert_close(grad, z[f"c{i}_{name}_grad"], rtol=1e-4, atol=1e-8)
@@ -95,18 +108,21 @@ def test_gram_and_mse_author(golden):
 )
 def test_gram_slow_loop(n, d, group):
     student, teacher = pair(2, n, d, group)
-    assert float(gram_loss(student, teacher)) == pytest.approx(
-        slow_gram(student, teacher, group), rel=1e-5, abs=1e-12
-    )
+    slow = slow_gram(student, teacher, group)
+    for backend in BACKENDS:
+        loss = float(gram_loss(student, teacher, backend=backend))
+        assert loss == pytest.approx(slow, rel=1e-5, abs=1e-7 if backend == "linear" else 1e-12)
 
 
-@pytest.mark.parametrize("function", [gram_loss, token_mse])
+@pytest.mark.parametrize("function", [gram_eager, gram_loss, token_mse])
 def test_gradient_is_exact(function):
     student, teacher = pair(2, 5, 8, 4, torch.float64)
     assert torch.autograd.gradcheck(lambda s: function(s, teacher), student.requires_grad_())
 
 
-def test_gram_identities():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gram_identities(backend):
+    gram_loss = partial(affinity.gram_loss, backend=backend)
     student, teacher = pair(3, 12, 16, dtype=torch.float64)
     loss = gram_loss(student, teacher)
     rotation = torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64)).Q
@@ -122,7 +138,7 @@ def test_gram_identities():
         torch.testing.assert_close(other, loss)
 
 
-@pytest.mark.parametrize("function", [gram_loss, token_mse])
+@pytest.mark.parametrize("function", [gram_eager, gram_loss, token_mse])
 def test_autocast_does_not_reach_inside(function):
     student, teacher = pair(2, 20, 64, 4)
     with torch.autocast("cpu", torch.bfloat16):
@@ -143,10 +159,11 @@ def test_dtypes_and_strides(dtype):
     torch.testing.assert_close(grad.double(), exact, rtol=1e-2, atol=1e-6)
 
 
-def test_zero_token_gets_zero_gradient():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_zero_token_gets_zero_gradient(backend):
     student, teacher = pair(1, 4, 8)
     student[0, 2] = 0
-    _, grad = loss_and_grad(gram_loss, student, teacher)
+    _, grad = loss_and_grad(partial(gram_loss, backend=backend), student, teacher)
     assert grad[0, 2].eq(0).all() and grad.isfinite().all() and grad[0, 1].ne(0).any()
 
 
@@ -167,7 +184,7 @@ def test_teacher_gets_no_gradient():
     ],
 )
 def test_shapes_are_checked(student, teacher, message):
-    for function in (gram_loss, token_mse):
+    for function in (gram_eager, gram_loss, token_mse):
         with pytest.raises(ValueError, match=message):
             function(torch.zeros(student), torch.zeros(teacher))
 

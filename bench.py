@@ -1,0 +1,365 @@
+"""Benchmarks of the Gram loss, and what the compiler makes of its kernel.
+
+    python bench.py gram --out gram.json        times, memory and errors against eager PyTorch
+    python bench.py compile --out tiles.json    registers, spills, shared memory; needs no GPU
+
+`gram` runs every form on the same inputs in interleaved rounds, so that what disturbs the machine
+disturbs all of them, and prints the roofline beside the time: the larger of bytes over copy
+bandwidth and operations over matrix-product rate, both measured first on the device at hand.
+"""
+
+import argparse
+import concurrent.futures
+import datetime
+import itertools
+import json
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from affinity import gram_loss
+
+# B, N, D, ratio: those of training, then large scenes
+SHAPES = {
+    "cpu": ["128,20,384,2", "32,110,384,2", "32,256,384,1", "32,256,384,2", "1,4096,384,1"],
+    "cuda": [
+        *("512,20,384,2", "128,60,384,2", "128,110,384,2", "128,196,768,2", "128,256,384,2"),
+        *("128,256,1024,2", "4,1024,768,2", "1,4096,384,2", "1,16384,384,1"),
+    ],
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHARED_LIMIT = {80: 163, 90: 227, 100: 227}  # KB of shared memory that one program may have
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    commands = parser.add_subparsers(dest="command", required=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    p = commands.add_parser("gram", help="time the forms of the Gram loss", allow_abbrev=False)
+    add = p.add_argument
+    add("--device", default=device, help="cpu or cuda, default what is there")
+    add("--dtype", choices=DTYPES, help="of the tokens, default float32; bfloat16 on cuda")
+    add("--shape", action="append", metavar="B,N,D,R",
+        help="images, tokens, width, HR tokens per side; repeatable, default a list")
+    add("--rounds", type=int, default=11, help="timed runs of each form, default 11")
+    add("--compile", action=argparse.BooleanOptionalAction, default=True,
+        help="also time torch.compile of the definition, default yes")
+    add("--seed", type=int, default=0, help="of the tokens, default 0")
+    add("--out", type=Path, help="JSON file to write, default none")
+    p = commands.add_parser("compile", help="compile the kernel, no GPU", allow_abbrev=False)
+    add = p.add_argument
+    add("--arch", type=int, action="append", choices=SHARED_LIMIT,
+        help="80, 90 or 100; repeatable, default all")
+    add("--jobs", type=int, default=2, help="processes, default 2")
+    add("--out", type=Path, help="JSON file to write, default none")
+    args = parser.parse_args()
+    try:
+        if args.out and not args.out.parent.is_dir():
+            raise ValueError(f"--out {args.out.parent}: no such folder; make it first")
+        rows = {"gram": bench_gram, "compile": bench_compile}[args.command](args)
+    except ValueError as error:
+        print(f"bench.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    if args.out:
+        part = args.out.with_name(args.out.name + ".part")
+        part.write_text(json.dumps({**provenance(args), "rows": rows}, indent=1))
+        os.replace(part, args.out)
+
+
+def provenance(args):
+    """What it takes to repeat the run: device, versions, commit, date, flags."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:  # no git on this machine
+        commit = ""
+    return {
+        "device": device_name(getattr(args, "device", "cpu")),
+        "date": datetime.date.today().isoformat(),
+        "commit": commit or "unknown",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton_version(),
+        "flags": {key: str(value) for key, value in vars(args).items()},
+    }
+
+
+def device_name(device):
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def cpu_name():
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    return found.group(1) if found else platform.processor() or platform.machine()
+
+
+def triton_version():
+    try:
+        import triton
+    except ImportError:
+        return None
+    return triton.__version__
+
+
+# ---- gram
+
+
+def bench_gram(args):
+    """Time the forms of the Gram loss; prints a table and returns its rows as dicts."""
+    if args.device not in SHAPES or (args.device == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"--device {args.device}: no such device here; use cpu")
+    device = torch.device(args.device)
+    dtype = DTYPES[args.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+    shapes = []
+    for text in args.shape or SHAPES[device.type]:
+        if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*){3}", text):
+            raise ValueError(f"--shape {text}: give B,N,D,R, four positive numbers: 32,256,384,2")
+        shapes.append(tuple(map(int, text.split(","))))
+    if args.rounds < 1:
+        raise ValueError(f"--rounds {args.rounds}: give at least 1")
+
+    forms = {"eager": lambda s, t: gram_loss(s, t, backend="eager")}
+    if args.compile and (device.type == "cuda" or shutil.which("cc") or shutil.which("cl")):
+        torch._dynamo.config.recompile_limit = 64  # one per shape and per pass
+        forms["compile"] = torch.compile(forms["eager"], dynamic=False)
+    elif args.compile:
+        print("torch.compile is left out: no C compiler")
+    forms["ours"] = gram_loss
+
+    bandwidth, rate = ceilings(device, dtype)
+    print(f"{device_name(args.device)}, {dtype}: copies at {bandwidth / 1e9:.0f} GB/s, ", end="")
+    print(f"multiplies matrices at {rate / 1e12:.2f} TFLOP/s")
+    print("medians of interleaved rounds in ms (smallest..largest)\n")
+    print(f"{'B, N, D, ratio':22}{'form':9}{'forward':>24}{'with gradient':>26}", end="")
+    print(f"{'eager/it':>10}{'of floor':>10}{'extra MB':>10}{'loss err':>10}{'grad err':>10}")
+    rows = []
+    for shape in shapes:
+        student, teacher = draw_tokens(shape, args.seed, device, dtype)
+        b, n, d, ratio = shape
+        # count once: student in, gradient out, teacher in; two symmetric products, or linear
+        floor = (2 + ratio**2) * b * n * d * student.element_size() / bandwidth
+        floor = max(floor, min(4 * n, 10 * d) * b * n * d / rate)
+        for row in bench_shape(forms, student, teacher, args.rounds):
+            row["shape"], row["dtype"], row["floor_ms"] = shape, str(dtype), floor * 1e3
+            row["floor_share"] = row["floor_ms"] / statistics.median(row["gradient_ms"])
+            rows.append(row)
+            print_row(row)
+    return rows
+
+
+def draw_tokens(shape, seed, device, dtype):
+    """A student 30 % from its teacher, whose ratio**2 HR tokens are equal."""
+    b, n, d, ratio = shape
+    generator = torch.Generator().manual_seed(seed)
+    teacher = torch.randn(b, n, d, generator=generator)
+    student = teacher + 0.3 * torch.randn(b, n, d, generator=generator)
+    return student.to(device, dtype), teacher.repeat_interleave(ratio**2, 1).to(device, dtype)
+
+
+def print_row(row):
+    shape = ", ".join(map(str, row["shape"]))
+    time_cells = ""
+    for key, width in (("forward_ms", 24), ("gradient_ms", 26)):
+        values = row[key]
+        cell = f"{statistics.median(values):.3f} ({min(values):.3f}..{max(values):.3f})"
+        time_cells += f"{cell:>{width}}"
+    print(f"{shape:22}{row['form']:9}{time_cells}{row['speedup']:>9.2f}x", end="")
+    print(f"{row['floor_share']:>9.0%} {row['extra_mb']:>9.1f}", end="")
+    print(f"{row['loss_error']:>10.0e}{row['grad_error']:>10.0e}", flush=True)
+
+
+def bench_shape(forms, student, teacher, rounds):
+    """One row per form: times of each round in ms, forward alone and with the gradient; the
+    speed-up over eager as the median of paired ratios; memory; errors against float64."""
+    exact, exact_grad = loss_and_grad(
+        lambda s, t: gram_loss(s, t, backend="matmul"), student.double(), teacher.double()
+    )
+    rows = []
+    for name, form in forms.items():
+        with torch.no_grad():
+            form(student, teacher)
+        loss, grad = loss_and_grad(form, student, teacher)  # both calls warm up and compile, too
+        rows.append({
+            "form": name,
+            "forward_ms": [],
+            "gradient_ms": [],
+            "extra_mb": extra_memory(form, student, teacher) / 2**20,
+            "loss_error": abs(float(loss) / float(exact) - 1),
+            "grad_error": float((grad.double() - exact_grad).norm() / exact_grad.norm()),
+        })
+    for _ in range(rounds):
+        for row, form in zip(rows, forms.values(), strict=True):
+            with torch.no_grad():
+                row["forward_ms"].append(milliseconds(form, student, teacher))
+            row["gradient_ms"].append(milliseconds(loss_and_grad, form, student, teacher))
+    for row in rows:
+        pairs = zip(rows[0]["gradient_ms"], row["gradient_ms"], strict=True)
+        row["speedup"] = statistics.median(eager / own for eager, own in pairs)
+    return rows
+
+
+def loss_and_grad(form, student, teacher):
+    student = student.detach().requires_grad_()
+    loss = form(student, teacher)
+    (grad,) = torch.autograd.grad(loss, student)
+    return loss.detach(), grad
+
+
+def milliseconds(function, *args):
+    """Time of one call; on a GPU between two events, with the inputs out of its cache."""
+    device = args[-1].device
+    if device.type == "cpu":
+        start = time.perf_counter()
+        function(*args)
+        return (time.perf_counter() - start) * 1e3
+    torch.empty(2**28, dtype=torch.int8, device=device).zero_()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    torch.cuda.synchronize()
+    events[0].record()
+    function(*args)
+    events[1].record()
+    torch.cuda.synchronize()
+    return events[0].elapsed_time(events[1])
+
+
+def extra_memory(form, student, teacher):
+    """Peak bytes of forward and backward beyond the inputs and the gradient itself."""
+    if student.is_cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        loss_and_grad(form, student, teacher)
+        peak = torch.cuda.max_memory_allocated() - before
+    else:  # the CPU's allocator keeps no peak: add up what the profiler saw
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+            loss_and_grad(form, student, teacher)
+        events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
+        events.sort(key=lambda e: e.start_ns())
+        peak = max(itertools.accumulate(e.nbytes() for e in events))
+    return peak - student.numel() * student.element_size()
+
+
+def ceilings(device, dtype):
+    """Bytes per second of a large copy, operations per second of a large matrix product."""
+    side, count = (8192, 2**28) if device.type == "cuda" else (2048, 2**25)
+    a = torch.randn(count, device=device)
+    b = torch.empty_like(a)
+    copies = [milliseconds(b.copy_, a) for _ in range(8)]
+    a, b = torch.randn(2, side, side, device=device).to(dtype)
+    products = [milliseconds(torch.matmul, a, b) for _ in range(8)]
+    return 8 * count / min(copies) * 1e3, 2 * side**3 / min(products) * 1e3
+
+
+# ---- compile
+
+
+def bench_compile(args):
+    """Compile every launch that "auto" can choose; prints a table and returns its rows as dicts."""
+    if triton_version() is None:
+        raise ValueError("compile needs Triton, which is not installed: pip install 'triton>=3.5'")
+    cells = {"arch": 4, "kernel": 6, "tokens": 6, "operands": 8, "gradient": 8, "tiles": 10}
+    cells |= {"panels": 6, "warps": 5, "stages": 6, "shared_kb": 9, "registers": 9, "stack": 5}
+    cells |= {"unit": 7}
+    print(" ".join(f"{name:>{width}}" for name, width in cells.items()))
+    rows = []
+    with concurrent.futures.ProcessPoolExecutor(args.jobs) as pool:
+        for row in pool.map(compiled, *zip(*launches(args.arch or SHARED_LIMIT), strict=True)):
+            rows.append(row)
+            print(" ".join(f"{row[name]!s:>{width}}" for name, width in cells.items()), flush=True)
+    print("\nstack: bytes per thread in memory, 0 where no register spills. N and D are arguments:")
+    print("a line of gram serves all N of its panels and all D, one of unit all D up to its tile.")
+    return rows
+
+
+def launches(archs):
+    """Yield (arch, kernel, tokens, operands, constants, options) of all that "auto" can choose."""
+    from kernels import gram
+
+    pairs = ("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "bf16"), ("fp32", "fp32"), ("fp32", "tf32")
+    for arch, (tokens, operands) in itertools.product(archs, pairs):
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(operands, torch.float32)
+        seen = []
+        for n in (20, 64, 128, 196, 256, 4096):
+            launch = gram.tiles_for((arch // 10, 0), dtype, n, operands == "tf32")
+            if launch not in seen:
+                seen.append(launch)
+                for want_grad in (True, False):
+                    constants = {**launch[0], "WANT_GRAD": want_grad}
+                    yield arch, "gram", tokens, operands, constants, launch[1]
+        for width in (256, 512, 1024, 2048) if operands != "tf32" else ():  # D of 192 to 1280
+            constants = {"G": 4, "WIDTH": width, "ROWS": 2048 // width}
+            yield arch, "unit", tokens, operands, constants, gram.UNIT_OPTIONS
+
+
+def compiled(arch, kernel, tokens, operands, constants, options):
+    """Compile a kernel for an architecture and read the resources off the result."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from kernels import gram
+
+    function = {"gram": gram.gram_kernel, "unit": gram.unit_kernel}[kernel]
+    held = "fp32" if operands == "tf32" else operands
+    types = dict.fromkeys(("inverse", "loss", "scratch"), "*fp32")
+    types |= dict.fromkeys(("student", "teacher", "grad"), f"*{tokens}")
+    types |= dict.fromkeys(("u", "s", "u_i", "s_i", "u_j", "s_j"), f"*{held}")
+    if constants.get("TMA"):
+        for name, rows in itertools.product("us", "ij"):
+            block = f"{constants['BM' if rows == 'i' else 'BN']}, {constants['BK']}"
+            types[f"{name}_{rows}"] = f"tensordesc<{held}[{block}]>"
+    # as a launch has it: channels adjacent, torch's tensors aligned, D a multiple of 16
+    constants = {**constants, "s_channel": 1, "t_channel": 1} if kernel == "unit" else constants
+    types |= dict.fromkeys(constants, "constexpr")
+    signature = {name: types.get(name, "i32") for name in function.arg_names}
+    aligned = "width", "pad", "s_image", "s_token", "t_image", "t_token"
+    attributes = {
+        (place,): [["tt.divisibility", 16]]
+        for place, (name, kind) in enumerate(signature.items())
+        if kind[0] == "*" or name in aligned
+    }
+    source = ASTSource(function, signature, constants, attributes)
+    result = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(result.asm["cubin"])
+        command = [tools / "cuobjdump", "-res-usage", cubin]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    tiles = ("BM", "BN", "BK") if kernel == "gram" else ("ROWS", "WIDTH")
+    units = {"wgmma.mma_async": "wgmma", "tcgen05.mma": "tcgen05", "mma.sync": "mma"}
+    return {
+        "arch": arch,
+        "kernel": kernel,
+        "tokens": tokens,
+        "operands": operands,
+        "tiles": " ".join(str(constants[key]) for key in tiles),
+        "gradient": {True: "yes", False: "no"}.get(constants.get("WANT_GRAD"), "-"),
+        "panels": {True: "one", False: "many"}.get(constants.get("ONE_PANEL"), "-"),
+        "warps": result.metadata.num_warps,
+        "stages": result.metadata.num_stages,
+        "shared_kb": round(result.metadata.shared / 1024, 1),
+        "shared_limit_kb": SHARED_LIMIT[arch],
+        "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
+        "stack": int(re.search(r"STACK:(\d+)", usage).group(1)),
+        "unit": next((unit for op, unit in units.items() if op in result.asm["ptx"]), "-"),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+import bench
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*arguments):
+    command = [sys.executable, "-W", "ignore", str(ROOT / "bench.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_gram_prints_a_table_and_writes_what_repeats_it(tmp_path):
+    out = tmp_path / "gram.json"
+    done = run("gram", "--shape", "2,9,16,2", "--shape", "1,40,16,1", "--rounds", "3",
+               "--device", "cpu", "--no-compile", "--out", str(out))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "2, 9, 16, 2" in done.stdout and "1, 40, 16, 1" in done.stdout
+    found = json.loads(out.read_text())
+    assert {"device", "date", "commit", "python", "torch", "triton", "flags"} <= set(found)
+    assert [row["form"] for row in found["rows"]] == ["eager", "ours"] * 2
+    for row in found["rows"]:
+        assert len(row["forward_ms"]) == len(row["gradient_ms"]) == 3
+        assert row["loss_error"] < 1e-5 and row["grad_error"] < 1e-5
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--shape", "2,9,16"], "bench.py: --shape 2,9,16: give B,N,D,R, four positive numbers"),
+        (["--shape", "0,9,16,1"], "bench.py: --shape 0,9,16,1: give B,N,D,R"),
+        (["--rounds", "0"], "bench.py: --rounds 0: give at least 1"),
+        (["--device", "abacus"], "bench.py: --device abacus: no such device here; use cpu"),
+        (["--out", "no/such/folder/x.json"], "bench.py: --out no/such/folder: no such folder"),
+    ],
+)
+def test_bad_flags_are_named_before_any_work(arguments, message):
+    done = run("gram", *arguments)
+    assert done.returncode == 2 and done.stderr.startswith(message), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_extra_memory_counts_the_peak():
+    """Of a chain that holds two more matrices at once, the gradient's own size aside."""
+    side = 512
+
+    def form(student, teacher):
+        return (student @ teacher).square().sum()
+
+    square = torch.randn(side, side)
+    found = bench.extra_memory(form, square, square) / (4 * side**2)
+    assert 2 <= found <= 4
+
+
+def test_linear_form_needs_a_quarter_of_eagers_memory():
+    tokens = bench.draw_tokens((1, 1024, 64, 1), 0, torch.device("cpu"), torch.float32)
+    eager = bench.extra_memory(partial(bench.gram_loss, backend="eager"), *tokens)
+    assert bench.extra_memory(bench.gram_loss, *tokens) < eager / 4

@@ -1,0 +1,533 @@
+"""The fused Gram loss: the operator on any device, the Triton kernels under the interpreter, ahead
+of time for GPUs that are not here, and on the one that is.
+
+The rule for numbers is *no worse than eager*: the error against float64 on the same inputs is at
+most twice eager PyTorch's in the same dtype and 2 eps of the largest value. Where the exact value
+is zero (N = 1) nothing is left of that, so the square of 2 eps is added.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import affinity
+from affinity import gram_loss
+
+ROOT = Path(__file__).parent.parent
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+inside = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own, interpreted")
+outside = pytest.mark.skipif(INTERPRETED, reason="not under the interpreter")
+gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+N_SWEEP = [1, 2, 20, 49, 65, 110, 196, 197, 256, 300]
+D_SWEEP = [16, 40, 192, 384]
+
+
+def tokens(b, n, d, group=1, dtype=torch.float32, noise=0.3, common=0.0, seed=0, device="cpu"):
+    """A teacher with a common component, and a student near it."""
+    generator = torch.Generator().manual_seed(seed)
+    mean = common * torch.randn(d, generator=generator)
+    pooled = torch.randn(b, n, d, generator=generator) + mean
+    student = pooled + noise * torch.randn(b, n, d, generator=generator)
+    teacher = pooled.repeat_interleave(group, 1)
+    if group > 1:
+        teacher = teacher + 0.1 * torch.randn(b, n * group, d, generator=generator)
+    return student.to(device, dtype), teacher.to(device, dtype)
+
+
+def loss_and_grad(student, teacher, backend, scale=1.0):
+    student = student.detach().requires_grad_()
+    loss = gram_loss(student, teacher, backend=backend)
+    (grad,) = torch.autograd.grad(loss * scale, student)
+    return loss.detach(), grad
+
+
+def assert_no_worse_than_eager(student, teacher, loss, grad, operand=None):
+    """loss and grad of (student, teacher), by the rule above; operand: dtype of the products."""
+    eps = torch.finfo(operand or student.dtype).eps
+    exact = loss_and_grad(student.double(), teacher.double(), "eager")
+    eager = loss_and_grad(student, teacher, "eager")
+    assert grad.shape == student.shape and grad.dtype == student.dtype
+    for value, e, x in zip((loss, grad), eager, exact, strict=True):
+        bound = 2 * (e - x).abs().max() + 2 * eps * x.abs().max() + (2 * eps) ** 2
+        assert (value - x).abs().max() <= bound
+
+
+# ---- the PyTorch forms, and the operator that carries all of them
+
+
+@pytest.mark.parametrize("backend", ["matmul", "linear", "auto"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", N_SWEEP)
+def test_pytorch_forms_against_float64(n, dtype, backend):
+    for d in D_SWEEP:
+        student, teacher = tokens(2, n, d, group=4 if d == 40 else 1, dtype=dtype)
+        loss, grad = loss_and_grad(student, teacher, backend)
+        if backend == "linear" and dtype == torch.float32:  # its bound, wider than eager's
+            exact = loss_and_grad(student.double(), teacher.double(), "eager")
+            torch.testing.assert_close(loss.double(), exact[0], rtol=1e-4, atol=1e-9)
+            largest = float(exact[1].abs().max())
+            torch.testing.assert_close(grad.double(), exact[1], rtol=0, atol=1e-4 * largest + 1e-7)
+        else:
+            assert_no_worse_than_eager(student, teacher, loss, grad)
+
+
+@pytest.mark.parametrize("backend", ["matmul", "linear"])
+def test_large_batches_and_images_are_cut(backend, monkeypatch):
+    student, teacher = tokens(5, 30, 16, dtype=torch.float64)
+    whole = loss_and_grad(student, teacher, backend)
+    for chunk in (30 * 30 * 2, 30 * 7, 1):  # two images, seven rows, one row at a time
+        monkeypatch.setattr(affinity, "CHUNK", chunk)
+        for a, b in zip(loss_and_grad(student, teacher, backend), whole, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", ["matmul", "linear"])
+def test_gradient_is_exact(backend):
+    student, teacher = tokens(2, 5, 8, group=4, dtype=torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda s: gram_loss(s, teacher, backend=backend), student.requires_grad_()
+    )
+
+
+def test_linear_bound_near_the_teacher_and_independent():
+    for noise, common in ((0.03, 0.0), (0.03, 3.0), (0.003, 3.0), (30.0, 3.0)):
+        student, teacher = tokens(1, 800, 64, noise=noise, common=common)
+        exact = gram_loss(student.double(), teacher.double(), backend="eager")
+        found = gram_loss(student, teacher, backend="linear")
+        assert abs(float(found) / float(exact) - 1) < 1e-4
+
+
+def rotated(n, d, noise=0.0003):
+    """A student that is its teacher rotated, nearly: tiny loss, large u."""
+    generator = torch.Generator().manual_seed(1)
+    teacher = torch.randn(1, n, d, generator=generator)
+    rotation = torch.linalg.qr(torch.randn(d, d, generator=generator)).Q
+    return (teacher + noise * torch.randn(1, n, d, generator=generator)) @ rotation, teacher
+
+
+def test_auto_leaves_the_linear_form_where_its_terms_cancel():
+    student, teacher = rotated(768, 384)
+    exact = gram_loss(student.double(), teacher.double(), backend="eager")
+
+    def error(backend):
+        return abs(float(gram_loss(student, teacher, backend=backend)) / float(exact) - 1)
+
+    assert error("linear") > 1e-2
+    assert error("auto") == error("matmul") < 1e-4
+    # one bad image is enough, however large the losses beside it
+    other = tokens(1, 768, 384, noise=30.0)
+    student, teacher = torch.cat((student, other[0])), torch.cat((teacher, other[1]))
+    assert not affinity.linear(student, teacher, False)[2]
+    assert affinity.linear(student[1:], teacher[1:], False)[2]
+
+
+def test_operator_is_well_formed():
+    for n, want_grad in ((5, True), (5, False), (40, True)):
+        student, teacher = tokens(2, n, 16, group=4)
+        args = student.requires_grad_(want_grad), teacher, "auto", torch.float32, want_grad
+        torch.library.opcheck(affinity.gram_fused, args)
+
+
+@pytest.mark.parametrize("backend", ["auto", "matmul", "linear"])
+def test_compiles_without_a_graph_break(backend):
+    student, teacher = tokens(2, 12, 16, group=4)
+    compiled = torch.compile(
+        lambda s, t: 2 * gram_loss(s, t, backend=backend), backend="aot_eager", fullgraph=True
+    )
+    student.requires_grad_()
+    loss = compiled(student, teacher)
+    loss.backward()
+    expected = loss_and_grad(student, teacher, backend, scale=2.0)
+    torch.testing.assert_close(loss, 2 * expected[0])
+    torch.testing.assert_close(student.grad, expected[1])
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(compiled(student, teacher), loss)
+
+
+def test_no_gradient_work_without_gradient(monkeypatch):
+    wanted = []
+    matmul = affinity.matmul
+    monkeypatch.setattr(affinity, "matmul", lambda *args: wanted.append(args[2]) or matmul(*args))
+    student, teacher = tokens(1, 4, 8)
+    loss = gram_loss(student, teacher.clone().requires_grad_())
+    assert not loss.requires_grad
+    with torch.no_grad():
+        gram_loss(student.requires_grad_(), teacher)
+    gram_loss(student, teacher)
+    assert wanted == [False, False, True]
+
+
+def test_loss_used_twice_and_weighted():
+    student, teacher = tokens(2, 9, 24)
+    student.requires_grad_()
+    loss = gram_loss(student, teacher)
+    (loss * loss + 3 * loss).backward()
+    expected = loss_and_grad(student, teacher, "eager", scale=2 * loss.item() + 3)[1]
+    torch.testing.assert_close(student.grad, expected, rtol=1e-4, atol=1e-9)
+
+
+def test_small_float16_gradients_survive_until_the_scaler():
+    """A gradient below float16's smallest number, times a loss scale that lifts it above."""
+    student, teacher = tokens(512, 20, 16, noise=0.03, common=3.0, dtype=torch.float16)
+    exact = loss_and_grad(student.double(), teacher.double(), "eager", scale=2.0**20)[1]
+    found = loss_and_grad(student, teacher, "auto", scale=2.0**20)[1].double()
+    assert exact.abs().max() / 2**20 < 6e-8
+    assert (found - exact).norm() / exact.norm() < 1e-2
+
+
+def test_factor_is_not_rounded_to_the_gradients_16_bits():
+    """Values round either way and average out, a rounded factor would shift them all: by 4e-3."""
+    student, teacher = tokens(3, 50, 64, dtype=torch.bfloat16)
+    exact = loss_and_grad(student.double(), teacher.double(), "eager", scale=1.0039)[1]
+    found = loss_and_grad(student, teacher, "auto", scale=1.0039)[1].double()
+    assert abs(float((found * exact).sum() / exact.square().sum()) - 1) < 3e-4
+
+
+def test_double_backward_is_refused():
+    student, teacher = tokens(1, 4, 8)
+    student.requires_grad_()
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice; use backend='eager'"):
+        torch.autograd.grad(gram_loss(student, teacher), student, create_graph=True)
+    (grad,) = torch.autograd.grad(
+        gram_loss(student, teacher, backend="eager"), student, create_graph=True
+    )
+    grad.square().sum().backward()
+
+
+def test_says_once_what_auto_took(caplog):
+    affinity.say.cache_clear()
+    with caplog.at_level("DEBUG", logger="crossscale"):
+        for _ in range(2):
+            gram_loss(*tokens(1, 4, 8))
+            gram_loss(*tokens(1, 16, 8))
+    assert [record.message for record in caplog.records] == [
+        "gram_loss: auto takes matmul for torch.float32 on cpu",
+        "gram_loss: auto takes linear for torch.float32 on cpu",
+    ]
+
+
+@outside
+def test_triton_refuses_what_it_cannot_do():
+    student, teacher = tokens(1, 4, 8)
+    with pytest.raises(RuntimeError, match="use backend='auto'") as error:
+        gram_loss(student, teacher, backend="triton")
+    assert ("needs an NVIDIA GPU, found cpu" if HAS_TRITON else "triton >= 3.5") in str(error.value)
+    with pytest.raises(ValueError, match="backend 'cuda' is none of auto, eager, triton"):
+        gram_loss(student, teacher, backend="cuda")
+
+
+def test_serves_where_triton_is_missing(monkeypatch):
+    """Also that a wish for it is answered by what to install."""
+    affinity.kernel_missing.cache_clear()
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "kernels.gram", raising=False)
+    monkeypatch.delattr("kernels.gram", raising=False)
+    student, teacher = tokens(1, 4, 8)
+    assert gram_loss(student, teacher) > 0
+    with pytest.raises(RuntimeError, match=r"Triton is missing or too old .* triton >= 3\.5"):
+        gram_loss(student, teacher, backend="triton")
+    affinity.kernel_missing.cache_clear()
+
+
+@needs_triton
+def test_kernel_names_what_it_does_not_support(monkeypatch):
+    from kernels import gram
+
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert "not torch.float64" in gram.unsupported(cpu, torch.float64)
+    monkeypatch.setattr(gram.triton.knobs.runtime, "interpret", False)
+    assert "NVIDIA GPU, found cpu" in gram.unsupported(cpu, torch.float32)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "8.0 (A100) or later, found 7.5" in gram.unsupported(cuda, torch.float16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert gram.unsupported(cuda, torch.bfloat16) is None
+
+
+@needs_triton
+def test_an_old_gpu_is_told_once_and_served(monkeypatch, caplog):
+    from kernels import gram
+
+    monkeypatch.setattr(gram, "unsupported", lambda device, dtype: "the GPU is too old")
+    affinity.kernel_missing.cache_clear()
+    for _ in range(2):
+        assert affinity.kernel_missing(torch.device("cuda"), torch.float32) == "the GPU is too old"
+    affinity.kernel_missing.cache_clear()
+    (record,) = caplog.records
+    assert record.message == "gram_loss: the GPU is too old; the PyTorch form serves"
+
+
+# ---- the kernels, interpreted: the tests below marked `inside` run in one process of their own,
+# since the interpreter's switch changes what @triton.jit makes
+
+
+@outside
+@needs_triton
+def test_interpreted():
+    command = [sys.executable, "-m", "pytest", "-k", "kernel_", "-W", "ignore", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
+
+
+@inside
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("n", N_SWEEP)
+def test_kernel_against_float64(n, dtype):
+    for d in D_SWEEP if n <= 256 else (40,):
+        b = 7 if n <= 20 else 2 if n < 100 else 1
+        student, teacher = tokens(b, n, d, 4 if d == 40 else 1, dtype)
+        loss, grad = loss_and_grad(student, teacher, "triton")
+        assert_no_worse_than_eager(student, teacher, loss, grad)
+
+
+BUGS = {
+    "row mask of the last tile": ("tl.where(same & inside", "tl.where(same"),
+    "image mask": ("tl.where(same & inside", "tl.where(inside"),
+    "factor 2": ("delta = tl.dot(t, other.T, delta,", "tl.dot(t, other.T, delta,"),
+    "projection": ("g - radial[:, None] * b", "g"),
+    "rows for columns": ("tile(s_j, base + start", "tile(s_j, base + row"),
+    "the first panels' share": ("if start > 0:", "if start > BN:"),
+    "group of tokens": ("(token * G + g)", "(token + g)"),
+    "norm": ("inverse + base + i", "inverse + base + 0 * i"),
+}
+
+
+@inside
+@pytest.mark.parametrize("bug", BUGS)
+def test_kernel_bugs_are_caught(bug, tmp_path):
+    """The rule sees each of these, planted in a copy of the file."""
+    from kernels import gram
+
+    right, wrong = BUGS[bug]
+    source = Path(gram.__file__).read_text()
+    assert right in source
+    (tmp_path / "planted.py").write_text(source.replace(right, wrong))
+    spec = importlib.util.spec_from_file_location("planted", tmp_path / "planted.py")
+    planted = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(planted)
+
+    def check(module):
+        for b, n in ((5, 20), (2, 150)):  # packed, two groups; several tiles and panels
+            student, teacher = tokens(b, n, 24, group=4)
+            loss, grad = module.loss_and_grad(student, teacher, torch.float32, True)
+            assert_no_worse_than_eager(student, teacher, loss, grad * (4 / (b * n**2)))
+
+    check(gram)
+    with pytest.raises(AssertionError):
+        check(planted)
+
+
+@inside
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0), (12, 0)])
+@pytest.mark.parametrize("n", [1, 20, 65, 150, 300])
+def test_kernel_tiles_agree(n, capability):
+    """Every tile shape of every chip, with tensor descriptors and without, one and more panels."""
+    from kernels import gram
+
+    student, teacher = tokens(5 if n < 100 else 2, n, 40, dtype=torch.float16)
+    loss, grad = gram.loss_and_grad(student, teacher, torch.float16, True, capability)
+    b = student.shape[0]
+    grad = (grad.float() * (4 / (b * n**2))).half()
+    assert_no_worse_than_eager(student, teacher, loss, grad)
+    alone, empty = gram.loss_and_grad(student, teacher, torch.float16, False, capability)
+    assert alone == loss and empty.numel() == 0
+
+
+@inside
+def test_kernel_cuts_a_batch(monkeypatch):
+    from kernels import gram
+
+    student, teacher = tokens(7, 20, 16, group=4)
+    whole = gram.loss_and_grad(student, teacher, torch.float32, True)
+    monkeypatch.setattr(gram, "WORKSPACE", 0)  # then the student's size: parts of 3, 3 and 1 images
+    parts = gram.loss_and_grad(student, teacher, torch.float32, True)
+    torch.testing.assert_close(parts[0], whole[0], rtol=1e-6, atol=0)
+    assert parts[1].equal(whole[1])
+
+
+@inside
+def test_kernel_is_deterministic_and_takes_any_strides():
+    student, teacher = tokens(3, 21, 40, group=4)
+    first = loss_and_grad(student, teacher, "triton")
+    turned = student.transpose(0, 2).contiguous().transpose(0, 2)
+    sliced = torch.cat((torch.ones(3, 1, 40), student), 1)[:, 1:]  # a class token dropped
+    for other in (student, turned, sliced):
+        again = loss_and_grad(other, teacher, "triton")
+        assert first[0].equal(again[0]) and first[1].equal(again[1])
+    expanded = teacher[:1].expand(3, -1, -1)
+    torch.testing.assert_close(
+        gram_loss(student, expanded, backend="triton"), gram_loss(student, expanded.contiguous())
+    )
+
+
+@inside
+def test_kernel_edges():
+    student, teacher = tokens(2, 20, 40)
+    student[0, 3] = 0
+    teacher[1, 5] = 0
+    loss, grad = loss_and_grad(student, teacher, "triton", scale=3.0)
+    expected = loss_and_grad(student, teacher, "eager", scale=3.0)
+    torch.testing.assert_close(loss, expected[0])
+    torch.testing.assert_close(grad, expected[1], rtol=1e-4, atol=1e-8)
+    assert grad[0, 3].eq(0).all()
+    loss, grad = loss_and_grad(teacher, teacher, "triton")
+    assert loss == 0 and grad.eq(0).all()
+    with pytest.raises(ValueError, match="N, D > 0"):
+        gram_loss(student[:, :0], teacher[:, :0], backend="triton")
+
+
+@inside
+def test_kernel_in_autocast_rounds_u_and_s_alone():
+    """float32 tokens: float16 products, a float32 gradient."""
+    student, teacher = tokens(2, 49, 40, noise=0.03, common=3.0)
+    with torch.autocast("cpu", torch.float16):
+        loss, grad = loss_and_grad(student, teacher, "triton")
+    exact = loss_and_grad(student.double(), teacher.double(), "eager")
+    assert grad.dtype == torch.float32
+    assert 1e-7 < abs(float(loss) / float(exact[0]) - 1) < 1e-3
+    assert (grad - exact[1]).norm() / exact[1].norm() < 5e-3
+
+
+@inside
+def test_kernel_gram_loss_is_the_public_name(golden):
+    from kernels.gram import gram_loss as fused
+
+    z = golden("a_dinov3_gram")
+    for i in range(int(z["n_cases"])):
+        student = z[f"c{i}_student"].requires_grad_()
+        loss = fused(student, z[f"c{i}_teacher"])
+        loss.backward()
+        torch.testing.assert_close(loss, z[f"c{i}_noneg0_loss"], rtol=1e-5, atol=0)
+        torch.testing.assert_close(student.grad, z[f"c{i}_noneg0_grad"], rtol=1e-4, atol=1e-9)
+    z = golden("a_author_hr_gram")
+    for i in range(int(z["n_cases"])):
+        if int(z[f"c{i}_scale"]) != 3:  # there the author pools the centre token alone
+            loss = fused(z[f"c{i}_student"], z[f"c{i}_teacher_hr"])
+            torch.testing.assert_close(loss, z[f"c{i}_gram_loss"], rtol=1e-5, atol=0)
+
+
+# ---- what 16 bits can hold: the kernel's arithmetic in PyTorch, since the interpreter cannot
+# multiply bfloat16
+
+
+def rounded_forms(student, teacher, dtype):
+    """(loss, gradient) of the kernel's form and of the textbook's, operands rounded to a dtype and
+    sums in float32; and the exact ones."""
+    exact = loss_and_grad(student.double(), teacher.double(), "eager")
+    s, t = affinity.unit(student), affinity.unit(teacher)
+    scale = 4 / (s.shape[0] * s.shape[1] ** 2) / student.norm(dim=-1, keepdim=True)
+
+    def cut(x):
+        return x.to(dtype).float()
+
+    def finish(delta, s):
+        g = cut(delta) @ s
+        return delta.square().mean(), (g - (g * s).sum(-1, keepdim=True) * s) * scale
+
+    u, s16, t16 = cut(s - t), cut(s), cut(t)
+    kernel = finish(u @ s16.mT + cut(s16 - u) @ u.mT, s16)
+    textbook = finish(s16 @ s16.mT - t16 @ t16.mT, s16)
+    return kernel, textbook, exact
+
+
+def errors(found, exact):
+    loss = abs(float(found[0]) / float(exact[0]) - 1)
+    return loss, float((found[1] - exact[1]).norm() / exact[1].norm())
+
+
+def test_bfloat16_holds_near_the_teacher():
+    student, teacher = tokens(1, 256, 384, noise=0.03, common=3.0)
+    kernel, textbook, exact = rounded_forms(student, teacher, torch.bfloat16)
+    loss, grad = errors(kernel, exact)
+    lost_loss, lost_grad = errors(textbook, exact)
+    print(f"bfloat16, 3 % from the teacher: loss {loss:.1e}, gradient {grad:.1e}; ", end="")
+    print(f"textbook {lost_loss:.1e}, {lost_grad:.1e}")
+    assert loss < 1e-2 and grad < 2e-2
+    assert lost_loss > 0.5 and lost_grad > 0.5
+
+
+def test_no_16_bit_form_holds_a_rotated_teacher():
+    student, teacher = rotated(256, 384)
+    kernel, textbook, exact = rounded_forms(student, teacher, torch.bfloat16)
+    assert errors(kernel, exact)[0] > 0.5 and errors(textbook, exact)[0] > 0.5
+
+
+# ---- ahead of time, without a GPU
+
+
+@outside
+@needs_triton
+def test_every_launch_compiles_fits_and_does_not_spill(tmp_path):
+    out = tmp_path / "tiles.json"
+    command = [sys.executable, "-W", "ignore", "bench.py", "compile", "--out", str(out)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    print(run.stdout)
+    rows = json.loads(out.read_text())["rows"]
+    assert {row["arch"] for row in rows} == {80, 90, 100}
+    for row in rows:
+        assert row["shared_kb"] <= row["shared_limit_kb"], row
+        if row["operands"] in ("bf16", "fp16"):
+            assert row["stack"] == 0, row
+        if row["kernel"] == "gram" and row["operands"] in ("bf16", "fp16"):
+            assert row["unit"] == {80: "mma", 90: "wgmma", 100: "tcgen05"}[row["arch"]], row
+        if row["operands"] == "fp32":
+            assert row["unit"] == "-", row  # no tf32 behind the user's back
+
+
+# ---- on a GPU
+
+
+class TestGPU:
+    pytestmark = gpu
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("n", N_SWEEP)
+    def test_against_float64(self, n, dtype):
+        for d in (*D_SWEEP, 768, 1280):
+            student, teacher = tokens(3, n, d, 4, dtype, device="cuda")
+            loss, grad = loss_and_grad(student, teacher, "triton")
+            assert_no_worse_than_eager(student, teacher, loss, grad)
+
+    def test_near_the_teacher(self):
+        student, teacher = tokens(1, 256, 384, noise=0.03, common=3.0, device="cuda")
+        exact = loss_and_grad(student.double(), teacher.double(), "eager")
+        with torch.autocast("cuda", torch.bfloat16):
+            loss, grad = errors(loss_and_grad(student, teacher, "triton"), exact)
+        assert loss < 1e-2 and grad < 2e-2
+
+    def test_deterministic_and_compiled_once_for_all_n(self):
+        from kernels import gram
+
+        counts = set()
+        for n in (130, 144, 201, 255, 256):
+            student, teacher = tokens(4, n, 384, dtype=torch.bfloat16, device="cuda")
+            first = loss_and_grad(student, teacher, "triton")
+            again = loss_and_grad(student, teacher, "triton")
+            assert first[0].equal(again[0]) and first[1].equal(again[1])
+            counts.add(len(gram.gram_kernel.device_caches[torch.cuda.current_device()][0]))
+        assert len(counts) == 1
+
+    def test_tf32_follows_torch(self):
+        student, teacher = tokens(2, 100, 384, device="cuda")
+        exact = gram_loss(student.double(), teacher.double(), backend="eager")
+        loss = gram_loss(student, teacher, backend="triton")
+        assert abs(float(loss) / float(exact) - 1) < 1e-5
+
+    def test_extra_memory(self):
+        from bench import extra_memory
+
+        student, teacher = tokens(128, 256, 384, 4, torch.bfloat16, device="cuda")
+        size = student.numel() * student.element_size()
+        assert extra_memory(gram_loss, student, teacher) <= 1.1 * size
