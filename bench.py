@@ -50,17 +50,30 @@ def main():
     add = p.add_argument
     add("--device", default=device, help="cpu or cuda, default what is there")
     add("--dtype", choices=DTYPES, help="of the tokens, default float32; bfloat16 on cuda")
-    add("--shape", action="append", metavar="B,N,D,R",
-        help="images, tokens, width, HR tokens per side; repeatable, default a list")
+    add(
+        "--shape",
+        action="append",
+        metavar="B,N,D,R",
+        help="images, tokens, width, HR tokens per side; repeatable, default a list",
+    )
     add("--rounds", type=int, default=11, help="timed runs of each form, default 11")
-    add("--compile", action=argparse.BooleanOptionalAction, default=True,
-        help="also time torch.compile of the definition, default yes")
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also time torch.compile of the definition, default yes",
+    )
     add("--seed", type=int, default=0, help="of the tokens, default 0")
     add("--out", type=Path, help="JSON file to write, default none")
     p = commands.add_parser("compile", help="compile the kernel, no GPU", allow_abbrev=False)
     add = p.add_argument
-    add("--arch", type=int, action="append", choices=SHARED_LIMIT,
-        help="80, 90 or 100; repeatable, default all")
+    add(
+        "--arch",
+        type=int,
+        action="append",
+        choices=SHARED_LIMIT,
+        help="80, 90 or 100; repeatable, default all",
+    )
     add("--jobs", type=int, default=2, help="processes, default 2")
     add("--out", type=Path, help="JSON file to write, default none")
     args = parser.parse_args()
@@ -193,14 +206,16 @@ def bench_shape(forms, student, teacher, rounds):
         with torch.no_grad():
             form(student, teacher)
         loss, grad = loss_and_grad(form, student, teacher)  # both calls warm up and compile, too
-        rows.append({
-            "form": name,
-            "forward_ms": [],
-            "gradient_ms": [],
-            "extra_mb": extra_memory(form, student, teacher) / 2**20,
-            "loss_error": abs(float(loss) / float(exact) - 1),
-            "grad_error": float((grad.double() - exact_grad).norm() / exact_grad.norm()),
-        })
+        rows.append(
+            {
+                "form": name,
+                "forward_ms": [],
+                "gradient_ms": [],
+                "extra_mb": extra_memory(form, student, teacher) / 2**20,
+                "loss_error": abs(float(loss) / float(exact) - 1),
+                "grad_error": float((grad.double() - exact_grad).norm() / exact_grad.norm()),
+            }
+        )
     for _ in range(rounds):
         for row, form in zip(rows, forms.values(), strict=True):
             with torch.no_grad():

@@ -72,6 +72,7 @@ def test_pool_is_the_mean_of_the_ground():
 
 BACKENDS = ["eager", "auto", "matmul", "linear"]
 
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gram_dinov3(golden, backend):
     z = golden("a_dinov3_gram")

@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-SCRIPTS = ["train.py", "finetune.py", "scenes.py", "demo.py", "data.py pack"]
+SCRIPTS = ["train.py", "finetune.py", "scenes.py", "demo.py", "data.py pack", "bench.py gram"]
 MODULES = sorted(p.stem for p in ROOT.glob("*.py"))
 
 
@@ -66,7 +66,7 @@ def test_readme_names_what_is_there():
     for module, name in re.findall(r"`(\w+)\.(\w+)`", readme):
         if module in MODULES and name != "py":
             assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
-    for file in re.findall(r"`((?:runs/|tests/)?\w+\.(?:py|txt))`", readme):
+    for file in re.findall(r"`((?:runs/|tests/|kernels/)?\w+\.(?:py|txt))`", readme):
         if file != "task/classes.txt":
             assert (ROOT / file).exists(), file
     flags = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", readme)) - {"--nproc"}
