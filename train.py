@@ -36,6 +36,7 @@ from model import (
     draw_rectangle,
     inflate_bands,
     load_encoder,
+    read_tensors,
     save_encoder,
     take_patches,
     vit,
@@ -336,23 +337,28 @@ def open_run(out, resume, config):
                 f"{out}: was trained with {flag} {before.get(name)}, now {value}; repeat its flags "
                 f"to continue, or start a new run from its weights with --init {out}"
             )
-    path = out / "ckpt.pt"
+    path, previous = out / "ckpt.pt", out / "ckpt.previous.pt"
+    if not path.is_file() and previous.is_file():
+        path = previous  # killed between the two renames of `save_checkpoint`
     if not path.is_file():
         return None  # stopped before its first checkpoint
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged file provokes: say so, and never start anew
+        return read_tensors(path)[0]
+    except ValueError as error:
+        if path == previous:
+            raise
         raise ValueError(
-            f"{path}: cannot be read ({type(error).__name__}); rename "
-            f"{out / 'ckpt.previous.pt'} to {path.name} to continue from the one before"
-        ) from error
+            f"{error}; rename {previous} to {path.name} to continue from the one before"
+        ) from None
 
 
 def save_checkpoint(path, state):
     """Write state to path, flushed to disk before it takes the name; the one before is kept."""
+    new = path.with_name("ckpt.new.pt")
+    write_atomic(new, lambda to: torch.save(state, to))
     if path.is_file():
         os.replace(path, path.with_name("ckpt.previous.pt"))
-    write_atomic(path, lambda to: torch.save(state, to))
+    os.replace(new, path)
 
 
 def duration(seconds):

@@ -394,11 +394,21 @@ def test_run_directory_is_never_overwritten(store, tmp_path):
             resume=True)  # fmt: skip
     whole = (out / "ckpt.pt").read_bytes()
     (out / "ckpt.pt").write_bytes(whole[: len(whole) // 2])
-    refused(r"ckpt\.pt: cannot be read .* rename .*ckpt\.previous\.pt", store, out, steps=3,
+    refused(r"ckpt\.pt: not a readable .* rename .*previous\.pt to ckpt\.pt", store, out, steps=3,
             resume=True)  # fmt: skip
     os.replace(out / "ckpt.previous.pt", out / "ckpt.pt")
     run(store, out, steps=3, resume=True)  # the remedy works
     assert [e["step"] for e in log_of(out)] == [1, 2, 3]
+
+
+def test_a_kill_between_two_renames_loses_one_checkpoint_not_the_run(store, tmp_path):
+    out = tmp_path / "run"
+    run(store, out, steps=3, save_every=1, stop_at=2)
+    (out / "ckpt.pt").rename(out / "ckpt.new.pt")
+    run(store, out, steps=3, resume=True)
+    assert [e["step"] for e in log_of(out)] == [1, 2, 3]
+    run(store, tmp_path / "whole", steps=3)
+    same_weights(weights_of(out), weights_of(tmp_path / "whole"))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(store, tmp_path):
