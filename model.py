@@ -14,7 +14,6 @@ import math
 import os
 import pickle
 import re
-import zipfile
 from functools import lru_cache
 from pathlib import Path
 
@@ -229,6 +228,8 @@ class ViT(nn.Module):
             self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
         if pos == "learned":
             self.register_buffer("pos_embed", torch.zeros(1, pos_grid[0] * pos_grid[1], dim))
+        else:
+            position_table((1, 1), dim, pos)  # a width without a position code says so now
         # each framework's own start
         self.apply(init_xavier if pos == "latentmim" else init_normal)
 
@@ -331,6 +332,7 @@ class Predictor(nn.Module):
 
     def __init__(self, token_dim, dim, depth, heads):
         super().__init__()
+        position_table((1, 1), dim, "ijepa")  # as in `ViT`
         self.embed = nn.Linear(token_dim, dim)
         self.mask_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
@@ -487,6 +489,7 @@ class Decoder(nn.Module):
 
     def __init__(self, token_dim, dim, depth, heads):
         super().__init__()
+        position_table((1, 1), dim, "latentmim")  # as in `ViT`
         self.embed = nn.Linear(token_dim, dim)
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -615,7 +618,8 @@ def save_encoder(encoder, path, **meta):
 
 RESAVE = (
     "python -c \"import torch; c = torch.load('{path}', map_location='cpu', weights_only=False); "
-    "torch.save({{k: v for k, v in c.items() if isinstance(v, dict) "
+    "c = c.state_dict() if hasattr(c, 'state_dict') else c; "
+    "torch.save({{k: v for k, v in c.items() if torch.is_tensor(v) or isinstance(v, dict) "
     "and all(map(torch.is_tensor, v.values()))}}, '{weights}')\""
 )
 
@@ -643,7 +647,7 @@ def read_tensors(path):
             f"you trust its source, re-save the weights alone: "
             + RESAVE.format(path=path, weights=path.with_name(path.stem + "-weights.pt"))
         ) from None
-    except (RuntimeError, EOFError, zipfile.BadZipFile, OSError) as error:
+    except Exception as error:  # whatever a damaged or foreign file provokes, in one sentence
         reason = str(error).splitlines()[0] if str(error) else "it ends too soon"
         raise ValueError(f"{path}: not a readable torch checkpoint ({reason})") from None
 
@@ -696,6 +700,17 @@ def load_encoder(path, heads=None):
     tree, facts = read_tensors(path)
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: holds a {type(tree).__name__}, not a dict of weights")
+    try:
+        return parse_encoder(tree, facts, path, heads)
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ValueError) as e:
+        if str(e).startswith(f"{path}:"):
+            raise
+        reason = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+        raise ValueError(f"{path}: not the weights of a plain ViT ({reason})") from None
+
+
+def parse_encoder(tree, facts, path, heads):
+    """`load_encoder` for what `read_tensors` found."""
     state, found_at = find_encoder(tree, path)
     if facts is None and isinstance(tree.get("facts"), str):  # our ckpt.pt
         facts = json.loads(tree["facts"])
@@ -765,19 +780,25 @@ def load_encoder(path, heads=None):
             config["pos"], config["pos_grid"] = "learned", grid
             state["pos_embed"] = table[None]
             notes.append(f"learned positions of a {grid[0]} x {grid[1]} grid")
+    elif facts is None:
+        notes.append("no position table: I-JEPA's sine-cosine positions assumed")
 
     encoder = ViT(**config)
     wanted = encoder.state_dict()
     missing = sorted(wanted.keys() - state.keys())
     wrong = sorted(k for k in wanted.keys() & state.keys() if wanted[k].shape != state[k].shape)
     extra = sorted(state.keys() - wanted.keys())
-    blocking = [k for k in extra if k.startswith("blocks.") or "reg" in k]
+    # what would change the tokens; a head or a predictor beside the encoder would not
+    blocking = [k for k in extra if re.match(r"blocks\.|norm_pre|.*(reg|dist|storage)\w*_token", k)]
     if missing or wrong or blocking:
         raise ValueError(
             f"{path}: another architecture than a plain ViT: "
             f"{len(missing)} weights missing, {len(wrong)} of another shape, {len(blocking)} "
             f"unknown (such as {(missing + wrong + blocking)[0]})"
         )
+    broken = [key for key in wanted if not state[key].isfinite().all()]
+    if broken:
+        raise ValueError(f"{path}: {len(broken)} weights hold NaN or inf (such as {broken[0]})")
     encoder.load_state_dict({key: state[key].float() for key in wanted})
     encoder.meta = facts["meta"] if facts else {}
     left = sorted({key.split(".")[0] for key in extra})
@@ -790,26 +811,28 @@ def load_encoder(path, heads=None):
     return encoder.eval()
 
 
-def inflate_bands(encoder, bands):
-    """A 3-band (R, G, B) encoder reads `bands`, a list of names such as ["B", "G", "R", "NIR"].
+def fit_bands(encoder, bands):
+    """The encoder for images of `bands`, a list of names such as ["B", "G", "R", "NIR"].
 
-    R, G and B keep their weights, every other band gets their mean, and all are scaled by
-    3 / len(bands), so that a patch which is equal in all bands gives the same token as before.
-    Raises ValueError if the encoder has neither 3 bands nor len(bands).
+    Its own bands are those of `encoder.meta`, or R, G, B for 3-band weights without. Known bands
+    keep their weights, in their new place; 3-band weights are inflated, every other band getting
+    the mean of the three, and all scaled by 3 / len(bands), so that a patch which is equal in all
+    bands gives the same token as before. Returns `encoder` itself where nothing changes, also where
+    the number of bands fits and the names tell nothing. Raises ValueError if the number does not.
     """
-    if encoder.in_channels == len(bands):
-        return encoder
-    if encoder.in_channels != 3:
+    if encoder.in_channels not in (3, len(bands)):
         raise ValueError(
             f"the encoder reads {encoder.in_channels} bands, the data has {len(bands)} "
             f"({','.join(bands)}); only 3-band weights can be inflated"
         )
-    old = encoder.patch_embed.proj
-    kernels = dict(zip("RGB", old.weight.data.unbind(1), strict=True))
-    mean = old.weight.data.mean(1)
-    wider = ViT(**{**encoder.config, "in_channels": len(bands)})
-    weight = torch.stack([kernels.get(band, mean) for band in bands], dim=1) * 3 / len(bands)
-    state = {**encoder.state_dict(), "patch_embed.proj.weight": weight}
-    wider.load_state_dict(state)
-    wider.meta = encoder.meta
-    return wider
+    own = encoder.meta.get("bands") or ["R", "G", "B"]
+    same_count = encoder.in_channels == len(bands)
+    if own == bands or (same_count and set(own) != set(bands)):
+        return encoder
+    weight = encoder.patch_embed.proj.weight.data
+    kernels, mean = dict(zip(own, weight.unbind(1), strict=True)), weight.mean(1)
+    weight = torch.stack([kernels.get(band, mean) for band in bands], dim=1)
+    fitted = ViT(**{**encoder.config, "in_channels": len(bands)})
+    state = {"patch_embed.proj.weight": weight * encoder.in_channels / len(bands)}
+    fitted.load_state_dict({**encoder.state_dict(), **state})
+    return fitted

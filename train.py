@@ -22,6 +22,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -34,7 +35,7 @@ from model import (
     SIZES,
     LatentMIM,
     draw_rectangle,
-    inflate_bands,
+    fit_bands,
     load_encoder,
     read_tensors,
     save_encoder,
@@ -159,11 +160,14 @@ def positive(text):
     return value
 
 
-def share_of_one(text):
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
-    return value
+def between(low, high=math.inf):
+    def parse(text):
+        value = float(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
+        return value
+
+    return parse
 
 
 # fmt: off
@@ -190,7 +194,7 @@ def parse_args(argv=None):
     g.add_argument("--mr-size", type=positive, help="pixels a side that MR crops are resampled "
                    "to; paper: 224 (ijepa), 280 (latentmim, gaps included)")
     g.add_argument("--ratio", type=positive, default=2, help="HR per MR token side; paper: 2")
-    g.add_argument("--crop-scale", type=share_of_one, nargs=2, metavar=("MIN", "MAX"),
+    g.add_argument("--crop-scale", type=between(0.001, 1), nargs=2, metavar=("MIN", "MAX"),
                    help="share of the chip's area; paper: 0.3 1 (ijepa), 0.2 1 (latentmim)")
 
     g = p.add_argument_group("model")
@@ -206,9 +210,9 @@ def parse_args(argv=None):
     g.add_argument("--predictor-dim", type=positive, default=384, help="width; paper: 384")
     g.add_argument("--predictor-depth", type=positive, default=12, help="blocks; paper: 12")
     g.add_argument("--targets", type=positive, default=4, help="target blocks an image; paper: 4")
-    g.add_argument("--target-scale", type=share_of_one, nargs=2, default=[0.15, 0.2],
+    g.add_argument("--target-scale", type=between(0.001, 1), nargs=2, default=[0.15, 0.2],
                    metavar=("MIN", "MAX"), help="share of the grid; paper: 0.15 0.2")
-    g.add_argument("--context-scale", type=share_of_one, nargs=2, default=[0.85, 1.0],
+    g.add_argument("--context-scale", type=between(0.001, 1), nargs=2, default=[0.85, 1.0],
                    metavar=("MIN", "MAX"), help="share of the grid; paper: 0.85 1")
     g.add_argument("--context-cut", choices=["random", "last"], default="random",
                    help="ids that go when contexts are cut to one length; paper: last")
@@ -220,13 +224,13 @@ def parse_args(argv=None):
     g.add_argument("--decoder-dim", type=positive, default=512, help="width; paper: 512")
     g.add_argument("--decoder-depth", type=positive, default=3, help="blocks; paper: 3")
     g.add_argument("--decoder-heads", type=positive, default=16, help="attention heads; paper: 16")
-    g.add_argument("--tau", type=float, default=0.2, help="InfoNCE temperature; paper: 0.2")
+    g.add_argument("--tau", type=between(1e-3), default=0.2, help="InfoNCE temperature; paper: 0.2")
     g.add_argument("--gap-offset", choices=["same", "paper"], default="same",
                    help="HR patches on the ground of their MR patch, or drawn apart; "
                    "paper: paper")
 
     g = p.add_argument_group("affinity")
-    g.add_argument("--affinity-weight", type=float, default=1.0, help="lambda; paper: 1")
+    g.add_argument("--affinity-weight", type=between(0), default=1.0, help="lambda; paper: 1")
     g.add_argument("--affinity-on", choices=["head", "trunk"], default="head",
                    help="Latent MIM tokens it compares, projected or not; paper: head")
     g.add_argument("--affinity-index", choices=["visible", "block"], default="visible",
@@ -235,23 +239,27 @@ def parse_args(argv=None):
                    help="HR token positions, 0..rg-1 or in MR grid units; paper: grid")
 
     g = p.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=float, default=300, help="passes over the store; paper: 300")
+    g.add_argument("--epochs", type=between(1e-9), default=300,
+                   help="passes over the store; paper: 300")
     g.add_argument("--steps", type=positive, help="updates, instead of --epochs")
-    g.add_argument("--warmup-epochs", type=float, help="as if --epochs was 300; with --steps, the "
-                   "same share of them; paper: 40 (ijepa), 30 (latentmim)")
+    g.add_argument("--warmup-epochs", type=between(0, 300), help="as if --epochs was "
+                   "300, else the same share; paper: 40 (ijepa), 30 (latentmim)")
     g.add_argument("--global-batch", type=positive, help="pairs an update, over all ranks; paper: "
                    "128 a GPU (ijepa, here 1024), 512 (latentmim)")
     g.add_argument("--device-batch", type=positive, help="pairs at once on a rank, the rest "
                    "accumulates (none: the rank's whole share)")
-    g.add_argument("--lr", type=float, help="peak; paper: 1e-3 (ijepa), 1.5e-4 x global batch / "
-                   "256 (latentmim)")
-    g.add_argument("--start-lr", type=float, help="paper: 2e-4 (ijepa), lr / 4 (latentmim)")
-    g.add_argument("--final-lr", type=float, help="paper: 1e-6 (ijepa), lr / 4 (latentmim)")
-    g.add_argument("--weight-decay", type=float, help="paper: 0.04 (ijepa), 0.05 (latentmim)")
-    g.add_argument("--final-weight-decay", type=float, help="paper: 0.4 (ijepa), 0.05 (latentmim)")
-    g.add_argument("--beta2", type=float, help="AdamW's; paper: 0.999 (ijepa), 0.95 (latentmim)")
-    g.add_argument("--momentum", type=float, help="of the EMA teacher at the start, 1 at the end; "
-                   "paper: 0.996 (ijepa), 0.99 (latentmim)")
+    g.add_argument("--lr", type=between(0), help="peak; paper: 1e-3 (ijepa), 1.5e-4 x global "
+                   "batch / 256 (latentmim)")
+    g.add_argument("--start-lr", type=between(0), help="paper: 2e-4 (ijepa), lr / 4 (latentmim)")
+    g.add_argument("--final-lr", type=between(0), help="paper: 1e-6 (ijepa), lr / 4 (latentmim)")
+    g.add_argument("--weight-decay", type=between(0),
+                   help="paper: 0.04 (ijepa), 0.05 (latentmim)")
+    g.add_argument("--final-weight-decay", type=between(0),
+                   help="paper: 0.4 (ijepa), 0.05 (latentmim)")
+    g.add_argument("--beta2", type=between(0, 0.999999),
+                   help="AdamW's; paper: 0.999 (ijepa), 0.95 (latentmim)")
+    g.add_argument("--momentum", type=between(0, 1), help="of the EMA teacher at the start, 1 at "
+                   "the end; paper: 0.996 (ijepa), 0.99 (latentmim)")
 
     g = p.add_argument_group("machine")
     g.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to run")
@@ -272,8 +280,6 @@ def parse_args(argv=None):
     for name in ("seed", "gap"):
         if getattr(args, name) < 0:
             p.error(f"argument --{name}: {getattr(args, name)} is below 0")
-    if args.tau <= 0 or args.epochs <= 0:
-        p.error("arguments --tau and --epochs must be above 0")
     if args.out is None:
         args.out = Path("out") / f"{args.objective}-{args.variant}-s{args.seed}"
     if args.lr is None:
@@ -329,8 +335,16 @@ def open_run(out, resume, config):
         return None
     if not ours:
         raise ValueError(f"--resume: no run in {out} (no config.json); start it without --resume")
-    before = json.loads((out / "config.json").read_text())["args"]
-    for name, value in config["args"].items():
+    try:
+        before = json.loads((out / "config.json").read_text())
+        before = before["args"] | {key: before[key] for key in ("steps", "precision")}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"{out / 'config.json'}: damaged, or not of a run; start a new run from the weights "
+            f"with --init {out / 'ckpt.pt'}"
+        ) from None
+    now = config["args"] | {key: config[key] for key in ("steps", "precision")}
+    for name, value in now.items():
         if name not in FREE_ON_RESUME and before.get(name) != value:
             flag = "--" + name.replace("_", "-")
             raise ValueError(
@@ -350,6 +364,15 @@ def open_run(out, resume, config):
         raise ValueError(
             f"{error}; rename {previous} to {path.name} to continue from the one before"
         ) from None
+
+
+def log_until(path, step):
+    """The lines of a log that belong to steps up to `step`; a kill may have cut the last one."""
+    kept = ""
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            kept += line + "\n" if json.loads(line)["step"] <= step else ""
+    return kept
 
 
 def save_checkpoint(path, state):
@@ -393,10 +416,10 @@ def report(entry, total, seconds_left):
 def build_objective(args, bands):
     """The objective with its student, from the flags; ValueError if size and patch do not fit."""
     if args.init:
-        encoder = load_encoder(args.init)
-        if encoder.in_channels != len(bands):
-            print(f"--init: {encoder.in_channels}-band weights inflated to {','.join(bands)}")
-        encoder = inflate_bands(encoder, bands).train()
+        given = load_encoder(args.init)
+        encoder = fit_bands(given, bands).train()
+        if encoder is not given:
+            print(f"--init: {given.in_channels}-band weights fitted to {','.join(bands)}")
     else:
         sizes = {k: v for k in ("dim", "depth", "heads") if (v := getattr(args, k)) is not None}
         latent = {"class_token": True, "pos": "latentmim"} if args.objective == "latentmim" else {}
@@ -454,7 +477,9 @@ def build_affinity(args, teacher):
 def draw_step(args, objective, step):
     """All random choices of a step for the whole global batch, on the CPU: dict of tensors whose
     first axis is the position in the global batch."""
-    generator = torch.Generator().manual_seed((args.seed << 32) + step)
+    # a torch CPU generator keeps 32 bits of its seed: mix both numbers into them
+    mixed = np.random.SeedSequence((args.seed, step, 2)).generate_state(1)[0]
+    generator = torch.Generator().manual_seed(int(mixed))
     masks = objective.draw(args.global_batch, generator)
     crops = draw_crops(args.seed, step, args.global_batch, tuple(args.crop_scale))
     masks["crop"] = torch.from_numpy(crops)
@@ -584,10 +609,16 @@ def main(args):
     saved = open_run(args.out, args.resume, config)
     start = 0
     if saved is not None:
-        objective.load_state_dict(saved["objective"])
-        optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
-        start = saved["step"]
+        try:
+            objective.load_state_dict(saved["objective"])
+            optimizer.load_state_dict(saved["optimizer"])
+            scaler.load_state_dict(saved["scaler"])
+            start = int(saved["step"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"{args.out / 'ckpt.pt'}: a checkpoint of another architecture or program "
+                f"({str(error).splitlines()[0]}); choose another --out, or --init from it"
+            ) from None
     if world > 1:
         # only now, when every rank has made the same checks and none can be left waiting
         dist.init_process_group("nccl" if cuda else "gloo")
@@ -598,9 +629,7 @@ def main(args):
         write_atomic(args.out / "config.json", lambda to: to.write_text(text))
         # log lines after the checkpoint belong to steps that will be taken again
         log_path = args.out / "log.jsonl"
-        lines = log_path.read_text().splitlines(True) if saved is not None else []
-        whole = [line for line in lines if line.endswith("\n")]  # a kill may cut the last one
-        kept = "".join(line for line in whole if json.loads(line)["step"] <= start)
+        kept = log_until(log_path, start)
         write_atomic(log_path, lambda to: to.write_text(kept))
         print(
             f"{args.out}: {args.objective} {args.variant}, encoder of "
@@ -683,8 +712,8 @@ def main(args):
             value = ssl + args.affinity_weight * aff
             if not math.isfinite(value):
                 raise ValueError(
-                    f"step {step + 1}: the loss is {value}; the last checkpoint in {args.out} is "
-                    f"sound; lower --lr, or use --precision bfloat16 or float32"
+                    f"step {step + 1}: the loss is {value}; {args.out} keeps what was saved before;"
+                    f" start again with a lower --lr, or with --precision bfloat16 or float32"
                 )
             now = time.perf_counter()
             seconds = (now - clock) / (step + 1 - logged)
@@ -707,6 +736,11 @@ def main(args):
                 report(entry, total, seconds * (stop - step - 1))
                 with open(log_path, "a") as log:
                     log.write(json.dumps(entry) + "\n")
+        if saving and not all(p.isfinite().all() for _, p in named):
+            raise ValueError(
+                f"step {step + 1}: the update left weights that are not finite; {args.out} keeps "
+                f"what was saved before; start again with a lower --lr"
+            )
         if saving and rank == 0:
             state = {
                 "objective": objective.state_dict(),
@@ -727,7 +761,7 @@ def main(args):
         size = objective.grid[0] * encoder.patch_size
         mr, hr = crop_pairs(
             batch, whole.expand(len(batch["mr"]), -1), store.meta, size, args.ratio * size,
-            mr_from=sensor,
+            mr_from=sensor, hr_from="mr" if args.variant == "sa-interp" else "hr",
         )  # fmt: skip
         spacing = 1 / args.ratio if args.pos == "ground" else 1.0
         with torch.no_grad():
@@ -745,8 +779,8 @@ if __name__ == "__main__":
     arguments = parse_args()
     try:
         main(arguments)
-    except (ValueError, FileNotFoundError) as error:
-        if int(os.environ.get("RANK", 0)) == 0:
+    except (ValueError, OSError) as error:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -17,7 +17,7 @@ from model import (
     block_index,
     draw_blocks,
     draw_rectangle,
-    inflate_bands,
+    fit_bands,
     load_encoder,
     position_table,
     save_encoder,
@@ -604,15 +604,63 @@ def test_other_architectures_are_refused(tmp_path):
             load_encoder(tmp_path / name, heads=2)
 
 
-def test_inflate_bands():
+def test_fit_bands_inflates_three():
     encoder = small()
-    wide = inflate_bands(encoder, ["B", "G", "R", "NIR"])
+    wide = fit_bands(encoder, ["B", "G", "R", "NIR"])
     grey = torch.randn(1, 1, 8, 8)
     with torch.no_grad():
         close(wide(grey.expand(-1, 4, -1, -1)), encoder(grey.expand(-1, 3, -1, -1)))
     old, new = encoder.patch_embed.proj.weight, wide.patch_embed.proj.weight
     close(new[:, 2], old[:, 0] * 0.75)
     close(new[:, 3], old.mean(1) * 0.75)
-    assert inflate_bands(wide, list("abcd")) is wide
     with pytest.raises(ValueError, match=r"reads 4 bands, the data has 2 \(X,Y\)"):
-        inflate_bands(wide, ["X", "Y"])
+        fit_bands(wide, ["X", "Y"])
+
+
+def test_fit_bands_puts_known_bands_in_their_place():
+    encoder = small()  # 3 bands of no known name: R, G, B
+    images = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        close(fit_bands(encoder, ["B", "G", "R"])(images.flip(1)), encoder(images))
+        encoder.meta = {"bands": ["NIR", "R", "G"]}
+        close(fit_bands(encoder, ["G", "NIR", "R"])(images[:, [2, 0, 1]]), encoder(images))
+    assert fit_bands(encoder, ["NIR", "R", "G"]) is encoder
+    assert fit_bands(encoder, ["0", "1", "2"]) is encoder  # the names tell nothing
+
+
+def test_hostile_weights_get_one_sentence(tmp_path):
+    state = small().state_dict()
+    facts = json.dumps({"config": {"dim": "x"}, "meta": {}})
+    cases = {
+        "nan.pt": {k: v * float("nan") for k, v in state.items()},
+        "clip.pt": {**state, "norm_pre.weight": torch.ones(16)},
+        "table.pt": {**state, "pos_embed": torch.zeros(1, 4, 5)},
+        "gamma.pt": {**state, "blocks.0.ls1.gamma": torch.zeros(3)},
+        "name.pt": {**state, "blocks.x.foo": torch.zeros(3)},
+        "scalar.pt": {**state, "blocks.0.mlp.fc1.weight": torch.tensor(1.0)},
+        "facts.pt": {"student": state, "facts": facts},
+        "list.pt": {"student": state, "facts": "[]"},
+        "json.pt": {"student": state, "facts": "{"},
+    }
+    for name, content in cases.items():
+        torch.save(content, tmp_path / name)
+        with pytest.raises(ValueError, match=name.replace(".", r"\.")) as caught:
+            load_encoder(tmp_path / name, heads=2)
+        assert "\n" not in str(caught.value)
+    (tmp_path / "text.pth").write_text("hello world")
+    with pytest.raises(ValueError, match=r"text\.pth: not a readable torch checkpoint"):
+        load_encoder(tmp_path / "text.pth")
+
+
+def test_missing_positions_are_said(tmp_path, capsys):
+    torch.save(small().state_dict(), tmp_path / "bare.pt")
+    load_encoder(tmp_path / "bare.pt", heads=2)
+    assert "no position table: I-JEPA's sine-cosine positions assumed" in capsys.readouterr().out
+
+
+def test_a_flat_file_is_re_saved_by_the_remedy(tmp_path):
+    torch.save({**small().state_dict(), "args": Settings()}, tmp_path / "flat.pth")
+    with pytest.raises(ValueError, match="holds more than tensors") as caught:
+        load_encoder(tmp_path / "flat.pth")
+    exec(re.search(r'python -c "(.*)"', str(caught.value))[1])
+    same_tokens(load_encoder(tmp_path / "flat-weights.pt", heads=2), small())
