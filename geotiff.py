@@ -25,6 +25,7 @@ PIXEL_SCALE, TIEPOINT, TRANSFORMATION = 33550, 33922, 34264
 GEO_KEYS, GEO_DOUBLES, GEO_ASCII = 34735, 34736, 34737
 GDAL_METADATA, GDAL_NODATA = 42112, 42113
 KEY_NAMES = {int(key): key.name for key in tifffile.TIFF.GEO_KEYS}
+COMPRESSED = 2**17  # pixels shrink to no less than 1 in this, whatever the codec
 POINT = 2  # GTRasterTypeGeoKey: the tie point is the centre of a pixel
 USER_DEFINED = 32767
 
@@ -74,8 +75,8 @@ def info(path):
     Further full-size pages of a one-band file count as its bands; overviews and masks do not.
     Raises FileNotFoundError, and ValueError if it is not a TIFF or is truncated.
     """
-    with _open(path) as (_, pages):
-        return _describe(path, pages)
+    with _open(path) as (_, _, about):
+        return about
 
 
 def read(path, window=None, bands=None):
@@ -86,8 +87,7 @@ def read(path, window=None, bands=None):
     order; tiles that a sparse file leaves out hold nodata, or 0. Raises as `info` does, and
     ValueError for a window or band outside of the file or for data that cannot be decoded.
     """
-    with _open(path) as (tif, pages):
-        about = _describe(path, pages)
+    with _open(path) as (tif, pages, about):
         row, col, height, width = window or (0, 0, about.height, about.width)
         bands = range(about.bands) if bands is None else bands
         if min(row, col) < 0 or row + height > about.height or col + width > about.width:
@@ -103,12 +103,7 @@ def read(path, window=None, bands=None):
         with np.errstate(invalid="ignore"):  # an integer file may declare a nodata of NaN
             out = np.full((len(bands), height, width), fill, about.dtype)
 
-        page = pages[0]
-        separate = page.planarconfig == 2
-        tile_height = page.tilelength if page.is_tiled else min(page.rowsperstrip, about.height)
-        tile_width = page.tilewidth if page.is_tiled else about.width
-        tile_rows = math.ceil(about.height / tile_height)
-        tile_cols = math.ceil(about.width / tile_width)
+        separate = pages[0].planarconfig == 2
         # where the samples of each band lie: (page, plane of the page) -> [(index in out, sample)]
         sources = {}
         for k, band in enumerate(bands):
@@ -120,6 +115,7 @@ def read(path, window=None, bands=None):
                 sources.setdefault((0, 0), []).append((k, band))
 
         for (number, plane), samples in sources.items():
+            tile_height, tile_width, tile_rows, tile_cols = _tiling(pages[number])
             for r in range(row // tile_height, math.ceil((row + height) / tile_height)):
                 for c in range(col // tile_width, math.ceil((col + width) / tile_width)):
                     index = (plane * tile_rows + r) * tile_cols + c
@@ -232,29 +228,35 @@ def crs_name(crs):
 
 @contextmanager
 def _open(path):
-    """Yield the TiffFile and its band pages; says what is wrong with a file."""
+    """Yield the TiffFile, its band pages and its Info; says what is wrong with a file."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if magic not in MAGIC:
-        raise ValueError(
-            f"{path}: not a TIFF, it starts with {magic!r}; convert it with gdal_translate"
-        )
-    with ExitStack() as stack:
-        try:
-            tif = stack.enter_context(tifffile.TiffFile(path))
-            pages = _band_pages(tif)
-        except (tifffile.TiffFileError, struct.error) as error:
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+        if magic not in MAGIC:
             raise ValueError(
-                f"{path}: truncated or damaged TIFF ({error}); fetch the file again"
-            ) from error
-        yield tif, pages
+                f"{path}: not a TIFF, it starts with {magic!r}; convert it with gdal_translate"
+            )
+        with ExitStack() as stack:
+            try:
+                tif = stack.enter_context(tifffile.TiffFile(path))
+                pages = _band_pages(tif)
+                about = _describe(path, pages)
+            # what the parser and the parts below trip over where a tag holds another type or count
+            except (struct.error, LookupError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{path}: truncated or damaged TIFF ({error}); fetch the file again"
+                ) from error
+            yield tif, pages, about
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a read that fails does not say of which file
+        raise
 
 
 def _band_pages(tif):
-    """The pages that hold the bands; raises TiffFileError if tags or pixels leave the file."""
+    """The pages that hold the bands; raises TiffFileError unless all their pixels are there."""
     if len(tif.pages) == 0:
         raise tifffile.TiffFileError("no image in it")
     page = tif.pages.first
@@ -268,12 +270,37 @@ def _band_pages(tif):
         same = (page.shape, page.dtype, 0)
         pages += [p for p in tif.pages[1:] if (p.shape, p.dtype, p.subfiletype) == same]
     for page in pages:
-        ends = np.add(page.dataoffsets, page.databytecounts)
-        if not len(ends) or ends.max() > tif.filehandle.size:
+        if page.dtype is None:
+            raise tifffile.TiffFileError("pixels of an unknown type")
+        height, width, rows, cols = _tiling(page)
+        planes = page.samplesperpixel if page.planarconfig == 2 else 1
+        offsets, counts = np.array(page.dataoffsets), np.array(page.databytecounts)
+        if not len(offsets) == len(counts) == planes * rows * cols > 0:
             raise tifffile.TiffFileError(
-                f"pixels up to byte {ends.max(initial=0)}, the file ends at {tif.filehandle.size}"
+                f"{planes * rows * cols} tiles or strips, {len(offsets)} offsets and {len(counts)} "
+                "byte counts"
+            )
+        end = (offsets + counts).max()
+        if end > tif.filehandle.size:
+            raise tifffile.TiffFileError(
+                f"pixels up to byte {end}, the file ends at {tif.filehandle.size}"
+            )
+        # a damaged width would ask for all the memory there is
+        bits = height * width * page.samplesperpixel // planes * page.bitspersample
+        if 0 < counts.max() * (1 if page.compression == 1 else COMPRESSED) < bits / 8:
+            raise tifffile.TiffFileError(
+                f"{height} x {width} pixels in a tile or strip of at most {counts.max()} bytes"
             )
     return pages
+
+
+def _tiling(page):
+    """Height and width of a tile or strip of a page, and how many rows and columns of them."""
+    height = page.tilelength if page.is_tiled else min(page.rowsperstrip, page.imagelength)
+    width = page.tilewidth if page.is_tiled else page.imagewidth
+    if min(height, width) < 1:
+        raise tifffile.TiffFileError(f"tiles or strips of {height} x {width} pixels")
+    return height, width, -(-page.imagelength // height), -(-page.imagewidth // width)
 
 
 def _describe(path, pages):

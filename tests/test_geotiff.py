@@ -330,6 +330,65 @@ def test_truncated_in_a_georeference_that_follows_the_pixels(tmp_path):
             geotiff.info(path)
 
 
+@pytest.mark.parametrize(
+    "tag, value, message",
+    [
+        ("BitsPerSample", 99, "pixels of an unknown type"),
+        ("TileLength", 0, "tiles or strips of 0 x 256 pixels"),
+        ("TileByteCounts", (5,), "2 tiles or strips, 2 offsets and 1 byte counts"),
+        ("ImageLength", 2**16 - 1, "512 tiles or strips, 2 offsets and 2 byte counts"),
+        ("TileWidth", 2**32 - 16, "256 x 4294967280 pixels in a tile or strip of at most"),
+        ("GDAL_NODATA", "none", "could not convert string to float"),
+        ("GeoKeyDirectoryTag", (1, 1, 0, 1, 1024, 34999, 1, 0), "34999"),
+    ],
+)
+def test_tags_that_do_not_fit(tmp_path, tag, value, message):
+    path = tmp_path / "a.tif"
+    geotiff.write(path, noise((2, 64, 64), "uint8"), TRANSFORM, LO25, 255)
+    with tifffile.TiffFile(path, mode="r+") as tif:
+        tif.pages[0].tags[tag].overwrite(value, dtype="I" if tag == "TileWidth" else None)
+    with pytest.raises(ValueError, match=rf"a\.tif: truncated or damaged TIFF .*{message}.*fetch"):
+        geotiff.info(path)
+
+
+@pytest.mark.parametrize("layout", [{"rowsperstrip": 16}, {"tile": (32, 32), "bigtiff": True}, {}])
+def test_random_bytes_in_the_header_are_said_of_the_file(tmp_path, layout):
+    path = tmp_path / "a.tif"
+    array = noise((3, 64, 64), "uint8")
+    if layout:
+        tifffile.imwrite(path, array, photometric="minisblack", planarconfig="separate", **layout)
+    else:
+        geotiff.write(path, array, TRANSFORM, LO25, 0, ("B", "G", "R"))
+    content = np.fromfile(path, "uint8")
+    with tifffile.TiffFile(path) as tif:
+        header = min(tif.pages[0].dataoffsets)
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(200):
+        damaged = content.copy()
+        damaged[rng.integers(4, header, 2)] = rng.integers(0, 256, 2)
+        damaged.tofile(path)
+        try:
+            geotiff.info(path)
+            geotiff.read(path)
+        except ValueError as error:
+            assert str(error).startswith(f"{path}: ")
+            refused += 1
+    assert 0 < refused < 200
+
+
+def test_a_disk_that_fails_is_said_of_the_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.tif"
+    geotiff.write(path, np.zeros((8, 8), "uint8"))
+
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(geotiff, "_decode", fail)
+    with pytest.raises(OSError, match=r"Input/output error: .*a\.tif"):
+        geotiff.read(path)
+
+
 def test_arguments_that_do_not_fit(tmp_path):
     path = tmp_path / "a.tif"
     geotiff.write(path, np.zeros((3, 8, 9), "uint8"))
