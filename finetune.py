@@ -22,6 +22,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -117,6 +118,16 @@ def parse_args(argv):
         args.weight_decay = {"linear": 0.0, "finetune": 0.05}[args.protocol]
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not 0 < args.lr < math.inf:
+        parser.error(f"--lr {args.lr} is not a number above 0")
+    if not 0 <= args.weight_decay < math.inf:
+        parser.error(f"--weight-decay {args.weight_decay} is not a number from 0 up")
+    if args.split_seed < 0:
+        parser.error(f"--split-seed {args.split_seed} is below 0")
+    if args.splits is None and args.val + args.test >= 1:
+        parser.error(f"--val {args.val} and --test {args.test} leave nothing to train on")
+    if args.heads and args.encoder == "random":
+        parser.error("--heads is for weights; --encoder random has those of its --model")
     return args
 # fmt: on
 
@@ -296,8 +307,10 @@ def print_table(rows, classes):
 
 
 def check_output(out, maps):
-    """Raise FileExistsError where results would mix with, or replace, something else."""
-    ours = (out / "results.jsonl").exists()
+    """Raise FileExistsError where results would mix with, or replace, something else, and OSError
+    where they cannot be written; leaves nothing behind."""
+    results = out / "results.jsonl"
+    ours = results.exists()
     if out.exists() and not ours and (out.is_file() or any(out.iterdir())):
         raise FileExistsError(
             f"--out {out} exists and holds no results.jsonl; name a new folder, or one of earlier "
@@ -305,16 +318,38 @@ def check_output(out, maps):
         )
     if maps and maps.exists():
         raise FileExistsError(f"--maps {maps} exists; name a new folder, or remove it")
+    for flag, folder in (("--out", out), ("--maps", maps or out)):
+        try:
+            there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+            tempfile.TemporaryDirectory(dir=there).cleanup()  # permissions alone do not tell
+            if ours:
+                results.open("a").close()
+        except OSError as error:
+            raise OSError(
+                f"{flag} {folder} cannot be written ({error}); name another folder"
+            ) from error
 
 
-def check_encoder(encoder, name, bands, image_size):
-    """Raise ValueError if the encoder does not read the task's bands or the image size."""
-    if encoder.in_channels != bands:
-        names = ",".join(encoder.meta.get("bands", ())) or "unnamed"
+def check_encoder(encoder, name, task, bands, image_size):
+    """Raise ValueError if the encoder does not read the task's bands or the image size.
+
+    bands: the positions that the task has of its files' bands, or None for all.
+    """
+    wanted, count = encoder.meta.get("bands", []), task.images.shape[1]
+    if encoder.in_channels != count:
         raise ValueError(
-            f"--encoder {name} reads {encoder.in_channels} bands ({names}), the task has {bands}; "
-            "choose and order them with --bands, or take an encoder of that data"
+            f"--encoder {name} reads {encoder.in_channels} bands ({','.join(wanted) or 'unnamed'}),"
+            f" the task has {count}; choose and order them with --bands, or take an encoder of "
+            "that data"
         )
+    for file in task.files:
+        found = [file.band_names[band] for band in bands or range(count)] if file.band_names else []
+        if found != wanted and sorted(found) == sorted(wanted):
+            order = ",".join(str(file.band_names.index(band)) for band in wanted)
+            raise ValueError(
+                f"--encoder {name} reads the bands {','.join(wanted)}, but those of {file.path} "
+                f"come as {','.join(found)}; pass --bands {order}"
+            )
     patch = encoder.patch_size
     if image_size % patch:
         low = image_size // patch * patch
@@ -324,38 +359,33 @@ def check_encoder(encoder, name, bands, image_size):
         )
 
 
-def main(argv=None):
-    args = parse_args(argv)
+def evaluate(args):
+    """Train and score one probe per seed; everything wrong with the input is raised before."""
     linear, untrained = args.protocol == "linear", args.encoder.split(":")[0] == "random"
-    try:
-        # everything that can be wrong with the input is found here, before any training
-        check_output(args.out, args.maps)
-        if args.encoder != "random":
-            template = load_encoder(args.encoder.removeprefix("random:"), args.heads)
-        task = load_folder(
-            args.images, args.masks, classes=args.classes, bands=args.bands,
-            ignore_index=args.ignore_index, tile=args.tile, splits=args.splits,
-            block=args.block, val=args.val, test=args.test, split_seed=args.split_seed,
-        )  # fmt: skip
-        bands, classes = task.images.shape[1], task.classes
-        if args.encoder == "random":
-            template = vit(args.model, in_channels=bands, patch_size=args.patch)
-        check_encoder(template, args.encoder, bands, args.image_size)
-        mean, std = band_stats(task.images[task.split == "train"])
-        if args.stats == "encoder":
-            if "mean" not in template.meta or "std" not in template.meta:
-                raise ValueError(
-                    f"--stats encoder: {args.encoder} carries no mean and std; use --stats task"
-                )
-            mean, std = np.array(template.meta["mean"]), np.array(template.meta["std"])
-        if args.maps and len(classes) > UNPREDICTED:
-            raise ValueError(f"--maps holds at most {UNPREDICTED} classes, found {len(classes)}")
-        device = torch.device(args.device)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda: no CUDA device is available; use --device cpu")
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
-        print(f"finetune.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    check_output(args.out, args.maps)
+    if args.encoder != "random":
+        template = load_encoder(args.encoder.removeprefix("random:"), args.heads)
+    task = load_folder(
+        args.images, args.masks, classes=args.classes, bands=args.bands,
+        ignore_index=args.ignore_index, tile=args.tile, splits=args.splits,
+        block=args.block, val=args.val, test=args.test, split_seed=args.split_seed,
+    )  # fmt: skip
+    bands, classes = task.images.shape[1], task.classes
+    if args.encoder == "random":
+        template = vit(args.model, in_channels=bands, patch_size=args.patch)
+    check_encoder(template, args.encoder, task, args.bands, args.image_size)
+    mean, std = band_stats(task.images[task.split == "train"])
+    if args.stats == "encoder":
+        if "mean" not in template.meta or "std" not in template.meta:
+            raise ValueError(
+                f"--stats encoder: {args.encoder} carries no mean and std; use --stats task"
+            )
+        mean, std = np.array(template.meta["mean"]), np.array(template.meta["std"])
+    if args.maps and len(classes) > UNPREDICTED:
+        raise ValueError(f"--maps holds at most {UNPREDICTED} classes, found {len(classes)}")
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no CUDA device is available; use --device cpu")
 
     args.out.mkdir(parents=True, exist_ok=True)
     results = args.out / "results.jsonl"
@@ -366,6 +396,7 @@ def main(argv=None):
         f"task {data_hash}: {bands} bands, {len(classes)} classes, {args.tile} px tiles: "
         + ", ".join(f"{len(index)} {split}" for split, index in tiles.items())
         + f" (split by {task.split_by})"
+        + "".join(f"; mask value {value:g} is nodata and ignored" for value in task.nodata)
     )
 
     rows = []
@@ -416,7 +447,7 @@ def main(argv=None):
                     bar.update()
                 last = loss.item()  # a device sync, so once an epoch
                 if not math.isfinite(last):
-                    raise SystemExit(f"finetune.py: loss {last} in epoch {epoch}; lower --lr")
+                    raise ValueError(f"loss {last} in epoch {epoch}; lower --lr")
                 prediction = predict(probe, inputs["val"], args.tile, args.batch)
                 val, _ = mean_iou(confusion_matrix(prediction, labels["val"], len(classes), IGNORE))
                 if val > best:
@@ -472,6 +503,21 @@ def main(argv=None):
 
     print_table(rows, classes)
     print(f"\nrows added to {results}: {args.seeds}")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        evaluate(args)
+    except (ValueError, OSError) as error:
+        print(f"finetune.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(
+            f"finetune.py: interrupted; finished seeds keep their rows in {args.out}",
+            file=sys.stderr,
+        )
+        sys.exit(130)
 
 
 if __name__ == "__main__":

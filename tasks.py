@@ -34,7 +34,8 @@ class Task:
     split: (N,) "train", "val" or "test".
     origin: (N, 3) int64: position in `files`, row and column of the tile's first pixel.
     files: geotiff.Info of each image. classes: the class names, in the order of their ids.
-    split_by: in words, what kept the splits apart.
+    split_by: in words, what kept the splits apart. nodata: the values that the masks declare as
+        nodata, which are IGNORE in the labels.
     """
 
     images: np.ndarray
@@ -44,6 +45,7 @@ class Task:
     files: tuple
     classes: tuple
     split_by: str
+    nodata: tuple
 
 
 def load_folder(
@@ -54,7 +56,8 @@ def load_folder(
 
     images, masks: a folder, or a glob pattern. classes: text file, one name per line, the line
     number from 0 being the class id; without it ids name themselves. bands: 0-based positions, in
-    the order wanted; default all. ignore_index: the mask value that is no label. tile: pixels.
+    the order wanted; default all. ignore_index: the mask value that is no label, beside the nodata
+    that a mask declares. tile: pixels.
 
     splits: a folder with train.txt, val.txt and test.txt of file names without extension; images
     in none of them are left out. Without it the fractions `val` and `test` are held out: by
@@ -67,18 +70,23 @@ def load_folder(
     listed = None if splits is None else read_splits(splits)
     pairs = pair_files(images, masks, listed)
     names = None if classes is None else read_classes(classes)
-    files = [check_pair(image, mask, bands) for image, mask in pairs]
+    files, nodata = zip(*(check_pair(image, mask, bands) for image, mask in pairs), strict=True)
     for file in files[1:]:
         if bands is None and file.bands != files[0].bands:
             raise ValueError(
                 f"{file.path}: {file.bands} bands, but {files[0].path} has {files[0].bands}; "
                 "choose the common ones with --bands"
             )
+    side = max(max(file.height, file.width) for file in files)
+    if tile > side:
+        raise ValueError(
+            f"--tile {tile}: the largest image is {side} px wide or high; use at most that"
+        )
 
     parts = []
     for position, file in enumerate(tqdm(files, "images and masks", unit="file")):
         image = read_image(file, bands)
-        label = read_mask(pairs[position][1], names, ignore_index)
+        label = read_mask(pairs[position][1], names, (ignore_index, nodata[position]))
         label[np.isnan(image[0])] = IGNORE
         image, label = cut(image, tile, np.nan), cut(label[None], tile, IGNORE)[:, 0]
         corner = np.indices((-(-file.height // tile), -(-file.width // tile))).reshape(2, -1).T
@@ -89,7 +97,16 @@ def load_folder(
     if not len(label):
         raise ValueError(f"{masks}: no labelled pixel in any mask; check --ignore-index and nodata")
     if names is None:
-        names = tuple(str(i) for i in range(label.max() + 1))
+        ids = np.flatnonzero(np.bincount(label[label != IGNORE]))
+        # a class may be absent from a sample; ids far above the others are fill values
+        if ids[-1] >= 2 * len(ids) and np.diff(ids).max(initial=0) > 2:
+            position = origin[label.max((1, 2)).argmax(), 0]
+            raise ValueError(
+                f"{pairs[position][1]}: class id {ids[-1]} found, while all masks hold only "
+                f"{some(ids)}; pass --ignore-index {ids[-1]} if that is no class, or name the "
+                "classes in --classes"
+            )
+        names = tuple(str(i) for i in range(ids[-1] + 1))
 
     if listed is not None:
         split, split_by = np.array([listed[f.path.stem] for f in files])[origin[:, 0]], "file lists"
@@ -102,7 +119,8 @@ def load_folder(
                 f"{len(label)} labelled tiles); label more, or choose other --splits or --block"
             )
     keep = split != ""
-    return Task(image[keep], label[keep], split[keep], origin[keep], tuple(files), names, split_by)
+    nodata = tuple(np.unique([value for value in nodata if value is not None]).tolist())
+    return Task(image[keep], label[keep], split[keep], origin[keep], files, names, split_by, nodata)
 
 
 def list_tiffs(where):
@@ -149,6 +167,20 @@ def pair_files(images, masks, stems=None):
     return [(image[stem], mask[stem]) for stem in sorted(image if stems is None else stems)]
 
 
+def read_lines(path):
+    """The lines of a UTF-8 text file, with or without a byte order mark, stripped.
+
+    Raises ValueError if it is not UTF-8.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from error
+    return [line.strip() for line in text.rstrip().split("\n")]
+
+
 def read_splits(folder):
     """Read train.txt, val.txt and test.txt, one file name per line -> {name: split}.
 
@@ -158,8 +190,8 @@ def read_splits(folder):
     listed = {}
     for split in SPLITS:
         path = Path(folder) / f"{split}.txt"
-        lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
-        stems = [line.strip().removesuffix(".tif").removesuffix(".tiff") for line in lines]
+        lines = read_lines(path) if path.is_file() else []
+        stems = [line.removesuffix(".tif").removesuffix(".tiff") for line in lines]
         if not any(stems):
             raise FileNotFoundError(
                 f"{path}: no list of file names there; --splits needs train.txt, val.txt and "
@@ -182,7 +214,7 @@ def read_classes(path):
         raise FileNotFoundError(
             f"{path}: no such file; --classes wants a text file with one class name per line"
         )
-    names = tuple(n.strip() for n in Path(path).read_text(encoding="utf-8").rstrip().split("\n"))
+    names = tuple(read_lines(path))
     if "" in names:
         raise ValueError(
             f"{path}: line {names.index('') + 1} is empty; line numbers are class ids, so give "
@@ -195,7 +227,7 @@ def read_classes(path):
 
 
 def check_pair(image, mask, bands):
-    """Compare the headers of one image and its mask; return the image's geotiff.Info."""
+    """Compare the headers of one image and its mask -> (the image's geotiff.Info, mask nodata)."""
     file, label = geotiff.info(image), geotiff.info(mask)
     if (file.height, file.width) != (label.height, label.width):
         raise ValueError(
@@ -212,18 +244,28 @@ def check_pair(image, mask, bands):
             "uint8 or int16"
         )
     if file.transform and label.transform:
-        apart = np.subtract(file.transform, label.transform)
-        if np.abs(apart[[2, 5]]).max() > file.gsd / 2:
+        if file.crs and label.crs and not geotiff.same_crs(file.crs, label.crs):
             raise ValueError(
-                f"{mask}: its corner lies {apart[2]:g}, {apart[5]:g} from its image's; resample "
-                "the mask to the image's grid, or correct the georeference"
+                f"{mask}: its CRS is {geotiff.crs_name(label.crs)}, its image's "
+                f"{geotiff.crs_name(file.crs)}; resample the mask to the image's grid"
+            )
+        apart = np.abs(np.subtract(file.transform, label.transform)).reshape(2, 3)
+        apart = (apart @ [file.width, file.height, 1]).max() / file.gsd
+        if apart > 0.01:
+            raise ValueError(
+                f"{mask}: its grid lies up to {apart:.3g} px off its image's; resample the mask "
+                "to the image's grid, or correct the georeference"
             )
     if bands is not None and not all(0 <= band < file.bands for band in bands):
         raise ValueError(
             f"{image}: --bands {','.join(map(str, bands))} asks for more than its {file.bands} "
             f"bands; use positions 0 to {file.bands - 1}"
         )
-    return file
+    return file, label.nodata
+
+
+def some(ids):
+    return ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
 
 
 def read_image(file, bands):
@@ -235,21 +277,21 @@ def read_image(file, bands):
     return image
 
 
-def read_mask(path, classes, ignore_index):
-    """Read one mask as int16 class ids (rows, cols), IGNORE where it holds ignore_index.
+def read_mask(path, classes, ignored):
+    """Read one mask as int16 class ids (rows, cols), IGNORE where it holds one of `ignored`.
 
-    classes: the names, or None. Raises ValueError for ids that no class has.
+    classes: the names, or None. ignored: numbers or None. Raises ValueError for ids that no class
+    has.
     """
     mask = geotiff.read(path)[0].astype(np.int64)
-    ignored = mask == ignore_index
+    ignored = np.logical_or.reduce([mask == value for value in ignored])
     ids = np.unique(mask[~ignored])
     count = UNNAMED_CLASSES if classes is None else len(classes)
     alien = ids[(ids < 0) | (ids >= count)]
     if len(alien):
-        some = ", ".join(map(str, alien[:8])) + (", ..." if len(alien) > 8 else "")
         raise ValueError(
-            f"{path}: class ids {some} found, but classes go from 0 to {count - 1}; name them in "
-            f"--classes, or pass --ignore-index {alien[0]} if that is no class"
+            f"{path}: class ids {some(alien)} found, but classes go from 0 to {count - 1}; name "
+            f"them in --classes, or pass --ignore-index {alien[0]} if that is no class"
         )
     return np.where(ignored, IGNORE, mask).astype(np.int16)
 
@@ -288,7 +330,7 @@ def draw_splits(files, origin, tile, block, val, test, seed):
     if sum(held) >= groups:
         raise ValueError(
             f"--images: {groups} separate groups (by {how}) are too few for train, val and test; "
-            "use a smaller --block or --tile, or --splits with lists of your own"
+            "use a smaller --block, --tile, --val or --test, or --splits with lists of your own"
         )
     names = np.repeat(SPLITS, [groups - sum(held), *held])
     split = np.random.default_rng(seed).permutation(names)[group.ravel()]

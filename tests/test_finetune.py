@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -335,7 +336,9 @@ def test_maps_leave_out_nodata_and_the_ground_of_other_splits(scenes, encoder, t
         image, mask = (geotiff.read(scenes / n / f"s{i}.tif") for n in ("images", "masks"))
         image[:, 5:9, 30:40] = 0
         for name, array in (("images", image), ("masks", mask)):
-            geotiff.write(holes / name / f"s{i}.tif", array, about.transform, about.crs, nodata=0)
+            nodata = 0 if name == "images" else None
+            path = holes / name / f"s{i}.tif"
+            geotiff.write(path, array, about.transform, about.crs, nodata=nodata)
     finetune.main([
         "--encoder", str(encoder), "--images", str(holes / "images"), "--masks",
         str(holes / "masks"), "--tile", "16", "--block", "1", "--image-size", "16", "--epochs", "1",
@@ -364,6 +367,8 @@ def test_maps_leave_out_nodata_and_the_ground_of_other_splits(scenes, encoder, t
         (["--encoder", "random", "--patch", "8", "--stats", "encoder"], r"--stats encoder: random"),
         (["--bands", "0,5"], r"s0\.tif: --bands 0,5 asks for more than its 2 bands"),
         (["--maps", "."], r"--maps \. exists; name a new folder"),
+        (["--maps", str(ROOT / "LICENSE" / "x")], r"--maps .*x cannot be written \(.*\); name"),
+        (["--tile", "100000"], r"--tile 100000: the largest image is 64 px wide or high"),
     ],
 )
 def test_bad_input_exits_with_one_sentence(scenes, encoder, tmp_path, capsys, flags, message):
@@ -377,13 +382,75 @@ def test_bad_input_exits_with_one_sentence(scenes, encoder, tmp_path, capsys, fl
 
 
 @pytest.mark.parametrize(
-    "flags", [["--epochs", "0"], ["--labels", "1.5"], ["--bands", "a"], ["--epoch", "3"]]
-)
+    "flags",
+    [
+        ["--epochs", "0"], ["--labels", "1.5"], ["--bands", "a"], ["--epoch", "3"], ["--lr", "nan"],
+        ["--lr", "0"], ["--lr", "inf"], ["--weight-decay", "-1"], ["--weight-decay", "nan"],
+        ["--split-seed", "-1"], ["--heads", "4", "--encoder", "random"],
+    ],
+)  # fmt: skip
 def test_bad_flags_are_refused(scenes, encoder, tmp_path, capsys, flags):
     with pytest.raises(SystemExit) as caught:
-        run(scenes, encoder, tmp_path, *flags)
+        run(scenes, encoder, tmp_path / "out", *flags)
     assert caught.value.code == 2
     assert flags[0] in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_held_out_fractions_must_leave_some(capsys):
+    flags = ["--encoder", "e", "--images", "i", "--masks", "m", "--val", "0.6", "--test", "0.6"]
+    with pytest.raises(SystemExit):
+        finetune.parse_args(flags)
+    assert "--val 0.6 and --test 0.6 leave nothing to train on" in capsys.readouterr().err
+    assert finetune.parse_args([*flags, "--splits", "s"]).val == 0.6  # unused beside lists
+
+
+@pytest.mark.parametrize("out", ["/proc/x", "file/x", "folder"])
+def test_an_output_that_cannot_be_written(scenes, encoder, tmp_path, capsys, monkeypatch, out):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder" / "results.jsonl").mkdir(parents=True)
+    if out == "/proc/x" and sys.platform != "linux":
+        pytest.skip("no /proc")
+    monkeypatch.setattr(finetune, "load_folder", None)  # refused before it is called
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as caught:
+        finetune.main(["--encoder", str(encoder), "--images", "i", "--masks", "m",
+                       "--out", str(tmp_path / out)])  # fmt: skip
+    error = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert re.search(r"^finetune.py: --out .* cannot be written \(.*\); name another", error), error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def write_named(scenes, folder, *names):
+    """The scenes with band names, as a folder of their own."""
+    shutil.copytree(scenes, folder)
+    for path in (folder / "images").iterdir():
+        about = geotiff.info(path)
+        geotiff.write(path, geotiff.read(path), about.transform, about.crs, band_names=names)
+    return folder
+
+
+def test_bands_in_another_order_are_refused(scenes, encoder, tmp_path, capsys):
+    swapped = write_named(scenes, tmp_path / "swapped", "NIR", "R")
+    with pytest.raises(SystemExit) as caught:
+        run(swapped, encoder, tmp_path / "out")
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and not (tmp_path / "out").exists()
+    assert re.search(r"reads the bands R,NIR, but .*s0\.tif come as NIR,R; pass --bands 1,0", error)
+    run(swapped, encoder, tmp_path / "out", "--bands", "1,0", "--epochs", "1")
+    # names of another kind tell nothing
+    foreign = write_named(scenes, tmp_path / "foreign", "B8", "B4")
+    run(foreign, encoder, tmp_path / "out", "--epochs", "1")
+
+
+def test_nodata_of_masks_is_said(scenes, encoder, tmp_path, capsys):
+    masks = shutil.copytree(scenes, tmp_path / "task") / "masks"
+    for path in masks.iterdir():
+        about = geotiff.info(path)
+        geotiff.write(path, geotiff.read(path), about.transform, about.crs, nodata=2)
+    run(tmp_path / "task", encoder, tmp_path / "out", "--epochs", "1")
+    assert capsys.readouterr().out.count("mask value 2 is nodata and ignored") == 1
 
 
 def test_a_folder_of_something_else_is_left_alone(scenes, encoder, tmp_path, capsys):
@@ -394,9 +461,23 @@ def test_a_folder_of_something_else_is_left_alone(scenes, encoder, tmp_path, cap
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_a_diverging_run_stops(scenes, encoder, tmp_path):
-    with pytest.raises(SystemExit, match=r"loss .* in epoch \d; lower --lr"):
+def test_a_diverging_run_stops(scenes, encoder, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
         run(scenes, encoder, tmp_path, "--lr", "1e30", "--protocol", "finetune")
+    assert caught.value.code == 2
+    assert re.search(r"finetune.py: loss .* in epoch \d; lower --lr", capsys.readouterr().err)
+
+
+def test_an_interrupt_is_one_line(scenes, encoder, tmp_path, capsys, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune, "segmentation_loss", interrupt)
+    with pytest.raises(SystemExit) as caught:
+        run(scenes, encoder, tmp_path / "out")
+    assert caught.value.code == 130
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("finetune.py: interrupted; finished seeds keep their rows in ")
 
 
 def test_the_script_prints_no_traceback(tmp_path):

@@ -181,6 +181,35 @@ def test_what_is_ignored(folder):
     assert not np.isinf(task.images).any()
 
 
+def test_nodata_of_a_mask_is_ignored(three):
+    wanted = three.load(splits=three.splits)
+    for stem, (_, mask) in three.written.items():
+        mask[2:4, 5] = 255
+        geotiff.write(three.masks / f"{stem}.tif", mask, nodata=255)
+    task = three.load(splits=three.splits)
+    assert task.nodata == (255,) and wanted.nodata == () and task.classes == wanted.classes
+    first = (task.origin[:, 1:] == 0).all(1)
+    assert (task.labels[first][:, 2:4, 5] == IGNORE).all()
+    wanted.labels[np.flatnonzero(first)[:, None, None], [[2], [3]], [[5]]] = IGNORE
+    assert np.array_equal(task.labels, wanted.labels)
+
+
+@pytest.mark.parametrize("ids", [(0, 1, 3, 4), (3,), (4, 5), (1, 2), (0, 3), (0, 2, 4, 6)])
+def test_a_sample_may_lack_classes(three, ids):
+    for stem in "abc":
+        mask = np.resize(ids, (19, 13)).astype(np.uint8)
+        geotiff.write(three.masks / f"{stem}.tif", mask)
+    assert len(three.load(splits=three.splits).classes) == ids[-1] + 1
+
+
+def test_a_rounded_georeference_is_the_same_grid(three):
+    for stem, (image, mask) in three.written.items():
+        geotiff.write(three.images / f"{stem}.tif", image, (10.0, 0, 0, 0, -10.0, 5e6), UTM)
+        place = (10.001, 0, 0.04, 0, -10.0, 5e6 + 0.05)
+        geotiff.write(three.masks / f"{stem}.tif", mask, place, UTM)
+    assert len(three.load(splits=three.splits).images) == 18
+
+
 def test_band_stats_are_of_valid_pixels(folder):
     images = np.random.default_rng(0).normal(5, 2, (6, 3, 4, 4)).astype(np.float32)
     images[:, 2] = 7
@@ -327,6 +356,22 @@ def spoil_place(f):
         geotiff.write(folder / "b.tif", f.written["b"][data], (10.0, 0, x, 0, -10.0, 0), UTM)
 
 
+def spoil_pixel_size(f):
+    geotiff.write(f.images / "b.tif", f.written["b"][0], (10.0, 0, 0, 0, -10.0, 0), UTM)
+    geotiff.write(f.masks / "b.tif", f.written["b"][1], (10.1, 0, 0, 0, -10.0, 0), UTM)
+
+
+def spoil_crs(f):
+    geotiff.write(f.images / "b.tif", f.written["b"][0], (10.0, 0, 0, 0, -10.0, 0), UTM)
+    geotiff.write(f.masks / "b.tif", f.written["b"][1], (10.0, 0, 0, 0, -10.0, 0), UTM + 1)
+
+
+def spoil_fill(f):
+    mask = f.written["b"][1].copy()
+    mask[3:5] = 255
+    geotiff.write(f.masks / "b.tif", mask)
+
+
 def spoil_missing(f):
     (f.masks / "b.tif").unlink()
 
@@ -367,7 +412,11 @@ def spoil_nothing(f):
         (spoil_size, {}, r"masks.b\.tif: 18 x 13 pixels, its image has 19 x 13; resample"),
         (spoil_float, {}, r"b\.tif: values of type float32.*uint8"),
         (spoil_mask_bands, {}, r"masks.b\.tif: 3 bands; a mask has one"),
-        (spoil_place, {}, r"b\.tif: its corner lies -10, 0 from its image's"),
+        (spoil_place, {}, r"masks.b\.tif: its grid lies up to 1 px off its image's; resample"),
+        (spoil_pixel_size, {}, r"masks.b\.tif: its grid lies up to 0\.13 px off its image's"),
+        (spoil_crs, {}, r"masks.b\.tif: its CRS is EPSG:32634, its image's EPSG:32633; resample"),
+        (spoil_fill, {}, r"masks.b\.tif: class id 255 found.* only 0, 1, 2, 255; .*--classes"),
+        (spoil_nothing, {"tile": 20}, r"--tile 20: the largest image is 19 px wide or high"),
         (spoil_missing, {}, r"images.b\.tif: no mask of that name in .*masks"),
         (spoil_missing_image, {}, r"images: no image named b, which the --splits lists name"),
         (spoil_bands, {}, r"b\.tif: 3 bands, but .*a\.tif has 2; .*--bands"),
@@ -400,7 +449,18 @@ def test_bad_lists(three):
         three.load(splits=empty)
 
 
+def test_a_byte_order_mark_is_no_part_of_a_name(three):
+    names = three.classes("x", "y", "z")
+    for path in (three.splits / "train.txt", names):
+        path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert three.load(splits=three.splits, classes=names).classes == ("x", "y", "z")
+
+
 def test_bad_class_files(three):
+    names = three.classes("x")
+    names.write_bytes("prairie\nforêt\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"classes\.txt: not UTF-8 text \(.* at byte 11\); save"):
+        three.load(classes=names)
     with pytest.raises(ValueError, match=r"classes\.txt: line 2 is empty"):
         three.load(classes=three.classes("x", "", "z"))
     with pytest.raises(ValueError, match=r"classes\.txt: x names two classes"):
