@@ -21,6 +21,7 @@ from einops import rearrange
 
 import geotiff
 from figures import composite, save_figure, token_colours
+from finetune import positive
 from model import load_encoder
 
 HERE = Path(__file__).parent
@@ -170,12 +171,12 @@ def main():
     flag = parser.add_argument
     flag("--out", type=Path, default=Path("out/demo"), help="new folder (default out/demo)")
     flag("--objective", choices=sorted(OBJECTIVE), default="latentmim", help="default latentmim")
-    flag("--steps", type=int, default=500, help="of pretraining, per encoder (default 500)")
-    flag("--seeds", type=int, default=3, help="of the probe (default 3)")
+    flag("--steps", type=positive, default=500, help="of pretraining, per encoder (default 500)")
+    flag("--seeds", type=positive, default=3, help="of the probe (default 3)")
     flag("--quick", action="store_true", help="a minute: few scenes and steps, to see it work")
     args = parser.parse_args()
     if args.out.exists():
-        sys.exit(f"demo.py: {args.out} exists; remove it to run the demo anew, or choose --out")
+        parser.error(f"--out {args.out} exists; remove it to run the demo anew, or name another")
     scenes, task, size, steps, epochs = 24, 12, 256, args.steps, 60
     if args.quick:
         scenes, task, size, steps, epochs = 4, 4, 128, 20, 10

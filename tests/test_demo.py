@@ -1,6 +1,7 @@
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
 import demo
@@ -37,6 +38,16 @@ def test_an_existing_folder_is_left_alone(tmp_path):
         [sys.executable, str(ROOT / "demo.py"), "--out", str(tmp_path)],
         capture_output=True, text=True,
     )  # fmt: skip
-    assert done.returncode == 1 and done.stdout == ""
-    assert "exists; remove it to run the demo anew, or choose --out" in done.stderr
+    assert done.returncode == 2 and done.stdout == ""
+    assert "exists; remove it to run the demo anew, or name another" in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("flag", ["--steps", "--seeds"])
+def test_none_of_something_is_refused(tmp_path, monkeypatch, capsys, flag):
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--out", str(tmp_path / "new"), flag, "0"])
+    with pytest.raises(SystemExit) as stopped:
+        demo.main()
+    assert stopped.value.code == 2
+    assert f"{flag}: 0 is not a whole number from 1 up" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
