@@ -22,6 +22,7 @@ import shlex
 import sys
 import tempfile
 from collections import Counter, namedtuple
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -35,6 +36,8 @@ FORMAT = "crossscale store"
 VERSION = 1
 INDEX = "chip mr_source hr_source row col hr_row hr_col split valid".split()
 SKIPPED = "mr_source row col hr_source valid reason".split()
+FILES = {"mr.npy", "hr.npy", "index.csv", "meta.json", "skipped.csv"}
+SPLITS = "train val test".split()
 BLOCK_BYTES = 2**28  # decoded at a time when packing
 SLACK = 1e-3  # pixels; real georeferences are rounded
 
@@ -42,8 +45,8 @@ SLACK = 1e-3  # pixels; real georeferences are rounded
 class Store:
     """A packed store, opened read-only. `meta` is meta.json; `len` counts chips.
 
-    Raises FileNotFoundError if the folder holds no store, ValueError if it is of another version
-    or not complete.
+    Raises FileNotFoundError if the folder holds no store, ValueError if it is of another version,
+    not complete or damaged.
     """
 
     def __init__(self, path):
@@ -52,46 +55,43 @@ class Store:
             raise FileNotFoundError(
                 f"{path}: not a store, it has no meta.json; make one with data.py pack"
             )
-        try:
-            self.meta = json.loads((path / "meta.json").read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path / 'meta.json'}: cut short ({error}); pack again") from error
-        version = self.meta.get("version")
-        if self.meta.get("format") != FORMAT or version != VERSION:
-            raise ValueError(
-                f"{path}: a store of version {VERSION} expected, found {version}; pack it again"
+        with usable(path / "meta.json") as file:
+            self.meta = meta = json.loads(file.read_text("utf-8"))
+            if (meta["format"], meta["version"]) != (FORMAT, VERSION):
+                raise ValueError(f"version {VERSION} expected, {meta['version']} found")
+            mean, std, gsd, shape = (
+                [meta[key][sensor] for sensor in ("mr", "hr")]
+                for key in ("mean", "std", "gsd", "shape")
             )
-        self.mr = self._open(path, "mr")
-        self.hr = self._open(path, "hr")
-        with (path / "index.csv").open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        if len(rows) != len(self):
-            raise ValueError(
-                f"{path / 'index.csv'}: {len(self)} rows expected, one a chip, found {len(rows)}; "
-                "pack the store again"
-            )
-        self._origin = np.array([(row["hr_row"], row["hr_col"]) for row in rows], np.float64)
-        self._split = np.array([row["split"] for row in rows])
+            bands = {len(meta["bands"]), *(bands for bands, _, _ in shape)}
+            if {*map(len, mean), *map(len, std)} != bands or len(meta["pixel_ratio"]) != 2:
+                raise ValueError("lists that do not fit its bands")
+            positive = [*np.ravel(std), *meta["pixel_ratio"], *(side or 1 for side in gsd)]
+            if not np.isfinite([*np.ravel(mean), *positive]).all() or min(positive) <= 0:
+                raise ValueError("numbers that are not finite or not above 0")
+        self.mr, self.hr = self._open(path / "mr.npy"), self._open(path / "hr.npy")
+        with usable(path / "index.csv") as file:
+            with file.open(newline="", encoding="utf-8") as lines:
+                rows = list(csv.DictReader(lines))
+            if len(rows) != len(self):
+                raise ValueError(f"{len(self)} rows expected, one a chip, {len(rows)} found")
+            columns = [[row[key] for row in rows] for key in ("hr_row", "hr_col", "valid", "split")]
+            numbers, self._split = np.array(columns[:3], np.float64), np.array(columns[3])
+            if not np.isfinite(numbers).all() or not set(columns[3]) <= set(SPLITS):
+                raise ValueError("a row that is not whole")
+            self._origin = numbers[:2].T.copy()
 
-    def _open(self, path, sensor):
-        file = path / f"{sensor}.npy"
-        shape = (self.meta["count"], *self.meta["shape"][sensor])
-        try:
-            array = np.load(file, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:  # numpy's word for a file shorter than its header
-            raise ValueError(
-                f"{file}: missing or cut short, {shape} {self.meta['dtype'][sensor]} expected; "
-                "pack the store again"
-            ) from error
-        if array.shape != shape or array.dtype != self.meta["dtype"][sensor]:
-            raise ValueError(
-                f"{file}: {shape} {self.meta['dtype'][sensor]} expected, found {array.shape} "
-                f"{array.dtype}; pack the store again"
-            )
+    def _open(self, path):
+        with usable(path) as file:
+            shape = (self.meta["count"], *self.meta["shape"][path.stem])
+            dtype = self.meta["dtype"][path.stem]
+            array = np.lib.format.open_memmap(file, mode="r")
+            if (array.shape, str(array.dtype)) != (shape, dtype):
+                raise ValueError(f"{shape} {dtype} expected, {array.shape} {array.dtype} found")
         return array
 
     def __len__(self):
-        return self.meta["count"]
+        return len(self.mr)
 
     def split(self, name):
         """Chip numbers of a split ("train", "val", "test"), ascending int64; maybe none."""
@@ -111,6 +111,17 @@ class Store:
             "has_hr": torch.ones(len(back), dtype=torch.bool),
             "hr_origin": torch.from_numpy(self._origin[indices]),
         }
+
+
+@contextmanager
+def usable(file):
+    """Yield a file of a store; whatever its reading or checking trips over becomes one sentence."""
+    try:
+        yield file
+    except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
+        raise ValueError(
+            f"{file}: cannot be used ({type(error).__name__}: {error}); pack the store again"
+        ) from error
 
 
 def sample_order(seed, step, global_batch, count):
@@ -265,8 +276,19 @@ def pack(
         raise FileExistsError(f"{out}: exists and is not a store; choose another folder")
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out}: a store is there; add --overwrite to replace it")
-    mr_sources, band_names = open_sources(mr, "mr", mr_bands, band_names, nodata)
-    hr_sources, _ = open_sources(hr, "hr", hr_bands, band_names, nodata)
+    if out.exists() and (foreign := {file.name for file in out.iterdir()} - FILES):
+        raise FileExistsError(
+            f"{out}: --overwrite would delete {min(foreign)}, which is no part of the store; move "
+            "it elsewhere"
+        )
+    given = [name.lower() for name in band_names or []]
+    if len(set(given)) < len(given):
+        raise ValueError(
+            f"--band-names {','.join(band_names)}: a name occurs twice; give each band its own"
+        )
+    mr_sources, names = open_sources(mr, "mr", mr_bands, band_names, nodata)
+    hr_sources, _ = open_sources(hr, "hr", hr_bands, names, nodata)
+    check_band_order({"--mr-bands": mr_sources, "--hr-bands": hr_sources}, band_names)
     pairs = [
         (m, chip_corners(m.info, chip, stride), [(h, *align(m.info, h.info)) for h in hrs])
         for m, hrs in pair_up(mr_sources, hr_sources)
@@ -285,7 +307,7 @@ def pack(
             (store / "hr.npy").open("wb") as hr_file,
             tqdm(total=total, desc="pack", unit="chip") as bar,
         ):
-            shape = {"mr": (len(band_names), chip, chip), "hr": (len(band_names), *hr_size)}
+            shape = {"mr": (len(names), chip, chip), "hr": (len(names), *hr_size)}
             dtype = {"mr": mr_sources[0].info.dtype, "hr": hr_sources[0].info.dtype}
             write_header(mr_file, 0, shape["mr"], dtype["mr"])
             write_header(hr_file, 0, shape["hr"], dtype["hr"])
@@ -304,14 +326,17 @@ def pack(
         for path, count in holes.items():
             print(f"warning: {path}: {count} pixels of its chips are NaN or inf, taken as missing")
         if not kept:
-            raise ValueError(
-                f"no chip kept ({reasons(skipped)}); lower --min-valid {min_valid} or --chip {chip}"
-            )
+            remedy = f"lower --min-valid {min_valid} or --chip {chip}"
+            if not any(row.get("valid") for row in skipped):
+                remedy = (
+                    "one of each pair is nodata all over; check what files declare and --nodata"
+                )
+            raise ValueError(f"no chip kept ({reasons(skipped)}); {remedy}")
 
         # blocks of ground go to splits, chips follow; one that touches two splits goes to neither
-        names, ids = np.unique(np.reshape(blocks, (-1, 3)), axis=0, return_inverse=True)
+        ground, ids = np.unique(np.reshape(blocks, (-1, 3)), axis=0, return_inverse=True)
         ids = ids.reshape(-1, 5)
-        sizes = np.bincount(ids[:, 0], minlength=len(names))
+        sizes = np.bincount(ids[:, 0], minlength=len(ground))
         split = assign_splits(sizes, {"val": val, "test": test}, seed)[ids]
         alone = (split == split[:, :1]).all(1)
         skipped += [
@@ -336,7 +361,7 @@ def pack(
             "format": FORMAT,
             "version": VERSION,
             "count": len(kept),
-            "bands": list(band_names),
+            "bands": list(names),
             "shape": shape,
             "dtype": {sensor: str(kind) for sensor, kind in dtype.items()},
             "gsd": {"mr": mr_sources[0].info.gsd, "hr": hr_sources[0].info.gsd},
@@ -356,7 +381,7 @@ def pack(
         }
         (store / "meta.json").write_text(json.dumps(meta, indent=1))
         for name, columns, rows in (("index", INDEX, kept), ("skipped", SKIPPED, skipped)):
-            with (store / f"{name}.csv").open("w", newline="") as file:
+            with (store / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
                 table = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
                 table.writeheader()
                 table.writerows(rows)
@@ -394,7 +419,7 @@ def open_sources(where, sensor, wanted, names, nodata):
 
     wanted: list of band names or indices as text, all bands when None. names: what the bands are
     called, else as in the first file. nodata: for files that declare none. Returns sources, names.
-    Raises ValueError for a band that is not there, another number of bands, mixed dtypes.
+    Raises ValueError for a band that is not there, another number of bands, complex or mixed dtype.
     """
     sources, flag = [], f"--{sensor}-bands"
     for path in tqdm(find_files(where, f"--{sensor}"), f"{sensor} headers", leave=False):
@@ -415,6 +440,11 @@ def open_sources(where, sensor, wanted, names, nodata):
                 f"{path}: {len(names)} bands expected ({','.join(names)}), found {len(bands)}; use "
                 f"{flag} to choose them, such as {flag} 2,1,0 for RGB files"
             )
+        if info.dtype.kind == "c":
+            raise ValueError(
+                f"{path}: complex pixels ({info.dtype}); convert them to amplitudes, such as with "
+                "gdal_calc.py --calc 'abs(A)'"
+            )
         if sources and info.dtype != sources[0].info.dtype:
             raise ValueError(
                 f"{path}: {info.dtype}, but {sources[0].info.path} is {sources[0].info.dtype}; "
@@ -422,6 +452,28 @@ def open_sources(where, sensor, wanted, names, nodata):
             )
         sources.append(Source(info, bands, nodata if info.nodata is None else info.nodata))
     return sources, names
+
+
+def check_band_order(flags, given):
+    """Raise ValueError where a file has the bands of another, by their names, in another order.
+
+    flags: the flag that chooses the bands -> sources. given: the names of --band-names, or None.
+    A file that does not name all of its chosen bands says nothing of their order.
+    """
+    named = [(None, "--band-names", given)] if given else []
+    for flag, sources in flags.items():
+        for info, bands, _ in sources:
+            names = [info.band_names[band] for band in bands] if info.band_names else []
+            named += [(flag, info.path, names)] if all(names) else []
+    orders = {}  # lower-case names, sorted -> who has them first, and in which order
+    for flag, who, names in named:
+        lower = [name.lower() for name in names]
+        first, order = orders.setdefault(tuple(sorted(lower)), (who, names))
+        if lower != [name.lower() for name in order]:
+            raise ValueError(
+                f"{who}: its bands are {','.join(names)}, but {first} has {','.join(order)}; use "
+                f"{flag} {','.join(order)}"
+            )
 
 
 def pair_up(mr_sources, hr_sources):
@@ -745,7 +797,7 @@ def as_json(number):
 
 def is_store(path):
     meta = path / "meta.json"
-    return meta.is_file() and f'"format": "{FORMAT}"' in meta.read_text()
+    return meta.is_file() and f'"format": "{FORMAT}"'.encode() in meta.read_bytes()
 
 
 def reasons(skipped):
@@ -754,7 +806,7 @@ def reasons(skipped):
 
 
 def report(out, meta, skipped):
-    splits = ", ".join(f"{meta['splits'].get(name, 0)} {name}" for name in ("train", "val", "test"))
+    splits = ", ".join(f"{meta['splits'].get(name, 0)} {name}" for name in SPLITS)
     print(
         f"{out}: {meta['count']} pairs kept ({splits}); skipped: {reasons(skipped)} (skipped.csv)"
     )
@@ -831,6 +883,9 @@ def main():
     args = parser.parse_args()
     try:
         pack(**vars(args), command=shlex.join(["data.py", *sys.argv[1:]]))
+    except KeyboardInterrupt:
+        print("data.py: interrupted; nothing was written", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)
         sys.exit(2)

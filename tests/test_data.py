@@ -522,7 +522,9 @@ def test_south_african_pairs(tmp_path):
     off = [np.corrcoef(a[:, k, 8:].flatten(), b[:, k, :-8].flatten())[0, 1] for k in range(3)]
     assert min(alike) > 0.5 and min(np.subtract(alike, off)) > 0.1
     with pytest.raises(ValueError, match=r"landsat8_byte\.tif: 3 bands expected .* found 24"):
-        data.pack(folder / "mr", folder / "hr_ngi_5m_rgb", tmp_path / "b", band_names=["x"] * 3)
+        data.pack(
+            folder / "mr", folder / "hr_ngi_5m_rgb", tmp_path / "b", band_names=["x", "y", "z"]
+        )
 
 
 def test_north_dakota_with_a_simulated_mr(tmp_path):
@@ -591,6 +593,49 @@ def test_bands_that_do_not_fit(tmp_path):
         data.pack(mr, hr, tmp_path / "store", mr_bands=["B8"])
 
 
+BGR, RGB = ("B", "G", "R"), ("r", "g", "b")
+
+
+def test_bands_of_one_name_in_another_order(tmp_path):
+    mr, hr = pair(tmp_path, bands=3, band_names=BGR)
+    write_scene(tmp_path / "hr/a.tif", 5.0, (0, 0), 128, 128, bands=3, band_names=RGB)
+    options = {"chip": 32, "val": 0}
+    message = r"hr.a\.tif: its bands are r,g,b, but .*mr.a\.tif has B,G,R; use --hr-bands B,G,R$"
+    for names in (None, ["x", "y", "z"]):  # the flag hides no disagreement of files
+        with pytest.raises(ValueError, match=message):
+            data.pack(mr, hr, tmp_path / "store", band_names=names, **options)
+    message = r"mr.a\.tif: its bands are B,G,R, but --band-names has R,G,B; use --mr-bands R,G,B$"
+    with pytest.raises(ValueError, match=message):
+        data.pack(mr, hr, tmp_path / "store", band_names=["R", "G", "B"], **options)
+    data.pack(mr, hr, tmp_path / "store", hr_bands=["B", "G", "R"], **options)
+    scene = geotiff.read(hr + "/a.tif", (0, 0, 64, 64))
+    assert np.array_equal(data.Store(tmp_path / "store").hr[0], scene[::-1])
+
+
+def test_bands_of_one_name_in_another_order_within_a_folder(tmp_path):
+    mr, hr = pair(tmp_path, bands=3)  # which name none
+    for sensor, gsd, side in (("mr", 10.0, 64), ("hr", 5.0, 128)):
+        write_scene(tmp_path / sensor / "b.tif", gsd, (0, 0), side, side, 3, band_names=BGR)
+    assert data.pack(mr, hr, tmp_path / "store", chip=32, val=0)["bands"] == ["0", "1", "2"]
+    write_scene(tmp_path / "mr/c.tif", 10.0, (0, 0), 64, 64, 3, band_names=RGB)
+    message = r"mr.c\.tif: its bands are r,g,b, but .*mr.b\.tif has B,G,R; use --mr-bands B,G,R$"
+    with pytest.raises(ValueError, match=message):
+        data.pack(mr, hr, tmp_path / "other", chip=32, val=0)
+
+
+def test_a_band_name_twice(tmp_path):
+    with pytest.raises(ValueError, match="--band-names B,G,b: a name occurs twice; give each"):
+        data.pack(*pair(tmp_path, bands=3), tmp_path / "store", band_names=["B", "G", "b"])
+
+
+def test_complex_pixels(tmp_path):
+    mr, hr = pair(tmp_path)
+    array = np.zeros((2, 64, 64), "complex64")
+    write_scene(tmp_path / "mr/a.tif", 10.0, (0, 0), 64, 64, array=array)
+    with pytest.raises(ValueError, match=r"a\.tif: complex pixels \(complex64\); convert them"):
+        data.pack(mr, hr, tmp_path / "store")
+
+
 def test_mixed_types(tmp_path):
     mr, hr = pair(tmp_path)
     array = np.zeros((2, 64, 64), "uint8")
@@ -651,8 +696,12 @@ def test_no_chip(tmp_path):
     mr, hr = pair(tmp_path)
     array = np.zeros((2, 64, 64), "uint16")
     write_scene(tmp_path / "mr/a.tif", 10.0, (0, 0), 64, 64, array=array, nodata=0)
-    message = r"no chip kept \(4 MR not valid enough\); lower --min-valid 1.0 or --chip 32"
-    with pytest.raises(ValueError, match=message):
+    message = r"no chip kept \(4 MR not valid enough\); "
+    with pytest.raises(ValueError, match=message + "one of each pair is nodata all over; check"):
+        data.pack(mr, hr, tmp_path / "store", chip=32)
+    array[:, ::2] = 1
+    write_scene(tmp_path / "mr/a.tif", 10.0, (0, 0), 64, 64, array=array, nodata=0)
+    with pytest.raises(ValueError, match=message + "lower --min-valid 1.0 or --chip 32"):
         data.pack(mr, hr, tmp_path / "store", chip=32)
     assert not (tmp_path / "store").exists()
 
@@ -688,48 +737,91 @@ def test_an_output_that_exists(tmp_path):
     with pytest.raises(FileExistsError, match="store: a store is there; add --overwrite"):
         data.pack(mr, hr, store, chip=16, val=0)
     assert len(data.Store(store)) == 4
+    (store / "notes.txt").write_text("mine")
+    message = "store: --overwrite would delete notes.txt, which is no part of the store; move it"
+    with pytest.raises(FileExistsError, match=message):
+        data.pack(mr, hr, store, chip=16, val=0, overwrite=True)
+    (store / "notes.txt").unlink()
     data.pack(mr, hr, store, chip=16, val=0, overwrite=True)
     assert len(data.Store(store)) == 16
+    assert {path.name for path in store.iterdir()} == data.FILES
     assert sorted(os.listdir(tmp_path)) == ["hr", "mr", "store"]
 
 
-def test_a_store_that_is_not_whole(tmp_path):
-    mr, hr = pair(tmp_path)
-    store = tmp_path / "store"
+@pytest.fixture(scope="module")
+def whole_store(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    data.pack(*pair(folder), folder / "store", chip=16, val=0)
+    return folder / "store"
 
-    def fresh():
-        data.pack(mr, hr, store, chip=16, val=0, overwrite=True)
-        return json.loads((store / "meta.json").read_text())
 
+def refused(store, name, message):
+    """Opening the store says one sentence: which file, what is wrong with it, what to do."""
+    with pytest.raises(ValueError) as caught:
+        data.Store(store)
+    text = str(caught.value)
+    assert text.startswith(f"{store / name}: cannot be used (") and message in text
+    assert text.endswith("; pack the store again") and "\n" not in text
+
+
+def test_no_store(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none: not a store, it has no meta\.json; make"):
         data.Store(tmp_path / "none")
-    meta = fresh()
-    (store / "meta.json").write_text(json.dumps(meta | {"version": 99}))
-    with pytest.raises(ValueError, match="version 1 expected, found 99; pack it again"):
-        data.Store(store)
-    (store / "meta.json").write_text(json.dumps(meta)[:200])
-    with pytest.raises(ValueError, match=r"meta\.json: cut short"):
-        data.Store(store)
-    fresh()
-    content = (store / "mr.npy").read_bytes()
-    (store / "mr.npy").write_bytes(content[:-10])
-    with pytest.raises(
-        ValueError, match=r"mr\.npy: missing or cut short, \(16, 2, 16, 16\) uint16"
-    ):
-        data.Store(store)
-    fresh()
-    (store / "hr.npy").unlink()
-    with pytest.raises(ValueError, match=r"hr\.npy: missing or cut short"):
-        data.Store(store)
-    fresh()
-    shutil.copy(store / "mr.npy", store / "hr.npy")
-    with pytest.raises(ValueError, match=r"hr\.npy: \(16, 2, 32, 32\) uint16 expected, found"):
-        data.Store(store)
-    fresh()
-    lines = (store / "index.csv").read_text().splitlines(keepends=True)
-    (store / "index.csv").write_text("".join(lines[:-2]))
-    with pytest.raises(ValueError, match=r"index\.csv: 16 rows expected, one a chip, found 14"):
-        data.Store(store)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda meta: meta | {"version": 99}, "version 1 expected, 99 found"),
+        (lambda meta: [meta], "TypeError: list indices"),
+        (lambda meta: {k: v for k, v in meta.items() if k != "std"}, "KeyError: 'std'"),
+        (lambda meta: meta | {"mean": {"mr": [1.0, 2.0]}}, "KeyError: 'hr'"),
+        (lambda meta: meta | {"mean": {"mr": [1.0], "hr": [1.0]}}, "do not fit its bands"),
+        (lambda meta: meta | {"bands": ["B"]}, "do not fit its bands"),
+        (lambda meta: meta | {"pixel_ratio": [2.0]}, "do not fit its bands"),
+        (lambda meta: meta | {"pixel_ratio": [2.0, 0.0]}, "not above 0"),
+        (lambda meta: meta | {"mean": {"mr": [1.0, 2.0], "hr": [1.0, np.nan]}}, "not finite"),
+        (lambda meta: meta | {"std": {"mr": [1.0, 2.0], "hr": [1.0, -2.0]}}, "not above 0"),
+        (lambda meta: meta | {"gsd": {"mr": np.inf, "hr": 5.0}}, "not finite"),
+    ],
+)
+def test_a_meta_that_does_not_fit(whole_store, tmp_path, change, message):
+    store = shutil.copytree(whole_store, tmp_path / "store")
+    meta = json.loads((store / "meta.json").read_text())
+    (store / "meta.json").write_text(json.dumps(change(meta)))
+    refused(store, "meta.json", message)
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("meta.json", lambda content: content[:200], "JSONDecodeError"),
+        ("meta.json", lambda content: b"\xff" + content, "UnicodeDecodeError"),
+        ("mr.npy", lambda content: b"", "EOF"),
+        ("mr.npy", lambda content: content[:-10], "ValueError"),
+        ("hr.npy", lambda content: b"PK\3\4" + content, "magic string"),
+        (
+            "hr.npy",
+            lambda content: content.replace(b"<u2", b"<i2"),
+            "(16, 2, 32, 32) uint16 expected, (16, 2, 32, 32) int16 found",
+        ),
+        ("index.csv", lambda content: b"".join(content.splitlines(True)[:-2]), "16 rows expected"),
+        ("index.csv", lambda content: content.replace(b"hr_col", b"column"), "KeyError: 'hr_col'"),
+        ("index.csv", lambda content: content.replace(b",0.0,", b",north,", 1), "convert string"),
+        ("index.csv", lambda content: content.replace(b",0.0,", b",nan,", 1), "not whole"),
+        ("index.csv", lambda content: content.replace(b",train,", b",tra,", 1), "not whole"),
+        *(("index.csv", lambda content, n=n: content[:-n], "") for n in (5, 6, 9, 12, 20)),
+    ],
+)
+def test_a_file_of_a_store_that_is_damaged(whole_store, tmp_path, name, change, message):
+    store = shutil.copytree(whole_store, tmp_path / "store")
+    content = (store / name).read_bytes()
+    assert change(content) != content
+    (store / name).write_bytes(change(content))
+    refused(store, name, message)
+    (store / name).unlink()
+    if name != "meta.json":
+        refused(store, name, "FileNotFoundError")
 
 
 def test_command_line(tmp_path, monkeypatch, capsys):
@@ -750,3 +842,19 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert exit_.value.code == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert error == [f"data.py: {out}: a store is there; add --overwrite to replace it"]
+
+
+def test_interrupted(tmp_path, monkeypatch, capsys):
+    mr, hr = pair(tmp_path)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "statistics", stop)
+    monkeypatch.setattr(sys, "argv", ["data.py", "pack", "--mr", mr, "--hr", hr, mr + "/../store"])
+    with pytest.raises(SystemExit) as exit_:
+        data.main()
+    assert exit_.value.code == 130
+    error = capsys.readouterr().err.strip().splitlines()
+    assert error[-1] == "data.py: interrupted; nothing was written"
+    assert sorted(os.listdir(tmp_path)) == ["hr", "mr"]
