@@ -21,6 +21,7 @@ import os
 import shlex
 import sys
 import tempfile
+import tokenize
 from collections import Counter, namedtuple
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -63,8 +64,8 @@ class Store:
                 [meta[key][sensor] for sensor in ("mr", "hr")]
                 for key in ("mean", "std", "gsd", "shape")
             )
-            bands = {len(meta["bands"]), *(bands for bands, _, _ in shape)}
-            if {*map(len, mean), *map(len, std)} != bands or len(meta["pixel_ratio"]) != 2:
+            bands = {*map(len, (meta["bands"], *mean, *std)), *(bands for bands, _, _ in shape)}
+            if len(bands) > 1 or len(meta["pixel_ratio"]) != 2:
                 raise ValueError("lists that do not fit its bands")
             positive = [*np.ravel(std), *meta["pixel_ratio"], *(side or 1 for side in gsd)]
             if not np.isfinite([*np.ravel(mean), *positive]).all() or min(positive) <= 0:
@@ -118,7 +119,7 @@ def usable(file):
     """Yield a file of a store; whatever its reading or checking trips over becomes one sentence."""
     try:
         yield file
-    except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
+    except (OSError, ValueError, TypeError, KeyError, csv.Error, tokenize.TokenError) as error:
         raise ValueError(
             f"{file}: cannot be used ({type(error).__name__}: {error}); pack the store again"
         ) from error
@@ -329,7 +330,7 @@ def pack(
             remedy = f"lower --min-valid {min_valid} or --chip {chip}"
             if not any(row.get("valid") for row in skipped):
                 remedy = (
-                    "one of each pair is nodata all over; check what files declare and --nodata"
+                    "one of each pair is all nodata; check what the files declare, and --nodata"
                 )
             raise ValueError(f"no chip kept ({reasons(skipped)}); {remedy}")
 

@@ -616,6 +616,8 @@ def test_bands_of_one_name_in_another_order_within_a_folder(tmp_path):
     mr, hr = pair(tmp_path, bands=3)  # which name none
     for sensor, gsd, side in (("mr", 10.0, 64), ("hr", 5.0, 128)):
         write_scene(tmp_path / sensor / "b.tif", gsd, (0, 0), side, side, 3, band_names=BGR)
+    for name, some in (("d", ("G", "", "")), ("e", ("", "G", ""))):  # too few names to tell
+        write_scene(tmp_path / f"mr/{name}.tif", 10.0, (0, 0), 64, 64, 3, band_names=some)
     assert data.pack(mr, hr, tmp_path / "store", chip=32, val=0)["bands"] == ["0", "1", "2"]
     write_scene(tmp_path / "mr/c.tif", 10.0, (0, 0), 64, 64, 3, band_names=RGB)
     message = r"mr.c\.tif: its bands are r,g,b, but .*mr.b\.tif has B,G,R; use --mr-bands B,G,R$"
@@ -697,7 +699,7 @@ def test_no_chip(tmp_path):
     array = np.zeros((2, 64, 64), "uint16")
     write_scene(tmp_path / "mr/a.tif", 10.0, (0, 0), 64, 64, array=array, nodata=0)
     message = r"no chip kept \(4 MR not valid enough\); "
-    with pytest.raises(ValueError, match=message + "one of each pair is nodata all over; check"):
+    with pytest.raises(ValueError, match=message + "one of each pair is all nodata; check"):
         data.pack(mr, hr, tmp_path / "store", chip=32)
     array[:, ::2] = 1
     write_scene(tmp_path / "mr/a.tif", 10.0, (0, 0), 64, 64, array=array, nodata=0)
@@ -799,6 +801,7 @@ def test_a_meta_that_does_not_fit(whole_store, tmp_path, change, message):
         ("meta.json", lambda content: b"\xff" + content, "UnicodeDecodeError"),
         ("mr.npy", lambda content: b"", "EOF"),
         ("mr.npy", lambda content: content[:-10], "ValueError"),
+        ("mr.npy", lambda content: content.replace(b"), }", b"(, }"), "TokenError"),
         ("hr.npy", lambda content: b"PK\3\4" + content, "magic string"),
         (
             "hr.npy",
