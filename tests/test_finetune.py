@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -439,6 +440,11 @@ def test_bands_in_another_order_are_refused(scenes, encoder, tmp_path, capsys):
     assert caught.value.code == 2 and not (tmp_path / "out").exists()
     assert re.search(r"reads the bands R,NIR, but .*s0\.tif come as NIR,R; pass --bands 1,0", error)
     run(swapped, encoder, tmp_path / "out", "--bands", "1,0", "--epochs", "1")
+    # the order is told in positions of the file, of which two were chosen
+    file = SimpleNamespace(path="s0.tif", band_names=("NIR", "B", "R"))
+    task = SimpleNamespace(images=np.zeros((1, 2, 4, 4)), files=[file])
+    with pytest.raises(ValueError, match=r"s0\.tif come as NIR,R; pass --bands 2,0"):
+        finetune.check_encoder(load_encoder(encoder), "e", task, [0, 2], 16)
     # names of another kind tell nothing
     foreign = write_named(scenes, tmp_path / "foreign", "B8", "B4")
     run(foreign, encoder, tmp_path / "out", "--epochs", "1")
