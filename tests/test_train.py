@@ -465,7 +465,7 @@ def test_a_kill_between_two_renames_loses_one_checkpoint_not_the_run(store, tmp_
 def test_a_loss_that_is_not_finite_stops_the_run(store, tmp_path):
     path = write_store(tmp_path / "pairs")
     meta = json.loads((path / "meta.json").read_text())
-    meta["std"]["mr"] = [0.0] * 4
+    meta["std"]["mr"] = [1e-38] * 4
     (path / "meta.json").write_text(json.dumps(meta))
     refused(r"step 1: the loss is nan; .*lower --lr", path, tmp_path / "run")
     assert not (tmp_path / "run" / "ckpt.pt").exists()
