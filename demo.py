@@ -173,7 +173,7 @@ def main():
     flag("--objective", choices=sorted(OBJECTIVE), default="latentmim", help="default latentmim")
     flag("--steps", type=positive, default=500, help="of pretraining, per encoder (default 500)")
     flag("--seeds", type=positive, default=3, help="of the probe (default 3)")
-    flag("--quick", action="store_true", help="a minute: few scenes and steps, to see it work")
+    flag("--quick", action="store_true", help="2 minutes: few scenes and steps, to see it work")
     args = parser.parse_args()
     if args.out.exists():
         parser.error(f"--out {args.out} exists; remove it to run the demo anew, or name another")

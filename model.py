@@ -22,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 # name: (width, depth, heads), as published for ViT
 SIZES = {
@@ -612,7 +612,8 @@ def save_encoder(encoder, path, **meta):
     state = {k: v.contiguous() for k, v in encoder.state_dict().items() if k[:5] != "head."}
     facts = {"config": encoder.config, "meta": meta}
     partial = path.with_name(path.name + ".partial")
-    save_file(state, partial, metadata={"crossscale": json.dumps(facts)})
+    # as bytes: safetensors' own writer lets nobody but the owner read the file
+    partial.write_bytes(save(state, metadata={"crossscale": json.dumps(facts)}))
     os.replace(partial, path)
 
 

@@ -247,7 +247,7 @@ def parse_args(argv=None):
     g.add_argument("--global-batch", type=positive, help="pairs an update, over all ranks; paper: "
                    "128 a GPU (ijepa, here 1024), 512 (latentmim)")
     g.add_argument("--device-batch", type=positive, help="pairs at once on a rank, the rest "
-                   "accumulates (none: the rank's whole share)")
+                   "accumulates; less needs less memory (none: up to 128 on a GPU, 16 on a CPU)")
     g.add_argument("--lr", type=between(0), help="peak; paper: 1e-3 (ijepa), 1.5e-4 x global "
                    "batch / 256 (latentmim)")
     g.add_argument("--start-lr", type=between(0), help="paper: 2e-4 (ijepa), lr / 4 (latentmim)")
@@ -324,17 +324,21 @@ def open_run(out, resume, config):
     config: {"args": every flag}. Raises ValueError if the folder is not ours, holds a run and
     `resume` is off, or holds a run of other flags.
     """
-    ours = (out / "config.json").is_file()
-    if out.exists() and not ours and (not out.is_dir() or any(out.iterdir())):
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    ours = "config.json" in names and names & {"log.jsonl", "ckpt.pt", "ckpt.previous.pt"}
+    if (out.exists() and not out.is_dir()) or (names and not ours):
         raise ValueError(f"--out {out}: exists and is not a run directory; choose another")
-    if not resume:
-        if ours:
-            raise ValueError(
-                f"--out {out}: holds a run; add --resume to continue it, or choose another"
-            )
-        return None
-    if not ours:
+    path, previous = out / "ckpt.pt", out / "ckpt.previous.pt"
+    if not path.is_file() and previous.is_file():
+        path = previous  # killed between the two renames of `save_checkpoint`
+    if resume and not ours:
         raise ValueError(f"--resume: no run in {out} (no config.json); start it without --resume")
+    if not path.is_file():
+        return None  # no run, or one that stopped before its first checkpoint: nothing to lose
+    if not resume:
+        raise ValueError(
+            f"--out {out}: holds a run; add --resume to continue it, or choose another"
+        )
     try:
         before = json.loads((out / "config.json").read_text())
         before = before["args"] | {key: before[key] for key in ("steps", "precision")}
@@ -351,11 +355,6 @@ def open_run(out, resume, config):
                 f"{out}: was trained with {flag} {before.get(name)}, now {value}; repeat its flags "
                 f"to continue, or start a new run from its weights with --init {out}"
             )
-    path, previous = out / "ckpt.pt", out / "ckpt.previous.pt"
-    if not path.is_file() and previous.is_file():
-        path = previous  # killed between the two renames of `save_checkpoint`
-    if not path.is_file():
-        return None  # stopped before its first checkpoint
     try:
         return read_tensors(path)[0]
     except ValueError as error:
@@ -543,7 +542,10 @@ def main(args):
     )
 
     # The batch: one update is accumulation x ranks x device batch, position by position.
-    device_batch = args.device_batch or max(1, args.global_batch // world)
+    # Unless set, as many at once as fit: the paper's 128 on a GPU, 16 on a CPU, or fewer.
+    device_batch = args.device_batch or max(
+        n for n in range(1, 129 if cuda else 17) if args.global_batch // world % n == 0
+    )
     if args.global_batch % (device_batch * world):
         unit = device_batch * world
         near = args.global_batch // unit * unit
@@ -586,6 +588,7 @@ def main(args):
     commit, dirty = git_state()
     config = {
         "args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "encoder": encoder.config,
         "steps": total,
         "ranks": world,
         "accumulation": accumulation,
@@ -752,6 +755,8 @@ def main(args):
             save_checkpoint(args.out / "ckpt.pt", state)
             save_encoder(encoder, args.out / "encoder.safetensors", **facts, step=step + 1)
     ahead.shutdown()
+    if rank == 0 and stop < total:
+        print(f"{args.out}: stopped after step {stop} of {total}; --resume continues")
 
     if rank == 0 and start < stop == total:
         # what the tokens tell apart, on ground held out of training where there is any

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # I-JEPA with spatial affinity on RapidAI4EO (Sentinel-2 10 m, Planet 3 m), as in arXiv 2601.12964, on 8 GPUs.
-# VARIANT=mr, hr, sa-interp or sa-mse trains the other models of the paper.
+# VARIANT=mr, hr, sa-interp or sa-mse trains the other models of the paper, each to an OUT of its own.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-torchrun --nproc_per_node=8 train.py --store "${STORE:-stores/rapidai4eo}" \
+torchrun --nproc_per_node="${NPROC:-8}" train.py --store "${STORE:-stores/rapidai4eo}" \
+    --out "${OUT:-out/rapidai4eo-ijepa}" \
     --objective ijepa --variant "${VARIANT:-sa}" --model small --epochs 300 --compile "$@"

@@ -477,6 +477,8 @@ def test_our_export_round_trip(tmp_path, capsys):
         "crossscale ViT at top level: 3 bands, patch 4, 16 wide, 2 deep" in capsys.readouterr().out
     )
     assert [p.name for p in tmp_path.iterdir()] == ["encoder.safetensors"]
+    (tmp_path / "other").touch()
+    assert (tmp_path / "encoder.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 def test_our_checkpoint(tmp_path):

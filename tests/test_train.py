@@ -157,6 +157,7 @@ def test_variants(store, tmp_path, objective, variant, capsys):
     assert encoder.norm.weight.equal(weights["student.norm.weight"])
     sensor = "hr" if variant == "hr" else "mr"
     assert encoder.meta["std"] == Store(store).meta["std"][sensor]
+    assert config["encoder"] == encoder.config
     assert encoder.meta["variant"] == variant and encoder.meta["step"] == 2
     assert {p.name for p in out.iterdir()} == {
         "config.json", "log.jsonl", "ckpt.pt", "encoder.safetensors", "tokens.png",
@@ -409,6 +410,9 @@ def test_run_directory_is_never_overwritten(store, tmp_path):
     refused("photos: exists and is not a run directory", store, tmp_path / "photos")
     refused("no run in .*photos", store, tmp_path / "photos2", resume=True)
     assert [p.name for p in (tmp_path / "photos").iterdir()] == ["cat.png"]
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "config.json").write_text("{}")
+    refused("theirs: exists and is not a run directory", store, tmp_path / "theirs")
     out = tmp_path / "run"
     run(store, out, steps=3, save_every=1, stop_at=2)
     refused("run: holds a run; add --resume", store, out, steps=3)
@@ -423,6 +427,20 @@ def test_run_directory_is_never_overwritten(store, tmp_path):
     os.replace(out / "ckpt.previous.pt", out / "ckpt.pt")
     run(store, out, steps=3, resume=True)  # the remedy works
     assert [e["step"] for e in log_of(out)] == [1, 2, 3]
+
+
+def test_a_run_without_a_checkpoint_may_start_again(store, tmp_path):
+    out = tmp_path / "run"
+    run(store, out, steps=2)
+    (out / "ckpt.pt").unlink()
+    run(store, out, steps=3, global_batch=2)
+    assert [e["step"] for e in log_of(out)] == [1, 2, 3]
+
+
+def test_device_batch_fits_unless_set(store, tmp_path):
+    run(store, tmp_path / "run", steps=1, global_batch=34)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["accumulation"] == (34 // 2 if not torch.cuda.is_available() else 1)
 
 
 def test_damaged_run_directories(store, tmp_path):
