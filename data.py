@@ -98,8 +98,9 @@ class Store:
         """Chip numbers of a split ("train", "val", "test"), ascending int64; maybe none."""
         return np.flatnonzero(self._split == name)
 
-    def batch(self, indices):
-        """Read chips. indices: (B,) chip numbers in any order, repeats allowed.
+    def batch(self, indices, sensors=("mr", "hr")):
+        """Read chips. indices: (B,) chip numbers in any order, repeats allowed. sensors: whose
+        pixels are wanted; the others are not read.
 
         Returns mr (B, C, h, w) and hr (B, C, H, W) as stored, has_hr (B,) bool, and hr_origin
         (B, 2) float64: row, col of the MR chip's top-left corner in pixels of the HR chip.
@@ -107,8 +108,7 @@ class Store:
         indices = np.asarray(indices)
         order, back = np.unique(indices, return_inverse=True)  # ascending reads, each chip once
         return {
-            "mr": torch.from_numpy(self.mr[order][back]),
-            "hr": torch.from_numpy(self.hr[order][back]),
+            **{s: torch.from_numpy(getattr(self, s)[order][back]) for s in sensors},
             "has_hr": torch.ones(len(back), dtype=torch.bool),
             "hr_origin": torch.from_numpy(self._origin[indices]),
         }

@@ -650,10 +650,13 @@ def main(args):
     if args.compile:
         model = torch.compile(model)
 
+    # the pixels that this variant looks at, and no others, are read and travel to the device
+    sensors = {sensor} | ({"mr" if args.variant == "sa-interp" else "hr"} if affinity else set())
+
     def prepare(step):
         """Chips and masks of this rank for a step; pinned, so that the copy to a GPU overlaps."""
         order = train[sample_order(args.seed, step, args.global_batch, len(train))]
-        batch = store.batch(share(torch.from_numpy(order)).numpy())
+        batch = store.batch(share(torch.from_numpy(order)).numpy(), sensors)
         masks = draw_step(args, objective, step)
         masks = {k: share(v) for k, v in masks.items()}
         return [{k: v.pin_memory() if cuda else v for k, v in d.items()} for d in (batch, masks)]

@@ -12,6 +12,7 @@ import pytest
 import tifffile
 import torch
 import torch.nn.functional as F
+from stores import write_store
 
 import data
 import geotiff
@@ -861,3 +862,12 @@ def test_interrupted(tmp_path, monkeypatch, capsys):
     error = capsys.readouterr().err.strip().splitlines()
     assert error[-1] == "data.py: interrupted; nothing was written"
     assert sorted(os.listdir(tmp_path)) == ["hr", "mr"]
+
+
+def test_a_batch_reads_only_the_sensors_asked_for(tmp_path):
+    store = data.Store(write_store(tmp_path / "s"))
+    both = store.batch([3, 1])
+    for sensor, other in (("mr", "hr"), ("hr", "mr")):
+        batch = store.batch([3, 1], {sensor})
+        assert other not in batch and batch[sensor].equal(both[sensor])
+        assert batch["hr_origin"].equal(both["hr_origin"])
