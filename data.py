@@ -161,7 +161,7 @@ def usable(file):
     """Yield a file of a store; whatever its reading or checking trips over becomes one sentence."""
     try:
         yield file
-    except (OSError, ValueError, TypeError, KeyError, csv.Error, tokenize.TokenError) as error:
+    except (OSError, ValueError, TypeError, LookupError, csv.Error, tokenize.TokenError) as error:
         raise ValueError(
             f"{file}: cannot be used ({type(error).__name__}: {error}); pack the store again"
         ) from error

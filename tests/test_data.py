@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -177,9 +178,6 @@ def test_crops_of_either_sensor_stand_in_for_the_other(tmp_path):
     assert np.allclose(b, large, atol=1e-4)
 
 
-# packing
-
-
 def test_batch_keeps_order_and_repeats(tmp_path):
     mr, hr = pair(tmp_path)
     pack.pack(mr, hr, tmp_path / "store", chip=16, val=0)
@@ -187,7 +185,8 @@ def test_batch_keeps_order_and_repeats(tmp_path):
     batch = store.batch(np.array([5, 0, 5, 12]))
     assert batch["mr"].dtype == torch.uint16
     assert batch["has_hr"].tolist() == [True] * 4 and batch["has_hr"].dtype == torch.bool
-    assert batch["hr_origin"].shape == (4, 2) and batch["hr_origin"].dtype == torch.float64
+    assert batch["hr_window"].shape == (4, 4) and batch["hr_window"].dtype == torch.float64
+    assert batch["hr_window"].tolist() == [[0, 0, 32, 32]] * 4
     for i, chip in enumerate([5, 0, 5, 12]):
         for sensor in ("mr", "hr"):
             assert np.array_equal(batch[sensor][i], getattr(store, sensor)[chip])
@@ -217,14 +216,14 @@ def test_no_store(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda meta: meta | {"version": 99}, "version 1 expected, 99 found"),
+        (lambda meta: meta | {"version": 99}, "version 2 expected, 99 found"),
         (lambda meta: [meta], "TypeError: list indices"),
         (lambda meta: {k: v for k, v in meta.items() if k != "std"}, "KeyError: 'std'"),
         (lambda meta: meta | {"mean": {"mr": [1.0, 2.0]}}, "KeyError: 'hr'"),
         (lambda meta: meta | {"mean": {"mr": [1.0], "hr": [1.0]}}, "do not fit its bands"),
-        (lambda meta: meta | {"bands": ["B"]}, "do not fit its bands"),
-        (lambda meta: meta | {"pixel_ratio": [2.0]}, "do not fit its bands"),
-        (lambda meta: meta | {"pixel_ratio": [2.0, 0.0]}, "not above 0"),
+        (lambda meta: meta | {"bands": {"mr": ["B"], "hr": ["B"]}}, "do not fit its bands"),
+        (lambda meta: meta | {"bands": {"mr": ["0", "1"], "hr": ["1", "0"]}}, "do not fit its"),
+        (lambda meta: meta | {"bands": {"mr": ["0", "1"], "hr": ["0", "2"]}}, "do not fit its"),
         (lambda meta: meta | {"mean": {"mr": [1.0, 2.0], "hr": [1.0, np.nan]}}, "not finite"),
         (lambda meta: meta | {"std": {"mr": [1.0, 2.0], "hr": [1.0, -2.0]}}, "not above 0"),
         (lambda meta: meta | {"gsd": {"mr": np.inf, "hr": 5.0}}, "not finite"),
@@ -276,4 +275,89 @@ def test_a_batch_reads_only_the_sensors_asked_for(tmp_path):
     for sensor, other in (("mr", "hr"), ("hr", "mr")):
         batch = store.batch([3, 1], {sensor})
         assert other not in batch and batch[sensor].equal(both[sensor])
-        assert batch["hr_origin"].equal(both["hr_origin"])
+        assert batch["hr_window"].equal(both["hr_window"])
+
+
+# chips without HR, HR with fewer bands, several stores
+
+
+def test_chips_without_hr(tmp_path):
+    whole = data.Store(write_store(tmp_path / "whole"))
+    part = data.Store(write_store(tmp_path / "part", pairs=[9, 2, 5]))
+    assert len(part) == 16 and part.has_hr.nonzero()[0].tolist() == [2, 5, 9]
+    batch, every = part.batch([5, 3, 9, 5]), whole.batch([5, 3, 9, 5])
+    assert batch["has_hr"].tolist() == [True, False, True, True]
+    assert batch["mr"].equal(every["mr"])
+    for i in range(4):
+        assert batch["hr"][i].equal(every["hr"][i] if i != 1 else torch.zeros_like(every["hr"][i]))
+    crops = data.draw_crops(0, 0, 4)
+    mr, hr = data.crop_pairs(batch, crops, whole.meta, 12, 24)
+    same_mr, same_hr = data.crop_pairs(every, crops, whole.meta, 12, 24)
+    assert mr.equal(same_mr) and hr.equal(same_hr[[0, 2, 3]])
+    _, none = data.crop_pairs(part.batch([0, 1]), crops[:2], part.meta, 12, 24)
+    assert none.shape == (0, 4, 24, 24)
+
+
+def test_a_store_of_mr_alone(tmp_path):
+    store = data.Store(write_store(tmp_path / "s", pairs=[]))
+    assert store.hr is None and not store.has_hr.any() and len(store.split("train")) == 14
+    batch = store.batch([1, 2])
+    assert "hr" not in batch
+    mr, hr = data.crop_pairs(batch, data.draw_crops(0, 0, 2), store.meta, 12, 24)
+    assert mr.shape == (2, 4, 12, 12) and hr.shape == (0, 4, 24, 24)
+
+
+def test_hr_share_is_exact_reproducible_and_nested(tmp_path):
+    path = write_store(tmp_path / "s", chips=64)
+    whole = data.Store(path).has_hr
+    train = data.Store(path).split("train")
+    shares = [data.Store(path, share, seed=1).has_hr for share in (0.0, 0.1, 0.25, 0.5, 1.0)]
+    assert [has[train].sum() for has in shares] == [0, 6, 14, 28, 56]
+    assert all((few <= many).all() for few, many in pairwise(shares))
+    assert (shares[2] == data.Store(path, 0.25, seed=1).has_hr).all()
+    assert (shares[2] != data.Store(path, 0.25, seed=2).has_hr).any()
+    held_out = np.setdiff1d(np.arange(64), train)
+    assert (shares[0][held_out] == whole[held_out]).all()
+    batch = data.Store(path, 0.25, seed=1).batch(train)
+    assert batch["has_hr"].sum() == 14 and not batch["hr"][~batch["has_hr"]].any()
+
+
+def test_hr_with_fewer_bands_takes_their_places(tmp_path):
+    bands = ["B", "G", "R", "RE", "NIR"]
+    whole = data.Store(write_store(tmp_path / "whole", bands=bands))
+    store = data.Store(write_store(tmp_path / "rgb", bands=bands, hr_bands=["G", "R"]))
+    batch, every = store.batch([0, 5]), whole.batch([0, 5])
+    crops = data.draw_crops(0, 0, 2)
+    mr, hr = data.crop_pairs(batch, crops, store.meta, 12, 24)
+    same_mr, same_hr = data.crop_pairs(every, crops, whole.meta, 12, 24)
+    assert mr.equal(same_mr)
+    assert hr[:, 1:3].equal(same_hr[:, 1:3]) and not hr[:, [0, 3, 4]].any()
+    narrow, _ = data.crop_pairs(batch, crops, store.meta, 24, mr_from="hr")
+    assert narrow.shape == (2, 2, 24, 24)
+    _, wide = data.crop_pairs(batch, crops, store.meta, 12, 24, hr_from="mr")
+    assert wide.shape == (2, 5, 24, 24) and wide[:, 0].any()
+
+
+def test_flags(tmp_path):
+    path = write_store(tmp_path / "s")
+    assert not data.Store(path).flagged.any()
+    (path / "flags.csv").write_text("chip,reason\n3,shift\n7,shift\n3,again\n")
+    assert data.Store(path).flagged.nonzero()[0].tolist() == [3, 7]
+    for text in ("chip,reason\n99,shift\n", "number\n3\n", "chip,reason\nthree,shift\n"):
+        (path / "flags.csv").write_text(text)
+        refused(path, "flags.csv", "")
+
+
+def test_chips_of_several_stores(tmp_path):
+    stores = [
+        data.Store(write_store(tmp_path / "a", size=16)),
+        data.Store(write_store(tmp_path / "b", size=20, ratio=3, pairs=[4, 1], seed=1)),
+    ]
+    chips = np.array([[1, 4], [0, 3], [1, 0], [0, 3], [1, 1]])
+    parts = data.read_chips(stores, chips)
+    assert [meta["shape"]["mr"][1] for meta, *_ in parts] == [16, 20]
+    for number, (_, place, batch) in enumerate(parts):
+        assert (chips[place, 0] == number).all()
+        alone = stores[number].batch(chips[place, 1])
+        assert all(batch[key].equal(alone[key]) for key in alone)
+    assert len(data.read_chips(stores, chips[:1], ["mr"])) == 1
