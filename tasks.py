@@ -21,6 +21,7 @@ import geotiff
 
 SPLITS = ("train", "val", "test")
 IGNORE = -1  # the ignored label in every Task, whatever the files call it
+IN_MEMORY = 2 * 2**30  # bytes of images; more of them lie in a temporary file
 UNNAMED_CLASSES = 256  # without a class file, an id beyond this is a fill value, not a class
 
 
@@ -28,14 +29,20 @@ UNNAMED_CLASSES = 256  # without a class file, an id beyond this is a fill value
 class Task:
     """Tiles of one labelled set, cut without overlap on each image's own pixel grid.
 
-    images: (N, bands, tile, tile) float32 in the files' units; NaN in all bands where the image
-        has no data, and beyond its right and lower edge.
-    labels: (N, tile, tile) int16 class ids, IGNORE where unlabelled or without image data.
+    images: (N, bands, tile, tile) float32 in the files' units, (N, dates, bands, tile, tile) for
+        time series; NaN where the image has no data, beyond its right and lower edge, and in the
+        dates that it lacks. A np.memmap on a temporary file where it is larger than IN_MEMORY:
+        take it by batches, never whole.
+    labels: (N, tile, tile) int16 class ids, IGNORE where unlabelled.
     split: (N,) "train", "val" or "test".
     origin: (N, 3) int64: position in `files`, row and column of the tile's first pixel.
     files: geotiff.Info of each image. classes: the class names, in the order of their ids.
     split_by: in words, what kept the splits apart. nodata: the values that the masks declare as
         nodata, which are IGNORE in the labels.
+    name: the set, a key of TASKS. bands: the name of each band, "" where unknown. positions: which
+        of the files' `file_bands` bands they are, from 0. mean, std: (bands,) float64, the
+        publisher's, else of the training split. gsd: units per pixel of the files, or None.
+    split_hash: 12 hex digits of a SHA-256 over who is in which split.
     """
 
     images: np.ndarray
@@ -46,6 +53,14 @@ class Task:
     classes: tuple
     split_by: str
     nodata: tuple
+    name: str
+    bands: tuple
+    positions: tuple
+    file_bands: int
+    mean: np.ndarray
+    std: np.ndarray
+    gsd: float | None
+    split_hash: str
 
 
 def load_folder(
@@ -119,8 +134,16 @@ def load_folder(
                 f"{len(label)} labelled tiles); label more, or choose other --splits or --block"
             )
     keep = split != ""
+    image, label, split, origin = image[keep], label[keep], split[keep], origin[keep]
     nodata = tuple(np.unique([value for value in nodata if value is not None]).tolist())
-    return Task(image[keep], label[keep], split[keep], origin[keep], files, names, split_by, nodata)
+    positions = tuple(range(files[0].bands) if bands is None else bands)
+    mean, std = band_stats(image, np.flatnonzero(split == "train"))
+    tiles = (f"{files[n].path.stem} {row} {col}" for n, row, col in origin)
+    return Task(
+        image, label, split, origin, files, names, split_by, nodata, "geotiff",
+        tuple(files[0].band_names[k] if files[0].band_names else "" for k in positions),
+        positions, files[0].bands, mean, std, files[0].gsd, hash_splits(zip(tiles, split, strict=True)),
+    )  # fmt: skip
 
 
 def list_tiffs(where):
@@ -362,14 +385,34 @@ def overlaps(bounds, chosen):
     return hit
 
 
-def band_stats(images):
-    """Mean and standard deviation of each band over the valid pixels of (N, bands, h, w).
+def band_stats(images, index=None):
+    """Mean and standard deviation of each band over the valid pixels of some tiles.
 
-    Returns two float64 (bands,); a band without variation gets 1, so that it can be divided by.
+    images: (N, bands, h, w) or (N, dates, bands, h, w), read one tile at a time. index: the tiles,
+    default all. Returns two float64 (bands,); a band without variation gets 1, so that it can be
+    divided by, and one without a valid pixel NaN and 1.
     """
-    mean = np.nanmean(images, axis=(0, 2, 3), dtype=np.float64)
-    std = np.nanstd(images, axis=(0, 2, 3), dtype=np.float64)
+    index = range(len(images)) if index is None else index
+
+    def mean_of(value):
+        total = count = 0
+        for k in index:
+            part = rearrange(images[k].astype(np.float64), "... c h w -> c (... h w)")
+            valid = ~np.isnan(part)
+            total = total + np.where(valid, value(part), 0).sum(1)
+            count = count + valid.sum(1)
+        with np.errstate(invalid="ignore"):  # 0 / 0 = NaN is a band without data
+            return total / count
+
+    mean = mean_of(lambda part: part)
+    std = np.sqrt(mean_of(lambda part: (part - mean[:, None]) ** 2))
     return mean, np.where(std > 0, std, 1.0)
+
+
+def hash_splits(members):
+    """12 hex digits of a SHA-256 over (member, split) pairs, whatever their order."""
+    lines = sorted(f"{name} {split}" for name, split in members)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
 
 
 def fingerprint(task):
@@ -377,7 +420,8 @@ def fingerprint(task):
     digest = hashlib.sha256("\n".join(task.classes).encode())
     for array in (task.images, task.labels, task.split):
         digest.update(f"{array.dtype} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
+        for part in array:  # never a copy of the whole
+            digest.update(part.tobytes())
     return digest.hexdigest()[:12]
 
 
