@@ -254,8 +254,8 @@ class ViT(nn.Module):
             table = F.interpolate(table, grid, mode="bicubic", antialias=True)
         return rearrange(table, "1 d h w -> (h w) d")
 
-    def encode(self, images, index=None, spacing=1.0):
-        """As `forward`, with the class token, if there is one, in front: (B, 1 + K, D)."""
+    def embed(self, images, index=None, spacing=1.0):
+        """What the first block reads: patches and positions, behind the class token if any."""
         p = self.patch_size
         position = self.position(self.grid(images), spacing, images.device)
         patches = rearrange(images, "b c (i p) (j q) -> b (i j) (c p q)", p=p, q=p)
@@ -266,9 +266,26 @@ class ViT(nn.Module):
         tokens = F.linear(patches, weight.flatten(1), bias) + position
         if self.class_token:
             tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
+        return tokens
+
+    def encode(self, images, index=None, spacing=1.0):
+        """As `forward`, with the class token, if there is one, in front: (B, 1 + K, D)."""
+        tokens = self.embed(images, index, spacing)
         for block in self.blocks:
             tokens = block(tokens)
         return self.norm(tokens)
+
+    def levels(self, images, depths):
+        """Patch tokens after some blocks, each through the last LayerNorm: a list of (B, N, D).
+
+        depths: numbers of blocks, 1 to all, in any order; the last block gives `forward`'s tokens.
+        """
+        tokens, after = self.embed(images), {}
+        for depth, block in enumerate(self.blocks, 1):
+            tokens = block(tokens)
+            if depth in depths:
+                after[depth] = self.norm(tokens)[:, int(self.class_token) :]
+        return [after[depth] for depth in depths]
 
     def forward(self, images, index=None, spacing=1.0):
         """Patch tokens after the last LayerNorm.

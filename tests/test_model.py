@@ -102,6 +102,17 @@ def test_vit_matches_a_convolution_and_gather(class_token, pos):
     close(encoder(images, order.expand(2, -1)), encoder(images)[:, order])
 
 
+@pytest.mark.parametrize("class_token", [False, True])
+def test_levels_are_the_tokens_of_shallower_encoders(class_token):
+    torch.manual_seed(0)
+    deep = ViT(in_channels=2, patch_size=4, dim=16, depth=3, heads=2, class_token=class_token)
+    images = torch.randn(2, 2, 8, 12)
+    for depth, tokens in zip((3, 1, 2, 1), deep.levels(images, (3, 1, 2, 1)), strict=True):
+        shallow = ViT(**{**deep.config, "depth": depth})
+        shallow.load_state_dict(deep.state_dict(), strict=False)
+        assert torch.equal(tokens, shallow(images))
+
+
 def test_vit_attention_reference():
     block = model.Attention(12, 3)
     x = torch.randn(2, 5, 12)

@@ -1,0 +1,265 @@
+"""A segmentation model: an encoder with a head that turns its tokens into class logits.
+
+Reading order: `encode`, the tokens of images; `UperNet` and `Segmenter`; `save_segmenter` and
+`load_segmenter`. Shapes: B images of C bands, g x g tokens of width D, row-major.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from safetensors.torch import save
+from torch import nn
+
+from model import parse_encoder, read_tensors
+
+HEADS = ("linear", "mlp", "upernet")
+
+
+# ---- tokens and heads -------------------------------------------------------------------------
+
+
+def mixed_precision(device):
+    """Autocast to bfloat16 on a GPU that computes in it, else a context that changes nothing."""
+    enabled = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def encode(encoder, images, image_size, depths=None):
+    """Tokens of normalised images, resized (antialiased bicubic) to image_size pixels a side.
+
+    images: (B, C, h, w), or (B, T, C, h, w) for time series, where a date that a sample lacks is
+    all NaN: the tokens are averaged over the dates that it has. depths: numbers of blocks, whose
+    tokens are joined along D (`ViT.levels`); default those of the last. Returns
+    (B, N, D or len(depths) * D) float32. Source of the average: arXiv 2601.12964, evaluation.
+    """
+    if images.ndim == 5:
+        present = ~images.isnan().flatten(2).all(2)  # (B, T)
+        tokens = (image_size // encoder.patch_size) ** 2
+        total = images.new_zeros(len(images), tokens, encoder.dim * len(depths or [0]))
+        for part in present.nonzero().split(len(images)):  # the memory of one date, not of all
+            sample, date = part.T
+            encoded = encode(encoder, images[sample, date], image_size, depths)
+            total = total.index_add(0, sample, encoded)
+        return total / present.sum(1).clamp(min=1)[:, None, None]
+    if images.shape[-2:] != (image_size, image_size):
+        images = F.interpolate(images, (image_size, image_size), mode="bicubic", antialias=True)
+    with mixed_precision(images.device):
+        if depths is None:
+            return encoder(images).float()
+        return torch.cat(encoder.levels(images, depths), dim=2).float()
+
+
+def resize(maps, size):
+    return F.interpolate(maps, size, mode="bilinear")
+
+
+def convolution(inputs, outputs, side):
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, side, padding=side // 2, bias=False),
+        nn.GroupNorm(1, outputs),
+        nn.ReLU(),
+    )
+
+
+def double(dim):
+    return nn.ConvTranspose2d(dim, dim, 2, stride=2)
+
+
+class UperNet(nn.Module):
+    """Pyramid pooling and a feature pyramid over four depths of a plain ViT.
+
+    Takes (B, 4 * dim, rows, cols), the tokens of four depths joined, shallow first; the grids are
+    brought to 4, 2, 1 and 1/2 times their size. Returns logits (B, classes, 4 rows, 4 cols).
+    Source: UPerNet (arXiv 1807.10221) as BEiT and MAE use it on plain ViTs, half as wide. GroupNorm
+    instead of BatchNorm: a map must not depend on what else is in its batch.
+    """
+
+    def __init__(self, dim, classes, width=256):
+        super().__init__()
+        self.scales = nn.ModuleList(
+            [
+                nn.Sequential(double(dim), nn.GroupNorm(1, dim), nn.GELU(), double(dim)),
+                double(dim),
+                nn.Identity(),
+                nn.MaxPool2d(2, ceil_mode=True),
+            ]
+        )
+        self.pools = nn.ModuleList(
+            nn.Sequential(nn.AdaptiveAvgPool2d(side), convolution(dim, width, 1))
+            for side in (1, 2, 3, 6)
+        )
+        self.context = convolution(dim + 4 * width, width, 3)
+        self.lateral = nn.ModuleList(convolution(dim, width, 1) for _ in range(3))
+        self.smooth = nn.ModuleList(convolution(width, width, 3) for _ in range(3))
+        self.fuse = convolution(4 * width, width, 3)
+        self.classify = nn.Conv2d(width, classes, 1)
+
+    def forward(self, levels):
+        parts = zip(self.scales, levels.chunk(4, dim=1), strict=True)
+        *fine, coarse = [scale(level) for scale, level in parts]
+        pooled = [resize(pool(coarse), coarse.shape[-2:]) for pool in self.pools]
+        path = [self.context(torch.cat([coarse, *pooled], dim=1))]
+        for lateral, level in zip(self.lateral, reversed(fine), strict=True):
+            path.append(lateral(level) + resize(path[-1], level.shape[-2:]))
+        path[1:] = [smooth(level) for smooth, level in zip(self.smooth, path[1:], strict=True)]
+        size = path[-1].shape[-2:]
+        return self.classify(self.fuse(torch.cat([resize(level, size) for level in path], dim=1)))
+
+
+class Segmenter(nn.Module):
+    """An encoder (`model.ViT`) and a head, for class logits of images.
+
+    classes: their number. image_size: pixels a side that the encoder sees, a multiple of its patch;
+    images of another size are resized. head: "linear", one linear layer per token (the paper's);
+    "mlp", one hidden layer of the encoder's width with GELU per token; "upernet", see `UperNet`.
+
+    forward takes normalised images (B, C, h, w), time series (B, T, C, h, w), or their `features`
+    (B, N, F) kept from before, and returns logits (B, classes, g, g) float32: g = image_size /
+    patch, 4 times that for upernet.
+    """
+
+    def __init__(self, encoder, classes, image_size, head="linear"):
+        super().__init__()
+        if head not in HEADS:
+            raise ValueError(f"head is {head!r}; choose {', '.join(HEADS)}")
+        self.encoder, self.classes, self.image_size = encoder, classes, image_size
+        self.kind, self.meta, self.depths, dim = head, {}, None, encoder.dim
+        if head == "linear":
+            self.head = nn.Linear(dim, classes)
+        elif head == "mlp":
+            self.head = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, classes))
+        else:
+            depth = len(encoder.blocks)
+            self.depths = [math.ceil(depth * quarter / 4) for quarter in (1, 2, 3, 4)]
+            self.head = UperNet(dim, classes)
+
+    def features(self, images):
+        """What the head reads, (B, N, F) float32: F is D, or 4 D for upernet."""
+        return encode(self.encoder, images, self.image_size, self.depths)
+
+    def tokens(self, images):
+        """The encoder's tokens of images or time series: (B, N, D) float32."""
+        return encode(self.encoder, images, self.image_size)
+
+    def forward(self, x):
+        x = x if x.ndim == 3 else self.features(x)
+        rows = self.image_size // self.encoder.patch_size
+        if self.kind != "upernet":
+            return rearrange(self.head(x), "b (r c) k -> b k r c", r=rows)
+        with mixed_precision(x.device):
+            return self.head(rearrange(x, "b (r c) f -> b f r c", r=rows)).float()
+
+
+# ---- reading and writing ----------------------------------------------------------------------
+
+
+def save_segmenter(path, segmenter, **meta):
+    """Write a `Segmenter` to a safetensors file, atomically; it needs no other file.
+
+    meta: JSON-able facts, which `load_segmenter` returns as `segmenter.meta`: classes (names),
+    bands (names in the order that the encoder reads, [] if unknown), positions (0-based, of these
+    bands in the training files), file_bands (how many those had), mean and std (per band, in the
+    files' units), tile (pixels of the files' grid that image_size covers), gsd, encoder, sources,
+    task, protocol, seed, val_miou, miou. `load_encoder` reads the file too, for its encoder.
+    """
+    path = Path(path)
+    state = {
+        name: weight.contiguous()
+        for name, weight in segmenter.state_dict().items()
+        if not name.startswith("encoder.head.")  # Latent MIM's projection
+    }
+    facts = {
+        "config": segmenter.encoder.config,
+        "segmenter": {"image_size": segmenter.image_size, "head": segmenter.kind},
+        "meta": meta,
+    }
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(save(state, metadata={"crossscale": json.dumps(facts)}))
+    os.replace(partial, path)
+
+
+def load_segmenter(path):
+    """Read a model of `save_segmenter` -> `Segmenter` in eval mode, with its facts in `.meta`.
+
+    path: the file, or the results folder of finetune.py: then the model of the row with the highest
+    val_miou, which is printed. Raises FileNotFoundError or ValueError in one sentence; nothing in
+    the file is run.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = best_model(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no such model; give a model_*.safetensors of finetune.py, or its folder"
+        )
+    try:
+        return parse_segmenter(*read_tensors(path), path)
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ValueError) as e:
+        if str(e).startswith(f"{path}:"):
+            raise
+        reason = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+        raise ValueError(f"{path}: not a segmentation model ({reason}); save it again") from None
+
+
+def best_model(folder):
+    """The model file that the best row of a results folder names; prints which it is."""
+    results = folder / "results.jsonl"
+    if not results.is_file():
+        raise FileNotFoundError(f"{folder}: holds no results.jsonl of finetune.py, so no model")
+    try:
+        rows = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+        rows = [row for row in rows if row.get("model")]
+        best = max(rows, key=lambda row: row["val_miou"], default=None)
+        path = best and folder / Path(best["model"]).name
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{results}: not the rows of finetune.py ({error!r})") from None
+    if best is None:
+        raise FileNotFoundError(f"{results}: names no model; run finetune.py with --save-model")
+    print(f"{path}: the best of {len(rows)} results, validation mIoU {best['val_miou']:.4f}")
+    return path
+
+
+def parse_segmenter(state, facts, path):
+    """`load_segmenter` for what `read_tensors` found."""
+    if facts is None or "segmenter" not in facts:
+        raise ValueError(
+            f"{path}: no segmentation model but weights without a head; train one on them with "
+            f"finetune.py --encoder {path}, and give its model_*.safetensors"
+        )
+    about, meta = facts["segmenter"], facts["meta"]
+    encoder = parse_encoder(state, facts, path, None)
+    bands, patch = encoder.in_channels, encoder.patch_size
+    size, numbers = about["image_size"], (int, float)
+    expected = {
+        "classes": isinstance(meta["classes"], list)
+        and all(isinstance(name, str) for name in meta["classes"])
+        and len(meta["classes"]) > 0,
+        "bands": isinstance(meta["bands"], list) and len(meta["bands"]) in (0, bands),
+        "positions": isinstance(meta["positions"], list) and len(meta["positions"]) == bands,
+        "mean": all(isinstance(v, numbers) and math.isfinite(v) for v in meta["mean"])
+        and len(meta["mean"]) == bands,
+        "std": all(isinstance(v, numbers) and 0 < v < math.inf for v in meta["std"])
+        and len(meta["std"]) == bands,
+        "tile": isinstance(meta["tile"], int) and meta["tile"] > 0,
+        "image_size": isinstance(size, int) and size > 0 and size % patch == 0,
+    }
+    wrong = [name for name, fits in expected.items() if not fits]
+    if wrong:
+        found = {**meta, "image_size": size}[wrong[0]]
+        raise ValueError(
+            f"{path}: its {wrong[0]} ({str(found)[:60]}) do not fit an encoder of {bands} bands "
+            f"and {patch} px patches; save it again"
+        )
+    segmenter = Segmenter(encoder, len(meta["classes"]), size, about["head"])
+    head = {name[5:]: value for name, value in state.items() if name.startswith("head.")}
+    broken = [name for name, value in head.items() if not value.isfinite().all()]
+    if broken:
+        raise ValueError(f"{path}: its head holds NaN or inf (in {broken[0]}); train it again")
+    segmenter.head.load_state_dict(head)
+    segmenter.meta = meta
+    return segmenter.eval()
