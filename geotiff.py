@@ -5,16 +5,20 @@ the file's own convention: a PixelIsPoint file is shifted by half a pixel on rea
 writing. Bands count from 0.
 """
 
+import itertools
 import logging
 import math
 import os
 import struct
+import tempfile
 import xml.etree.ElementTree as ET
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from xml.sax.saxutils import escape
+from xml.sax.saxutils import escape, unescape
 
+import imagecodecs
 import numpy as np
 import tifffile
 
@@ -26,6 +30,8 @@ GEO_KEYS, GEO_DOUBLES, GEO_ASCII = 34735, 34736, 34737
 GDAL_METADATA, GDAL_NODATA = 42112, 42113
 KEY_NAMES = {int(key): key.name for key in tifffile.TIFF.GEO_KEYS}
 COMPRESSED = 2**17  # pixels shrink to no less than 1 in this, whatever the codec
+CLASSIC = 2**32 - 2**25  # bytes of pixels in a TIFF that is no BigTIFF, with room for the tags
+TILE = 256  # px a side of the tiles written
 POINT = 2  # GTRasterTypeGeoKey: the tie point is the centre of a pixel
 USER_DEFINED = 32767
 
@@ -88,66 +94,80 @@ def read(path, window=None, bands=None):
     ValueError for a window or band outside of the file or for data that cannot be decoded.
     """
     with _open(path) as (tif, pages, about):
-        row, col, height, width = window or (0, 0, about.height, about.width)
-        bands = range(about.bands) if bands is None else bands
-        if min(row, col) < 0 or row + height > about.height or col + width > about.width:
-            raise ValueError(
-                f"{path}: window (row {row}, col {col}, {height} x {width}) leaves the image of "
-                f"{about.height} x {about.width} pixels"
-            )
-        if not all(0 <= band < about.bands for band in bands):
-            raise ValueError(
-                f"{path}: bands {list(bands)} asked for, the file has {about.bands}, counted from 0"
-            )
-        fill = 0 if about.nodata is None else about.nodata
-        with np.errstate(invalid="ignore"):  # an integer file may declare a nodata of NaN
-            out = np.full((len(bands), height, width), fill, about.dtype)
-
-        separate = pages[0].planarconfig == 2
-        # where the samples of each band lie: (page, plane of the page) -> [(index in out, sample)]
-        sources = {}
-        for k, band in enumerate(bands):
-            if len(pages) > 1:
-                sources.setdefault((band, 0), []).append((k, 0))
-            elif separate:
-                sources.setdefault((0, band), []).append((k, 0))
-            else:
-                sources.setdefault((0, 0), []).append((k, band))
-
-        for (number, plane), samples in sources.items():
-            tile_height, tile_width, tile_rows, tile_cols = _tiling(pages[number])
-            for r in range(row // tile_height, math.ceil((row + height) / tile_height)):
-                for c in range(col // tile_width, math.ceil((col + width) / tile_width)):
-                    index = (plane * tile_rows + r) * tile_cols + c
-                    tile = _decode(path, tif, pages[number], index)
-                    if tile is None:
-                        continue
-                    top, left = r * tile_height, c * tile_width
-                    y0, y1 = max(row, top), min(row + height, top + tile.shape[0])
-                    x0, x1 = max(col, left), min(col + width, left + tile.shape[1])
-                    part = tile[y0 - top : y1 - top, x0 - left : x1 - left]
-                    for k, sample in samples:
-                        out[k, y0 - row : y1 - row, x0 - col : x1 - col] = part[..., sample]
-    return out
+        return _read(tif, pages, about, window, bands)
 
 
-def write(path, array, transform=None, crs=None, nodata=None, band_names=()):
-    """Write a GDAL-compatible GeoTIFF: tiles of 256, deflate with predictor, bands separate.
+def read_rows(path, bands=None):
+    """Read an image from top to bottom: yields (bands, n, width) until all rows were given.
 
-    array: (bands, rows, cols) or (rows, cols). transform, crs, nodata, band_names: as in `Info`,
-    whose values give the same georeference back exactly; crs may also be an EPSG code (4000 to
-    4999 are taken as geographic, others as projected). The file appears under its name only when
-    it is complete, and replaces one that is there; BigTIFF where 4 GB may not do. Raises
-    ValueError for another number of dimensions or of band names.
+    The file is opened once and every tile or strip decoded once; memory holds one row of tiles.
+    bands, dtype, nodata and errors: as of `read`.
     """
-    path = Path(path)
+    with _open(path) as (tif, pages, about):
+        height = _tiling(pages[0])[0]
+        height *= -(-TILE // height)  # strips of a row or two: many at once
+        for row in range(0, about.height, height):
+            window = (row, 0, min(height, about.height - row), about.width)
+            yield _read(tif, pages, about, window, bands)
+
+
+def write(path, array, transform=None, crs=None, nodata=None, band_names=(), **more):
+    """Write an array (bands, rows, cols) or (rows, cols) at once, as `writer` does by rows."""
     array = np.asarray(array)
     if array.ndim == 2:
         array = array[None]
     if array.ndim != 3:
         raise ValueError(f"{path}: (bands, rows, cols) expected, got shape {array.shape}")
-    if band_names and len(band_names) != len(array):
-        raise ValueError(f"{path}: {len(band_names)} band names for {len(array)} bands")
+    with writer(
+        path, array.shape, array.dtype, transform, crs, nodata, band_names, **more
+    ) as write_rows:
+        write_rows(array)
+
+
+@contextmanager
+def writer(
+    path,
+    shape,
+    dtype,
+    transform=None,
+    crs=None,
+    nodata=None,
+    band_names=(),
+    classes=(),
+    colours=(),
+    tile=TILE,
+):
+    """Write a GDAL-compatible GeoTIFF from top to bottom, with overviews; memory stays small.
+
+        with geotiff.writer("map.tif", (1, rows, cols), np.uint8, nodata=255) as write_rows:
+            write_rows(part)    # (1, n, cols), any n, until all rows were given
+
+    Tiles of `tile` px a side, deflate with predictor, the bands of a pixel side by side. Each
+    overview halves the one before, down to 512 px: floats by the mean of what is valid, integers
+    by the commonest value, or the top-left one where all differ (so class ids stay class ids).
+    transform, crs, nodata, band_names: as in `Info`, whose values give the same georeference back
+    exactly; crs may also be an EPSG code (4000 to 4999 are taken as geographic, others as
+    projected). classes: names, in the order of the ids; in the file as metadata CLASS_0, CLASS_1,
+    ... of the band. colours: (red, green, blue) of 0..255 for the values 0, 1, ... of one uint8
+    band.
+
+    The file appears under its name only when it is complete, and replaces one that is there;
+    BigTIFF where 4 GB do not do. Raises ValueError where the arguments do not fit each other, or
+    for rows of another shape or dtype, or too few of them.
+    """
+    path, dtype = Path(path), np.dtype(dtype)
+    bands, height, width = shape
+    if dtype.kind not in "iuf":
+        raise ValueError(f"{path}: pixels are whole numbers or floats, got {dtype}; convert first")
+    if min(shape) < 1:
+        raise ValueError(f"{path}: an image of shape {tuple(shape)} holds no pixel")
+    if band_names and len(band_names) != bands:
+        raise ValueError(f"{path}: {len(band_names)} band names for {bands} bands")
+    if colours and (bands > 1 or dtype != np.uint8 or len(colours) > 256):
+        raise ValueError(
+            f"{path}: a colour table is for one band of uint8 and at most 256 values, got {bands} "
+            f"of {dtype} and {len(colours)}"
+        )
     if isinstance(crs, int):
         geographic = 4000 <= crs < 5000
         crs = {
@@ -161,32 +181,122 @@ def write(path, array, transform=None, crs=None, nodata=None, band_names=()):
         tags += _transform_tags(transform, crs)
     if crs:
         tags += _geokey_tags(crs)
-    if band_names:
-        items = "".join(
-            f'  <Item name="DESCRIPTION" sample="{i}" role="description">{escape(name)}</Item>\n'
-            for i, name in enumerate(band_names)
-        )
-        tags.append((GDAL_METADATA, 2, 0, f"<GDALMetadata>\n{items}</GDALMetadata>", True))
+    if band_names or classes:
+        # GDAL escapes what it puts into XML once more
+        bands_named = [
+            ("DESCRIPTION", i, ' role="description"', n) for i, n in enumerate(band_names)
+        ]
+        classes_named = [(f"CLASS_{i}", 0, "", name) for i, name in enumerate(classes)]
+        items = [
+            f'<Item name="{key}" sample="{band}"{role}>{escape(escape(name))}</Item>'
+            for key, band, role, name in bands_named + classes_named
+        ]
+        text = "\n  ".join(["<GDALMetadata>", *items]) + "\n</GDALMetadata>"
+        # the tag holds ASCII; XML says the rest in it
+        text = text.encode("ascii", "xmlcharrefreplace").decode()
+        tags.append((GDAL_METADATA, 2, 0, text, True))
     if nodata is not None:
         tags.append((GDAL_NODATA, 2, 0, f"{nodata:.17g}", True))
+    palette = None
+    if colours:
+        palette = np.zeros((3, 256), np.uint16)
+        palette[:, : len(colours)] = 257 * np.asarray(colours, np.uint16).T
 
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        tifffile.imwrite(
-            temporary,
-            array[0] if len(array) == 1 else array,
-            bigtiff=array.nbytes > 2**32 - 2**25,
-            photometric="minisblack",
-            planarconfig=None if len(array) == 1 else "separate",
-            tile=(256, 256),
-            compression="zlib",
-            predictor=3 if array.dtype.kind == "f" else 2 if array.dtype.kind in "iu" else None,
-            metadata=None,
-            extratags=tags,
-        )
+        with ExitStack() as stack:
+            threads = stack.enter_context(ThreadPoolExecutor(min(4, os.cpu_count())))
+            levels = []
+            while not levels or max(height, width) > 2 * TILE:
+                if levels:
+                    height, width = -(-height // 2), -(-width // 2)
+                # nameless: nothing stays of it, whatever ends the process
+                spool = stack.enter_context(tempfile.TemporaryFile(dir=path.parent))
+                levels.append(_Level((bands, height, width), dtype, nodata, tile, spool, threads))
+            for level, coarser in itertools.pairwise(levels):
+                level.coarser = coarser
+
+            def write_rows(rows):
+                if rows.dtype != dtype or (len(rows), rows.shape[2]) != (bands, shape[2]):
+                    raise ValueError(
+                        f"{path}: rows of shape ({bands}, n, {shape[2]}) {dtype} expected, got "
+                        f"{rows.shape} {rows.dtype}"
+                    )
+                levels[0].put(rows)
+
+            yield write_rows
+            if levels[0].rows != shape[1]:
+                raise ValueError(f"{path}: got {levels[0].rows} rows of {shape[1]}")
+            size = sum(sum(level.sizes) for level in levels)
+            with tifffile.TiffWriter(temporary, bigtiff=size > CLASSIC) as tif:
+                for level in levels:
+                    level.spool.seek(0)
+                    tif.write(
+                        (level.spool.read(size) for size in level.sizes),
+                        shape=level.shape[1:] if bands == 1 else (*level.shape[1:], bands),
+                        dtype=dtype,
+                        photometric="minisblack" if palette is None else "palette",
+                        planarconfig=None if bands == 1 else "contig",
+                        tile=(tile, tile),
+                        compression="zlib",
+                        predictor=3 if dtype.kind == "f" else 2,
+                        colormap=palette,
+                        subfiletype=0 if level is levels[0] else 1,
+                        metadata=None,
+                        extratags=tags if level is levels[0] else (),
+                    )
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+class _Level:
+    """One resolution of a file that is being written: rows in, compressed tiles into the spool,
+    rows of half the size on to the next level."""
+
+    def __init__(self, shape, dtype, nodata, tile, spool, threads):
+        self.shape, self.nodata, self.tile, self.coarser = shape, nodata, tile, None
+        self.spool, self.sizes, self.threads = spool, [], threads
+        self.rows, self.waiting = 0, np.empty((shape[0], 0, shape[2]), dtype)
+
+    def put(self, rows):
+        self.rows += rows.shape[1]
+        waiting = np.concatenate([self.waiting, rows], axis=1)
+        while waiting.shape[1] >= self.tile or (waiting.shape[1] and self.rows == self.shape[1]):
+            part, waiting = waiting[:, : self.tile], waiting[:, self.tile :]
+            columns = range(0, self.shape[2], self.tile)
+            tiles = [part[:, :, col : col + self.tile] for col in columns]
+            for data in self.threads.map(self.compress, tiles):
+                self.spool.write(data)
+                self.sizes.append(len(data))
+            if self.coarser:
+                self.coarser.put(_halve(part, self.nodata))
+        self.waiting = waiting.copy()  # not a view that keeps all rows in memory
+
+    def compress(self, part):
+        """(bands, rows, cols) -> the bytes of a whole tile, with the predictor of its dtype."""
+        bands, rows, cols = part.shape
+        tile = np.zeros((self.tile, self.tile, bands), part.dtype)
+        tile[:rows, :cols] = part.transpose(1, 2, 0)
+        predict = (
+            imagecodecs.floatpred_encode if tile.dtype.kind == "f" else imagecodecs.delta_encode
+        )
+        return imagecodecs.deflate_encode(predict(tile, axis=-2))
+
+
+def _halve(rows, nodata):
+    """Half the resolution of (bands, rows, cols), odd sides rounded up; see `writer` for how."""
+    rows = np.pad(rows, [(0, 0), (0, rows.shape[1] % 2), (0, rows.shape[2] % 2)], mode="edge")
+    four = np.stack([rows[:, i::2, j::2] for i in (0, 1) for j in (0, 1)])  # (4, bands, h, w)
+    if rows.dtype.kind == "f":
+        valid = np.isfinite(four)
+        if nodata is not None:
+            valid &= four != nodata
+        count = valid.sum(0)
+        mean = np.where(valid, four, 0).sum(0) / np.maximum(count, 1)
+        return np.where(count, mean, four[0]).astype(rows.dtype)
+    votes = (four[:, None] == four).sum(0, dtype=np.uint8)
+    return np.take_along_axis(four, votes.argmax(0)[None], axis=0)[0]
 
 
 def valid_pixels(array, nodata):
@@ -253,6 +363,53 @@ def _open(path):
     except OSError as error:
         error.filename = error.filename or str(path)  # a read that fails does not say of which file
         raise
+
+
+def _read(tif, pages, about, window=None, bands=None):
+    """`read` of an open file."""
+    path = about.path
+    row, col, height, width = window or (0, 0, about.height, about.width)
+    bands = range(about.bands) if bands is None else bands
+    if min(row, col) < 0 or row + height > about.height or col + width > about.width:
+        raise ValueError(
+            f"{path}: window (row {row}, col {col}, {height} x {width}) leaves the image of "
+            f"{about.height} x {about.width} pixels"
+        )
+    if not all(0 <= band < about.bands for band in bands):
+        raise ValueError(
+            f"{path}: bands {list(bands)} asked for, the file has {about.bands}, counted from 0"
+        )
+    fill = 0 if about.nodata is None else about.nodata
+    with np.errstate(invalid="ignore"):  # an integer file may declare a nodata of NaN
+        out = np.full((len(bands), height, width), fill, about.dtype)
+
+    separate = pages[0].planarconfig == 2
+    # where the samples of each band lie: (page, plane of the page) -> [(index in out, sample)]
+    sources = {}
+    for k, band in enumerate(bands):
+        if len(pages) > 1:
+            sources.setdefault((band, 0), []).append((k, 0))
+        elif separate:
+            sources.setdefault((0, band), []).append((k, 0))
+        else:
+            sources.setdefault((0, 0), []).append((k, band))
+
+    for (number, plane), samples in sources.items():
+        tile_height, tile_width, tile_rows, tile_cols = _tiling(pages[number])
+        for r in range(row // tile_height, math.ceil((row + height) / tile_height)):
+            for c in range(col // tile_width, math.ceil((col + width) / tile_width)):
+                index = (plane * tile_rows + r) * tile_cols + c
+                tile = _decode(path, tif, pages[number], index)
+                if tile is None:
+                    continue
+                top, left = r * tile_height, c * tile_width
+                y0, y1 = max(row, top), min(row + height, top + tile.shape[0])
+                x0, x1 = max(col, left), min(col + width, left + tile.shape[1])
+                part = tile[y0 - top : y1 - top, x0 - left : x1 - left]
+                for k, sample in samples:
+                    out[k, y0 - row : y1 - row, x0 - col : x1 - col] = part[..., sample]
+
+    return out
 
 
 def _band_pages(tif):
@@ -346,7 +503,9 @@ def _band_names(text, bands):
         items = ET.fromstring(text).iter("Item")
     except ET.ParseError:
         return ()  # a broken comment is no reason to refuse the pixels
-    names = {i.get("sample"): i.text or "" for i in items if i.get("role") == "description"}
+    names = {  # escaped twice, see `writer`
+        i.get("sample"): unescape(i.text or "") for i in items if i.get("role") == "description"
+    }
     return tuple(names.get(str(band), "") for band in range(bands)) if any(names.values()) else ()
 
 
