@@ -1,15 +1,21 @@
-"""Labelled segmentation tasks in memory, and the metrics that judge an encoder on them.
+"""Labelled segmentation tasks, and the metrics that judge an encoder on them.
 
 A `Task` is a set of square tiles with their labels, splits and origins; whatever the layout on
-disk, the probe sees only this. `load_folder` reads images and masks from two folders of GeoTIFFs.
+disk, the probe sees only this. `load_task` reads the published sets that `TASKS` names as they
+come from their publishers, `load_folder` images and masks from two folders of GeoTIFFs.
 
-All tiles are held in memory as float32: 4 bands at 64 px take 64 KiB a tile, so 100,000 tiles
-need 6.5 GB.
+Tiles are held as float32: 4 bands at 64 px take 64 KiB a tile, so 100,000 tiles need 6.5 GB.
+`load_folder` holds them in memory; what `load_task` reads lies in a temporary file if it is large.
 """
 
 import glob
 import hashlib
-from dataclasses import dataclass
+import math
+import shutil
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +24,8 @@ from einops import rearrange
 from tqdm import tqdm
 
 import geotiff
+from published import IGNORE, SPLITS, TASKS, find_bands, open_set, read_lines
 
-SPLITS = ("train", "val", "test")
-IGNORE = -1  # the ignored label in every Task, whatever the files call it
 IN_MEMORY = 2 * 2**30  # bytes of images; more of them lie in a temporary file
 UNNAMED_CLASSES = 256  # without a class file, an id beyond this is a fill value, not a class
 
@@ -142,8 +147,185 @@ def load_folder(
     return Task(
         image, label, split, origin, files, names, split_by, nodata, "geotiff",
         tuple(files[0].band_names[k] if files[0].band_names else "" for k in positions),
-        positions, files[0].bands, mean, std, files[0].gsd, hash_splits(zip(tiles, split, strict=True)),
+        positions, files[0].bands, mean, std, files[0].gsd,
+        hash_splits(zip(tiles, split, strict=True)),
     )  # fmt: skip
+
+
+def load_task(name, root, *, bands=None, tile=None, dates=None, pastis_classes=18, split_seed=0):
+    """Read a labelled set as its publisher ships it, with his splits, classes and statistics.
+
+    name: a key of TASKS, or "geotiff" for a folder of one's own. root: the set's folder, or the
+    one it lies in. bands: names as in `published`, default B, G, R, NIR. tile: pixels, default
+    that of the protocol which scores are compared by. dates: of a time series, how many, spread
+    evenly; default all. pastis_classes: 18, 19 or 20. split_seed: for a set that has no splits.
+
+    Labels are the publisher's, also where the image has no data there. Tiles without a single
+    label are dropped. Raises ValueError, FileNotFoundError or OSError in one sentence; a split
+    whose size is not the published one is only told, on stderr.
+    """
+    if name == "geotiff":
+        return load_own(root, bands, tile, split_seed)
+    if name not in TASKS:
+        raise ValueError(f"--task {name}: no such task; choose from {', '.join(TASKS)}, geotiff")
+    about = TASKS[name]
+    if dates is not None and (name != "pastis" or dates < 1):
+        raise ValueError(f"--dates {dates}: at least 1, and only --task pastis is a time series")
+    positions = find_bands(bands or ("B", "G", "R", "NIR"), about.bands, f"--task {name}")
+    source = open_set(name, root, positions, dates, pastis_classes, split_seed)
+    samples = list(source.split)
+    counts = tuple(list(source.split.values()).count(split) for split in SPLITS)
+    if about.counts not in (None, counts):
+        print(
+            f"{about.title}: {counts} samples in {SPLITS}, the published splits have "
+            f"{about.counts}; scores do not compare with published ones",
+            file=sys.stderr,
+        )
+
+    def read_labels(sample):
+        raw = source.label(sample)
+        values, inverse = np.unique(raw, return_inverse=True)
+        alien = [value for value in values.tolist() if value not in source.ids]
+        if alien:
+            raise ValueError(
+                f"{source.path(sample)}: its mask holds {some(alien)}, but the set's values are "
+                f"{some(sorted(source.ids))}; check --task and --root"
+            )
+        ids = np.array([source.ids[value] for value in values.tolist()], np.int16)
+        side = tile or about.tile or max(raw.shape)
+        if side > max(raw.shape):
+            raise ValueError(
+                f"--tile {side}: {source.path(sample)} is {max(raw.shape)} px wide or high; use "
+                "at most that"
+            )
+        label = cut(ids[inverse].reshape(1, *raw.shape), side, IGNORE)[:, 0]
+        keep = (label != IGNORE).any((1, 2))
+        return label[keep], keep, describe(source.path(sample), raw.shape, about.bands)
+
+    parts = in_threads(read_labels, samples, f"{name}, labels")
+    sides = {label.shape[1] for label, _, _ in parts}
+    if len(sides) > 1:
+        raise ValueError(f"{root}: images of several sizes, {some(sorted(sides))} px; pass --tile")
+    side = sides.pop()
+    labels = np.concatenate([label for label, _, _ in parts])
+    ends = np.cumsum([len(label) for label, _, _ in parts])
+    split = np.repeat(list(source.split.values()), np.diff(ends, prepend=0))
+    for part in SPLITS:
+        if part not in split:
+            raise ValueError(f"{root}: no labelled pixel in the {part} split of {about.title}")
+
+    series = () if source.dates is None else (source.dates,)
+    images = allocate((len(labels), *series, len(positions), side, side))
+
+    def read_tiles(k):
+        image, (label, keep, file) = source.image(samples[k]), parts[k]
+        if image.shape[-2:] != (file.height, file.width):
+            raise ValueError(
+                f"{file.path}: {image.shape[-2]} x {image.shape[-1]} pixels, its mask has "
+                f"{file.height} x {file.width}; download it again"
+            )
+        tiles = cut(image.reshape(-1, file.height, file.width), side, np.nan)[keep]
+        tiles = tiles.reshape(len(tiles), *image.shape[:-2], side, side)
+        place = images[ends[k] - len(label) : ends[k]]
+        if series:
+            place[:, len(image) :] = np.nan  # dates that others have
+            place = place[:, : len(image)]
+        place[:] = tiles
+
+    in_threads(read_tiles, range(len(samples)), f"{name}, images")
+    origin = []
+    for k, (_, keep, file) in enumerate(parts):
+        corner = np.indices((-(-file.height // side), -(-file.width // side))).reshape(2, -1).T
+        origin.append(np.insert(corner * side, 0, k, axis=1)[keep])
+
+    names = tuple(about.bands[position] for position in positions)
+    if all(band in source.stats for band in names):
+        mean, std = np.array([source.stats[band] for band in names], np.float64).T
+    else:
+        mean, std = band_stats(images, np.flatnonzero(split == "train"))
+    return Task(
+        images, labels, split, np.concatenate(origin), tuple(file for _, _, file in parts),
+        source.classes, about.splits, (), name, names, positions, len(about.bands), mean, std,
+        10.0, hash_splits(source.split.items()),
+    )  # fmt: skip
+
+
+def load_own(root, bands, tile, split_seed):
+    """`load_folder` of root/images (or root/mr) and root/masks, with root/classes.txt and the lists
+    in root/splits where they are there. bands: names that the files give, or positions."""
+    root = Path(root)
+    images = next((root / f for f in ("images", "mr") if (root / f).is_dir()), None)
+    if images is None or not (root / "masks").is_dir():
+        raise FileNotFoundError(
+            f"--root {root}: --task geotiff wants the folders images (or mr) and masks in it"
+        )
+    if bands is not None and not all(str(band).isdecimal() for band in bands):
+        first = geotiff.info(next(iter(list_tiffs(images).values())))
+        bands = find_bands(bands, first.band_names, first.path)
+    return load_folder(
+        images,
+        root / "masks",
+        classes=root / "classes.txt" if (root / "classes.txt").is_file() else None,
+        bands=None if bands is None else [int(band) for band in bands],
+        tile=tile or 64,
+        splits=root / "splits" if (root / "splits").is_dir() else None,
+        split_seed=split_seed,
+    )
+
+
+def describe(path, shape, bands):
+    """geotiff.Info of a sample; without georeference where its file is no GeoTIFF."""
+    if path.suffix == ".tif":
+        return replace(geotiff.info(path), bands=len(bands), band_names=bands)
+    return geotiff.Info(path, shape[1], shape[0], len(bands), None, None, None, None, bands)
+
+
+def in_threads(function, items, what):
+    """[function(item) for item in items] by threads, with a bar; the first error ends it."""
+    with ThreadPoolExecutor() as pool:
+        return list(tqdm(pool.map(function, items), what, len(items), unit="sample"))
+
+
+def allocate(shape):
+    """An empty float32 array, above IN_MEMORY on a temporary file that goes when the array does.
+
+    The file has no name (on Windows: is deleted on closing), so that it never stays behind.
+    """
+    size = 4 * math.prod(shape)
+    if size <= IN_MEMORY:
+        return np.empty(shape, np.float32)
+    folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise OSError(
+            f"{folder}: {size / 1e9:.1f} GB needed for the images, {free / 1e9:.1f} GB free; name "
+            "a larger disk in the environment variable TMPDIR, or take fewer --bands or --dates"
+        )
+    with tempfile.TemporaryFile() as file:
+        return np.memmap(file, np.float32, "w+", shape=shape)
+
+
+def list_tasks():
+    """The published sets as text: where to get them, what they hold."""
+    lines = []
+    for name, about in TASKS.items():
+        counts = "/".join(map(str, about.counts)) if about.counts else "not published"
+        lines += [
+            f"{name:<20} {about.title}",
+            f"{'':<20} {len(about.classes)} classes: {', '.join(about.classes)}",
+            f"{'':<20} bands: {','.join(about.bands)}",
+            f"{'':<20} tiles: {about.tile or 'whole images'}"
+            f"; train/val/test samples: {counts} ({about.splits})",
+            f"{'':<20} get it: {about.url} ({about.size}; licence: {about.licence})",
+            "",
+        ]
+    lines.append(
+        f"{'geotiff':<20} your own: ROOT/images (or mr), ROOT/masks, GeoTIFFs paired by name;"
+    )
+    lines.append(
+        f"{'':<20} ROOT/classes.txt and ROOT/splits/{{train,val,test}}.txt if you have them"
+    )
+    return "\n".join(lines)
 
 
 def list_tiffs(where):
@@ -188,20 +370,6 @@ def pair_files(images, masks, stems=None):
                 "labelled images in --splits"
             )
     return [(image[stem], mask[stem]) for stem in sorted(image if stems is None else stems)]
-
-
-def read_lines(path):
-    """The lines of a UTF-8 text file, with or without a byte order mark, stripped.
-
-    Raises ValueError if it is not UTF-8.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
-        ) from error
-    return [line.strip() for line in text.rstrip().split("\n")]
 
 
 def read_splits(folder):
