@@ -135,16 +135,16 @@ def writer(
     band_names=(),
     classes=(),
     colours=(),
-    tile=TILE,
 ):
     """Write a GDAL-compatible GeoTIFF from top to bottom, with overviews; memory stays small.
 
         with geotiff.writer("map.tif", (1, rows, cols), np.uint8, nodata=255) as write_rows:
             write_rows(part)    # (1, n, cols), any n, until all rows were given
 
-    Tiles of `tile` px a side, deflate with predictor, the bands of a pixel side by side. Each
-    overview halves the one before, down to 512 px: floats by the mean of what is valid, integers
-    by the commonest value, or the top-left one where all differ (so class ids stay class ids).
+    Tiles of 256 px a side, less where many bands make them larger than 2 MB, deflate with
+    predictor, the bands of a pixel side by side. Each overview halves the one before, down to
+    512 px: floats by the mean of what is valid, integers by the commonest value, or the top-left
+    one where all differ (so class ids stay class ids).
     transform, crs, nodata, band_names: as in `Info`, whose values give the same georeference back
     exactly; crs may also be an EPSG code (4000 to 4999 are taken as geographic, others as
     projected). classes: names, in the order of the ids; in the file as metadata CLASS_0, CLASS_1,
@@ -176,6 +176,9 @@ def writer(
             "GeographicTypeGeoKey" if geographic else "ProjectedCSTypeGeoKey": crs,
         }
 
+    tile = TILE
+    while tile > 16 and tile * tile * bands * dtype.itemsize > 2**21:
+        tile //= 2
     tags = []
     if transform is not None:
         tags += _transform_tags(transform, crs)

@@ -1,0 +1,586 @@
+"""Class maps of whole scenes: a GeoTIFF in, a GeoTIFF on the same pixels out.
+
+    python predict.py --model out/results scene.tif map.tif
+    python predict.py --model out/results --probabilities --png scenes/ maps/
+    python predict.py --model out/sa --features scene.tif features.tif
+
+The model says which bands it reads, their statistics and its classes. Windows of --tile px are
+resized to what the encoder sees and overlap; their logits are blended with smooth weights whose sum
+is 1 everywhere, and so are the encoder's tokens for --features. The scene is read, blended and
+written by rows of windows: memory depends on its width, not on its height. Beyond its edges windows
+see its mirror image. Pixels without data stay without: 255 in class maps, NaN in the others.
+"""
+
+import argparse
+import colorsys
+import math
+import re
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import geotiff
+from figures import composite, save_figure
+from finetune import positive
+from formats import find_files
+from model import ViT, load_encoder, read_tensors
+from segment import Segmenter, encode, load_segmenter, resize
+
+NO_CLASS = 255  # nodata of the class maps; so they hold at most 255 classes
+PREVIEW = 1000  # px a side at most, of --png
+COMMON = {"B2": "B", "B3": "G", "B4": "R", "B8": "NIR", "BLUE": "B", "GREEN": "G", "RED": "R"}
+
+
+# fmt: off
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description="Class maps, probabilities and features of whole scenes.", allow_abbrev=False,
+    )
+    flag = parser.add_argument
+    flag("scenes", nargs="+", help="GeoTIFFs, folders of them, or glob patterns in quotes")
+    flag("out", type=Path, help="a GeoTIFF for one scene, or a folder, where each map is named as "
+         "its scene")
+    flag = parser.add_argument_group("model").add_argument
+    flag("--model", required=True, help="model_*.safetensors of finetune.py, or its results folder "
+         "(then the best); with --features also a pretraining run or a weights file")
+    flag("--heads", type=positive, help="attention heads, for weights whose width does not tell")
+    flag("--image-size", type=positive, help="pixels a side that an encoder alone sees (default: "
+         "as it was pretrained, at most 224; a segmentation model knows its own)")
+
+    flag = parser.add_argument_group("scene").add_argument
+    flag("--bands", type=lambda text: text.split(","), help="names or 0-based positions in the "
+         "scenes, in the order that the model reads, such as 2,1,0,3 (default: found by name, else "
+         "as in the model's training files, else all in order)")
+    flag("--scale", type=float, default=1.0, help="pixel values are multiplied by it, such as "
+         "10000 for reflectances where the model was trained on x 10000 (default 1)")
+    flag("--offset", type=float, default=0.0, help="added to pixel values before --scale, such as "
+         "-1000 for Sentinel-2 products since baseline 04.00 (default 0)")
+
+    flag = parser.add_argument_group("windows").add_argument
+    flag("--tile", type=positive, help="pixels of the scene per side of a window (default: as the "
+         "model was trained; 64 for an encoder alone)")
+    flag("--overlap", type=positive_or_zero, help="pixels that neighbouring windows share (default "
+         "half of --tile; less is faster and blends less)")
+    flag("--batch", type=positive, default=32, help="windows at once (default 32)")
+    flag("--device", default="auto", choices=["auto", "cpu", "cuda"],
+         help="where to run (default auto: cuda where there is one)")
+
+    flag = parser.add_argument_group("output").add_argument
+    flag("--probabilities", action="store_true", help="also write OUT_probabilities.tif: a float32 "
+         "band per class, rounded to 11 bits")
+    flag("--features", action="store_true", help="also write OUT_features.tif: the encoder's "
+         "tokens, a float32 band per channel, rounded to 11 bits, a pixel per token; OUT itself "
+         "for an encoder alone")
+    flag("--png", action="store_true", help="also write OUT.png: scene and map side by side, with "
+         f"legend, at most {PREVIEW} px a side")
+    flag("--overwrite", action="store_true", help="replace outputs that exist (default: refuse)")
+    args = parser.parse_args(argv)
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not (math.isfinite(args.scale) and args.scale and math.isfinite(args.offset)):
+        parser.error(f"--scale {args.scale} and --offset {args.offset} make no pixel values")
+    return args
+# fmt: on
+
+
+def positive_or_zero(text):
+    return 0 if text == "0" else positive(text)
+
+
+# ---- the model, and what it reads of a scene --------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Model:
+    """An encoder with or without a head, and what it says of its data (`segment.save_segmenter`).
+
+    segmenter: None for an encoder alone. tile: px of a scene that image_size px stand for.
+    """
+
+    encoder: ViT
+    segmenter: Segmenter | None
+    meta: dict
+    image_size: int
+    tile: int
+
+    @property
+    def classes(self):
+        return self.meta["classes"] if self.segmenter else []
+
+    @property
+    def grid(self):
+        return self.image_size // self.encoder.patch_size
+
+    def __call__(self, images):
+        """Normalised (B, C, tile, tile) -> logits (B, classes, tile, tile) or None, and tokens
+        (B, D, grid, grid), float32."""
+        if self.segmenter:
+            features = self.segmenter.features(images)
+            logits = resize(self.segmenter(features), (self.tile, self.tile))
+        else:
+            features, logits = encode(self.encoder, images, self.image_size), None
+        tokens = features[..., -self.encoder.dim :]  # upernet's features end with the last tokens
+        return logits, tokens.mT.unflatten(2, (self.grid, self.grid))
+
+
+def load_model(path, tile, image_size, heads, device):
+    """A `Model` of a segmentation model, a results folder, a pretraining run or weights."""
+    path = Path(path)
+    results = path.is_dir() and (path / "results.jsonl").exists()
+    if results or (path.is_file() and "segmenter" in (read_tensors(path)[1] or {})):
+        if image_size or heads:
+            raise ValueError(f"--image-size and --heads: {path} says its own; leave them out")
+        segmenter = load_segmenter(path).to(device)
+        meta = segmenter.meta
+        return Model(segmenter.encoder, segmenter, meta, segmenter.image_size, tile or meta["tile"])
+    encoder = load_encoder(path, heads).to(device)
+    patch = encoder.patch_size
+    size = image_size or max(1, min(224, encoder.meta.get("mr_size", 224)) // patch) * patch
+    if size % patch:
+        raise ValueError(f"--image-size {size} is no multiple of the encoder's patch of {patch} px")
+    return Model(encoder, None, encoder.meta, size, tile or 64)
+
+
+def common_name(band):
+    """One name for what files call a band: B02, B2, blue and B are "B"."""
+    name = re.sub(r"^B0?(\d+A?)$", r"B\1", band.strip().upper())
+    return COMMON.get(name, name)
+
+
+def choose_bands(about, model, flag=None):
+    """Where in a scene the bands are that the model reads, in its order, and how they were found.
+
+    flag: list of names or positions as text, or None. Raises ValueError where nothing tells.
+    """
+    count, meta = model.encoder.in_channels, model.meta
+    names = [common_name(name) for name in about.band_names]
+    wanted = [common_name(name) for name in meta.get("bands") or []]
+    has = f"{about.path} has {about.bands} bands ({','.join(about.band_names) or 'unnamed'})"
+    reads = f"the model reads {count} ({','.join(meta.get('bands') or []) or 'unnamed'})"
+    if flag:
+        unknown = [b for b in flag if not b.isdecimal() and common_name(b) not in names]
+        bands = [int(b) if b.isdecimal() else names.index(common_name(b)) for b in flag
+                 if b not in unknown]  # fmt: skip
+        if unknown or len(bands) != count or max(bands) >= about.bands:
+            raise ValueError(
+                f"--bands {','.join(flag)}: {has}, counted from 0, and {reads}; give one of the "
+                "scene's for each of the model's"
+            )
+        return bands, "--bands"
+    found = [band for band in wanted if band in names]
+    if found and len(found) == len(wanted):
+        return [names.index(band) for band in wanted], "by name"
+    if found:
+        missing = ",".join(band for band in wanted if band not in names)
+        raise ValueError(f"{has}, none is {missing}, but {reads}; choose with --bands")
+    if meta.get("positions") and about.bands == meta.get("file_bands"):
+        return list(meta["positions"]), "at the positions of the training files"
+    if about.bands == count:
+        return list(range(count)), "in the scene's order, as no names tell"
+    raise ValueError(f"{has}, but {reads}; choose with --bands, such as "
+                     f"--bands {','.join(map(str, range(count)))}")  # fmt: skip
+
+
+def ground_side(gsd, crs, bounds):
+    """A pixel's side in metres, of a gsd in CRS units: degrees are turned into metres."""
+    if not crs or crs.get("GTModelTypeGeoKey") != 2:
+        return gsd
+    latitude = math.radians((bounds[1] + bounds[3]) / 2)
+    return gsd * 111_320 * math.sqrt(abs(math.cos(latitude)))
+
+
+def gsd_warning(about, model):
+    """A sentence if pixels are over 20 % larger or smaller than those of the training, or None."""
+    trained = model.meta.get("gsd")
+    if not trained or not about.gsd:
+        return None
+    found = about.gsd
+    if trained > 0.01:  # else degrees, too
+        found = ground_side(about.gsd, about.crs, about.bounds)
+    if 1 / 1.2 <= found / trained <= 1.2:
+        return None
+    fit = max(1, round(model.tile * trained / found))
+    return (
+        f"{about.path}: pixels of {found:.4g} units, the model was trained on {trained:.4g}; "
+        f"--tile {fit} would show it the scale that it knows"
+    )
+
+
+def survey(path, bands, scale, offset):
+    """Read a scene once, so that a damaged tile is found before the work.
+
+    Returns mean and std (bands,) of its valid pixels in the model's units, and a small picture
+    (bands, h, w) float32, NaN in holes.
+    """
+    about = geotiff.info(path)
+    step = -(-max(about.height, about.width) // PREVIEW)
+    row, parts = 0, []
+    for part in geotiff.read_rows(path, bands):
+        start = -row % step
+        parts.append(pixels_of(part[:, start::step, ::step], about.nodata, scale, offset))
+        row += part.shape[1]
+    picture = np.concatenate(parts, axis=1)
+    seen = picture[:, ~np.isnan(picture[0])].astype(np.float64)
+    mean = seen.mean(1) if seen.size else np.zeros(len(bands))
+    std = seen.std(1) if seen.size else np.ones(len(bands))
+    return mean, std, picture
+
+
+def pixels_of(part, nodata, scale, offset):
+    """File values (bands, rows, cols) -> float32 in the model's units, holes NaN in all bands."""
+    valid = geotiff.valid_pixels(part, nodata)
+    return np.where(valid, (part.astype(np.float32) + offset) * scale, np.nan).astype(np.float32)
+
+
+def scale_warning(path, mean, std, model):
+    """A sentence if a scene's statistics are far from those that the model was trained with."""
+    trained = [np.array(model.meta.get(key, ()), float) for key in ("mean", "std")]
+    if not len(trained[0]):
+        return None
+    far = abs(mean - trained[0]) > 2 * trained[1]
+    spread = std / trained[1]
+    if not (far | (spread > 4) | (spread < 1 / 4)).any():
+        return None
+    shown = [",".join(f"{v:.4g}" for v in values) for values in (mean, std, *trained)]
+    # what would fit, if it is a power of ten, as of reflectance and reflectance x 10000
+    ratio = np.median(trained[0] / np.where(mean == 0, np.nan, mean))
+    power = round(math.log10(ratio)) if np.isfinite(ratio) and ratio > 0 else 0
+    hint = f"; --scale {10.0**power:g} would bring them close" if abs(power) > 1 else ""
+    return (
+        f"{path}: the bands have mean {shown[0]} and std {shown[1]}, the model was trained on "
+        f"mean {shown[2]} and std {shown[3]}; if units differ, pass --scale or --offset{hint}"
+    )
+
+
+# ---- windows ----------------------------------------------------------------------------------
+
+
+def window_starts(size, tile, overlap, unit=1):
+    """Where windows begin along a side of `size` px: the last one ends at the edge, or beyond it by
+    less than `unit` px; a side smaller than a window has one window. All are multiples of unit."""
+    stride = max(unit, (tile - overlap) // unit * unit)
+    last = max(0, -((tile - size) // unit) * unit)
+    return [*range(0, last, stride), last]
+
+
+def blend_weights(starts, side):
+    """Weights (len(starts), side) of windows along an axis: a smooth bell, divided by what all
+    windows over a place sum to, so that they sum to 1 there."""
+    bell = np.sin(np.pi * (np.arange(side) + 0.5) / side) ** 2
+    total = np.zeros(starts[-1] + side)
+    for start in starts:
+        total[start : start + side] += bell
+    return torch.tensor(np.stack([bell / total[s : s + side] for s in starts])).float()
+
+
+class Blend:
+    """Overlapping windows (channels, side, side) laid over each other, a row of them at a time.
+
+    rows, cols: where windows begin. Memory holds (channels, side, width), whatever the height.
+    """
+
+    def __init__(self, channels, side, rows, cols, device):
+        self.side, self.rows, self.cols = side, rows, cols
+        self.down = blend_weights(rows, side).to(device)
+        self.across = blend_weights(cols, side).to(device)
+        self.sums = torch.zeros(channels, side, cols[-1] + side, device=device)
+
+    def add(self, row, col, window):
+        """Lay the window of the row-th and col-th beginning."""
+        weight = self.down[row, :, None] * self.across[col]
+        start = self.cols[col]
+        self.sums[:, :, start : start + self.side] += weight * window
+
+    def done(self, row):
+        """After a row of windows: the rows (channels, n, width) that no later window touches."""
+        ends = [*self.rows[1:], self.rows[-1] + self.side]
+        count = ends[row] - self.rows[row]
+        finished, rest = self.sums[:, :count], self.sums[:, count:]
+        self.sums = torch.nn.functional.pad(rest, (0, 0, 0, count))
+        return finished.cpu().numpy()
+
+
+def window_rows(parts, height, width, starts, tile):
+    """Rows of windows of a scene: yields (bands, tile, width) for each start.
+
+    parts: iterator over the scene's rows, (bands, n, ...), all `height`. Beyond the bottom and the
+    right edge, up to `width`, lies the mirror image.
+    """
+    top, held = 0, next(parts)
+    for start in starts:
+        while top + held.shape[1] < min(start + tile, height):
+            held, top = np.concatenate([held[:, start - top :], next(parts)], axis=1), start
+        rows = held[:, start - top : start - top + tile]
+        pad = [(0, 0), (0, tile - rows.shape[1]), (0, width - rows.shape[2])]
+        yield np.pad(rows, pad, mode="symmetric")
+
+
+@torch.inference_mode()
+def predict(model, scene, bands, mean, std, overlap, batch, features, scale=1.0, offset=0.0):
+    """Classify a scene: yields finished rows from top to bottom, as a dict of
+    "valid" (n, width) bool, "logits" (classes, n, width) float32 unless the model is an encoder
+    alone, and, if `features`, "tokens" (D, m, token columns) float32, NaN where there is no data.
+
+    scene: path. bands: positions, in the model's order. mean, std: (bands,), in its units.
+    A token covers tile / grid px, the first one begins at the scene's corner; m may be 0.
+    """
+    about, tile, grid = geotiff.info(scene), model.tile, model.grid
+    device = next(model.encoder.parameters()).device
+    # tokens of different windows must lie on one grid, so windows move by whole tokens
+    unit = tile // math.gcd(tile, grid) if features else 1
+    if features and unit > tile // 2 and max(about.height, about.width) > tile:
+        fit = max(1, round(tile / grid)) * grid
+        raise ValueError(
+            f"--features: {grid} x {grid} tokens of windows of {tile} px do not lie on one grid; "
+            f"pass --tile {fit}"
+        )
+    rows, cols = (window_starts(n, tile, overlap, unit) for n in (about.height, about.width))
+    width, channels = cols[-1] + tile, len(model.classes)
+    logits = Blend(channels, tile, rows, cols, device) if channels else None
+    if features:
+        on_grid = [[start * grid // tile for start in starts] for starts in (rows, cols)]
+        tokens = Blend(model.encoder.dim, grid, *on_grid, device)
+        token_rows, token_cols = (-(-n * grid // tile) for n in (about.height, about.width))
+
+    mean, std = (torch.tensor(x).float().to(device)[:, None, None] for x in (mean, std))
+    parts = window_rows(geotiff.read_rows(scene, bands), about.height, width, rows, tile)
+    total = len(rows) * len(cols)
+    bar = tqdm(total=total, desc=about.path.name, unit=" windows", smoothing=0.05)
+    with bar:
+        for row, part in enumerate(parts):
+            strip = torch.from_numpy(pixels_of(part, about.nodata, scale, offset)).to(device)
+            valid = ~strip[0].isnan()
+            strip = ((strip - mean) / std).nan_to_num(0.0)  # holes are the mean, as in training
+            columns = valid.any(0).cpu().numpy()
+            filled = [k for k, col in enumerate(cols) if columns[col : col + tile].any()]
+            bar.update(len(cols) - len(filled))
+            for some in (filled[k : k + batch] for k in range(0, len(filled), batch)):
+                images = torch.stack([strip[..., cols[k] : cols[k] + tile] for k in some])
+                scores, encoded = model(images)
+                for place, k in enumerate(some):
+                    if channels:
+                        logits.add(row, k, scores[place])
+                    if features:
+                        tokens.add(row, k, encoded[place])
+                bar.update(len(some))
+
+            end = rows[row + 1] if row + 1 < len(rows) else about.height
+            out = {"valid": valid[: end - rows[row], : about.width].cpu().numpy()}
+            if channels:
+                out["logits"] = logits.done(row)[:, : end - rows[row], : about.width]
+            if features:
+                begin = on_grid[0][row]
+                ready = tokens.done(row)[:, : max(0, token_rows - begin), :token_cols]
+                size = (grid, on_grid[1][-1] + grid)
+                known = torch.nn.functional.adaptive_max_pool2d(valid[None].float(), size)[0] > 0
+                known = known[: ready.shape[1], :token_cols].cpu().numpy()
+                out["tokens"] = np.where(known, ready, np.float32(np.nan))
+            yield out
+
+
+# ---- outputs ----------------------------------------------------------------------------------
+
+
+def palette(count):
+    """(red, green, blue) of 0..255 for class ids: neighbours differ in hue and in lightness."""
+    return [
+        tuple(round(255 * v) for v in colorsys.hls_to_rgb(k * 0.618 % 1, light, 0.65))
+        for k, light in zip(range(count), [0.42, 0.68, 0.28] * count, strict=False)
+    ]
+
+
+def output_paths(scenes, out, model, args):
+    """{scene: {kind: path}} for the kinds that were asked for; raises before anything is lost."""
+    folder = out.is_dir() or len(scenes) > 1 or out.suffix.lower() not in (".tif", ".tiff")
+    if folder and out.is_file():
+        raise ValueError(f"{out}: a file, but {len(scenes)} scenes need a folder")
+    outputs = {}
+    for scene in scenes:
+        base = out / f"{scene.stem}.tif" if folder else out
+        kinds = {
+            "map": base if model.classes else None,
+            "probabilities": args.probabilities and base.with_stem(base.stem + "_probabilities"),
+            "features": args.features
+            and (base.with_stem(base.stem + "_features") if model.classes else base),
+            "png": args.png and base.with_suffix(".png"),
+        }
+        outputs[scene] = {kind: path for kind, path in kinds.items() if path}
+    paths = [path for kinds in outputs.values() for path in kinds.values()]
+    twice = [path for path in set(paths) if paths.count(path) > 1]
+    if twice:
+        raise ValueError(f"{twice[0]}: two scenes would be written to it; name them apart")
+    for path in paths:
+        if path.resolve() in {scene.resolve() for scene in scenes}:
+            raise ValueError(f"{path}: is itself a scene; write elsewhere")
+        if path.exists() and not args.overwrite:
+            raise FileExistsError(f"{path}: exists; pass --overwrite, or write elsewhere")
+    return outputs
+
+
+def map_scene(scene, model, bands, mean, std, picture, paths, args):
+    """Predict one scene and write what was asked for; returns one line on it."""
+    start, about, classes = time.perf_counter(), geotiff.info(scene), model.classes
+    height, width, colours = about.height, about.width, palette(len(model.classes))
+    overlap = model.tile // 2 if args.overlap is None else args.overlap
+    counts, preview, step = np.zeros(256, np.int64), [], -(-max(height, width) // PREVIEW)
+    with ExitStack() as stack:
+
+        def open_output(kind, shape, dtype, transform, nodata, names, **more):
+            return stack.enter_context(
+                geotiff.writer(
+                    paths[kind], shape, dtype, transform, about.crs, nodata, names, **more
+                )
+            )
+
+        nan, write = float("nan"), {}
+        if "map" in paths:
+            write["map"] = open_output(
+                "map", (1, height, width), np.uint8, about.transform, NO_CLASS, ("class",),
+                classes=classes, colours=colours,
+            )  # fmt: skip
+        if "probabilities" in paths:
+            shape = (len(classes), height, width)
+            write["probabilities"] = open_output(
+                "probabilities", shape, np.float32, about.transform, nan, classes
+            )
+        if "features" in paths:
+            side = model.tile / model.grid  # px of the scene that a token covers
+            shape = (model.encoder.dim, *(math.ceil(n / side) for n in (height, width)))
+            a, b, c, d, e, f = about.transform or (1, 0, 0, 0, 1, 0)
+            place = about.transform and (a * side, b * side, c, d * side, e * side, f)
+            write["features"] = open_output("features", shape, np.float32, place, nan, ())
+
+        row = 0
+        for part in predict(
+            model, scene, bands, mean, std, overlap, args.batch, args.features, args.scale,
+            args.offset,
+        ):  # fmt: skip
+            if "features" in paths:
+                write["features"](rounded(part["tokens"]))
+            valid = part["valid"]
+            if classes:
+                logits = torch.from_numpy(part["logits"])
+                ids = np.where(valid, logits.argmax(0).numpy(), NO_CLASS).astype(np.uint8)
+                write["map"](ids[None])
+                counts += np.bincount(ids.ravel(), minlength=256)
+                preview.append(ids[-row % step :: step, ::step])
+                row += len(ids)
+            if "probabilities" in paths:
+                shares = logits.softmax(0).numpy()
+                write["probabilities"](rounded(np.where(valid, shares, np.float32(nan))))
+        if "png" in paths:
+            ids = np.concatenate(preview)
+            draw_map(paths["png"], picture, model.meta.get("bands"), ids, classes, colours, counts)
+    seconds = time.perf_counter() - start
+    shares = [f"{name} {100 * counts[k] / max(1, counts[:NO_CLASS].sum()):.1f} %"
+              for k, name in enumerate(classes) if counts[k]]  # fmt: skip
+    return (
+        f"{next(iter(paths.values()))}: {height} x {width} px in {seconds:.1f} s "
+        f"({height * width / seconds:,.0f} px/s)"
+        + "".join(f"; {share}" for share in shares)
+        + (f"; {100 * counts[NO_CLASS] / counts.sum():.1f} % without data" if classes else "")
+    )
+
+
+def rounded(values):
+    """float32 of 11 significant bits, which deflate to half the size."""
+    return values.astype(np.float16).astype(np.float32)
+
+
+def draw_map(path, picture, bands, ids, classes, colours, counts):
+    """PNG of a scene (bands, h, w) beside its class map (h, w), commonest class first in legend."""
+    from matplotlib.figure import Figure  # here, so that --help does not wait for its import
+    from matplotlib.patches import Patch
+
+    bands = [common_name(band) for band in bands or [""] * len(picture)]
+    scene = composite(torch.from_numpy(np.nan_to_num(picture)[None]), bands)[0].numpy()
+    scene[np.isnan(picture[0])] = 1
+    table = np.full((256, 3), 255, np.uint8)
+    table[: len(colours)] = colours
+    height, width = ids.shape
+    figure = Figure(figsize=(12, max(2.5, 6 * height / width)))
+    for axis, image in zip(figure.subplots(1, 2), (scene, table[ids]), strict=True):
+        axis.imshow(image, interpolation="nearest")
+        axis.axis("off")
+    total = max(1, counts[:NO_CLASS].sum())
+    order = [k for k in np.argsort(-counts[: len(classes)], kind="stable") if counts[k]]
+    handles = [
+        Patch(
+            color=np.array(colours[k]) / 255, label=f"{classes[k]} {100 * counts[k] / total:.1f} %"
+        )
+        for k in order
+    ]
+    figure.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, -0.05), ncols=6,
+                  frameon=False)  # fmt: skip
+    save_figure(figure, path)
+
+
+def run(args):
+    """Map all scenes; everything wrong with flags and headers is raised before the first one."""
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no CUDA device is available; use --device cpu")
+    found = [path for where in args.scenes for path in find_files(where, "scenes")]
+    scenes = list(dict.fromkeys(found))
+    for scene in scenes:
+        if scene.suffix.lower() == ".jp2":
+            raise ValueError(
+                f"{scene}: JPEG 2000 is not read here; convert it with gdal_translate {scene} "
+                f"{scene.with_suffix('.tif').name}"
+            )
+    model = load_model(args.model, args.tile, args.image_size, args.heads, device)
+    if not model.classes and (args.probabilities or args.png or not args.features):
+        raise ValueError(
+            f"--model {args.model} is an encoder without classes; pass --features alone, or a "
+            "model of finetune.py"
+        )
+    if len(model.classes) > NO_CLASS:
+        raise ValueError(f"a map holds {NO_CLASS} classes, --model has {len(model.classes)}")
+    if args.overlap is not None and args.overlap >= model.tile:
+        raise ValueError(f"--overlap {args.overlap} is not below the window of {model.tile} px")
+    outputs = output_paths(scenes, args.out, model, args)
+    chosen = {}
+    for scene in scenes:
+        about = geotiff.info(scene)
+        chosen[scene], how = choose_bands(about, model, args.bands)
+        print(f"{scene}: bands {','.join(map(str, chosen[scene]))} ({how})")
+        warn(gsd_warning(about, model))
+        if about.transform is None:
+            warn(f"{scene}: has no georeference, so its map has none")
+    for scene, paths in outputs.items():
+        mean, std, picture = survey(scene, chosen[scene], args.scale, args.offset)
+        warn(scale_warning(scene, mean, std, model))
+        if "mean" in model.meta and "std" in model.meta:
+            mean, std = model.meta["mean"], model.meta["std"]
+        else:
+            print(f"{scene}: the model has no statistics; normalised by those of the scene")
+            std = np.maximum(std, 1e-6)
+        next(iter(paths.values())).parent.mkdir(parents=True, exist_ok=True)
+        print(map_scene(scene, model, chosen[scene], mean, std, picture, paths, args))
+
+
+def warn(sentence):
+    if sentence:
+        print(f"warning: {sentence}", file=sys.stderr)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        run(args)
+    except (ValueError, OSError) as error:
+        print(f"predict.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("predict.py: interrupted; maps that were finished stay", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
