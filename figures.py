@@ -48,17 +48,18 @@ def save_figure(figure, path):
 def draw_tokens(path, mr, hr, tokens, hr_tokens, patch, bands):
     """A row per pair: HR, MR, student tokens of MR, teacher tokens of HR (as PCA colours).
 
-    mr (B, C, h, w), hr (B, C, r h, r w), tokens (B, N, D), hr_tokens (B, N r^2, D). patch: pixels.
+    mr (B, C, h, w), hr (B, C, r h, r w), tokens (B, N, D), hr_tokens (B, N r^2, D) or None, where
+    there is no HR to show. patch: pixels.
     """
     from matplotlib.figure import Figure  # here, so that training does not wait for its import
 
-    grids = [(x.shape[-2] // patch, x.shape[-1] // patch) for x in (mr, hr)]
-    columns = {
-        "HR": composite(hr, bands),
-        "MR": composite(mr, bands),
-        "student tokens (MR)": token_colours(tokens, grids[0]),
-        "teacher tokens (HR)": token_colours(hr_tokens, grids[1]),
-    }
+    def colours(images, tokens):
+        return token_colours(tokens, (images.shape[-2] // patch, images.shape[-1] // patch))
+
+    columns = {"MR": composite(mr, bands), "student tokens (MR)": colours(mr, tokens)}
+    if hr_tokens is not None:
+        columns = {"HR": composite(hr, bands), **columns}
+        columns["teacher tokens (HR)"] = colours(hr, hr_tokens)
     figure = Figure(figsize=(2.2 * len(columns), 2.2 * len(mr)))
     axes = figure.subplots(len(mr), len(columns), squeeze=False)
     for column, (title, pictures) in zip(axes.T, columns.items(), strict=True):

@@ -2,6 +2,7 @@
 
     python train.py --store pairs --variant sa                        one process, CPU or GPU
     torchrun --nproc_per_node=8 train.py --store pairs --variant sa   eight GPUs, the same run
+    python train.py --store pairs more/ --hr-share 0.25               two stores, HR for a quarter
 
 I-JEPA or Latent MIM on the MR images, plus spatial affinity (arXiv 2601.12964). Top to bottom:
 schedules, health, flags, run directory, model, one step's randomness and losses, and `main`, which
@@ -12,6 +13,7 @@ but the weights and the step.
 
 import argparse
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -28,7 +30,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from affinity import SpatialAffinity, gram_loss, token_mse
-from data import Store, crop_pairs, draw_crops, sample_order
+from data import Store, crop_pairs, draw_crops, read_chips, sample_order
 from figures import draw_tokens
 from model import (
     IJEPA,
@@ -84,6 +86,8 @@ FREE_ON_RESUME = {
     "log_every",
     "save_every",
     "stop_at",
+    "probe_task",
+    "probe_every",
 }
 
 
@@ -180,7 +184,8 @@ def parse_args(argv=None):
     on_off = argparse.BooleanOptionalAction
 
     g = p.add_argument_group("run")
-    g.add_argument("--store", type=Path, required=True, help="folder written by data.py pack")
+    g.add_argument("--store", type=Path, required=True, nargs="+", metavar="DIR",
+                   help="folders written by data.py pack, each with its own sensors and statistics")
     g.add_argument("--out", type=Path, help="run directory; out/OBJECTIVE-VARIANT-sSEED if not set")
     g.add_argument("--objective", choices=sorted(PAPER), default="ijepa", help="self-supervision")
     g.add_argument("--variant", choices=["mr", "hr", "sa", "sa-interp", "sa-mse"], default="sa",
@@ -191,6 +196,11 @@ def parse_args(argv=None):
     g.add_argument("--stop-at", type=positive, metavar="STEP", help="save and stop here, early")
 
     g = p.add_argument_group("images")
+    g.add_argument("--hr-share", type=between(0, 1), default=1.0, help="share of the training "
+                   "pairs that keep their HR, drawn by --seed; the other chips train with the SSL "
+                   "loss alone")
+    g.add_argument("--skip-flagged", action=on_off, default=False,
+                   help="leave out the chips that data.py check flagged")
     g.add_argument("--mr-size", type=positive, help="pixels a side that MR crops are resampled "
                    "to; paper: 224 (ijepa), 280 (latentmim, gaps included)")
     g.add_argument("--ratio", type=positive, default=2, help="HR per MR token side; paper: 2")
@@ -260,6 +270,12 @@ def parse_args(argv=None):
                    help="AdamW's; paper: 0.999 (ijepa), 0.95 (latentmim)")
     g.add_argument("--momentum", type=between(0, 1), help="of the EMA teacher at the start, 1 at "
                    "the end; paper: 0.996 (ijepa), 0.99 (latentmim)")
+
+    g = p.add_argument_group("probe")
+    g.add_argument("--probe-task", nargs=2, metavar=("NAME", "DIR"), help="a task of finetune.py "
+                   "--list-tasks and its folder: the log gains the validation mIoU of nearest "
+                   "neighbours on the student's tokens")
+    g.add_argument("--probe-every", type=positive, default=1000, help="steps between probes")
 
     g = p.add_argument_group("machine")
     g.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to run")
@@ -341,14 +357,19 @@ def open_run(out, resume, config):
         )
     try:
         before = json.loads((out / "config.json").read_text())
-        before = before["args"] | {key: before[key] for key in ("steps", "precision")}
+        before = before["args"] | {key: before[key] for key in ("steps", "precision", "chips")}
     except (ValueError, KeyError, TypeError):
         raise ValueError(
             f"{out / 'config.json'}: damaged, or not of a run; start a new run from the weights "
             f"with --init {out / 'ckpt.pt'}"
         ) from None
-    now = config["args"] | {key: config[key] for key in ("steps", "precision")}
+    now = config["args"] | {key: config[key] for key in ("steps", "precision", "chips")}
     for name, value in now.items():
+        if name == "chips" and before[name] != value:
+            raise ValueError(
+                f"{out}: was trained on chips {before[name]}, the stores now hold {value}; bring "
+                f"back what was packed and flagged then, or start a new run with --init {out}"
+            )
         if name not in FREE_ON_RESUME and before.get(name) != value:
             flag = "--" + name.replace("_", "-")
             raise ValueError(
@@ -394,6 +415,8 @@ def duration(seconds):
 def report(entry, total, seconds_left):
     """One log line, and a sentence where training has collapsed."""
     memory = f"{entry['gb']:.1f} GB | " if entry["gb"] else ""
+    if "probe_miou" in entry:
+        memory = f"probe {entry['probe_miou']:.4f} | {memory}"
     print(
         f"step {entry['step']:05d}/{total} | loss {entry['loss']:.4f} (ssl {entry['ssl']:.4f} aff "
         f"{entry['affinity']:.4f}) | rank {entry['rank']:.1f} | cos {entry['cosine']:.2f} | var "
@@ -470,6 +493,47 @@ def build_affinity(args, teacher):
     return SpatialAffinity(encode, args.ratio, token_mse if args.variant == "sa-mse" else gram_loss)
 
 
+# ---- the chips
+
+
+def training_chips(args, stores):
+    """Which chips a run trains on: (n, 2) int64 store and chip, has_hr (n,) bool, and 12 hex digits
+    that change with them. Raises ValueError where stores do not go together or nothing is left."""
+    sensor = "hr" if args.variant == "hr" else "mr"
+    chips, has_hr, digest = [], [], hashlib.sha256()
+    for number, (path, store) in enumerate(zip(args.store, stores, strict=True)):
+        bands, first = (each.meta["bands"][sensor] for each in (store, stores[0]))
+        if bands != first:
+            raise ValueError(
+                f"{path}: its {sensor} bands are {','.join(bands)}, those of {args.store[0]} "
+                f"{','.join(first)}; pack both with the same --band-names"
+            )
+        ids = store.split("train")
+        if args.skip_flagged:
+            ids = ids[~store.flagged[ids]]
+        if args.variant == "hr":
+            ids = ids[store.has_hr[ids]]
+        if len(ids) == 0:
+            raise ValueError(
+                f"{path}: no chip in its train split"
+                + (", or all are flagged" if args.skip_flagged else "")
+                + (" has HR" if args.variant == "hr" else "")
+                + "; pack it again"
+            )
+        chips.append(np.column_stack([np.full_like(ids, number), ids]))
+        has_hr.append(store.has_hr[ids])
+        facts = {k: store.meta[k] for k in ("bands", "shape", "dtype", "mean", "std")}
+        for part in (json.dumps(facts).encode(), ids.tobytes(), has_hr[-1].tobytes()):
+            digest.update(part)
+    chips, has_hr = np.concatenate(chips), np.concatenate(has_hr)
+    if args.variant.startswith("sa") and not has_hr.any():
+        raise ValueError(
+            f"--variant {args.variant}: no training chip has HR; pack some with it, raise "
+            f"--hr-share {args.hr_share:g}, or take --variant mr"
+        )
+    return chips, has_hr, digest.hexdigest()[:12]
+
+
 # ---- one step
 
 
@@ -491,33 +555,53 @@ def draw_step(args, objective, step):
     return masks
 
 
-def step_losses(args, model, objective, affinity, meta, batch, masks):
-    """SSL loss, affinity loss (0 without), and student tokens of one micro-batch on its device.
+def step_losses(args, model, objective, affinity, parts, masks):
+    """Losses of one micro-batch on its device: SSL, affinity (the mean over the pairs in it, 0
+    without), how many pairs those are, and, for `health`, student tokens and MR images.
 
-    model: `objective`, or what DDP and torch.compile made of it.
+    model: `objective`, or what DDP and torch.compile made of it. parts: of `read_chips`, with the
+    crops of its chips in each batch.
     """
-    mr, hr = crop_pairs(
-        batch,
-        masks["crop"],
-        meta,
-        args.mr_size,
-        args.ratio * args.mr_size if affinity else None,
-        mr_from="hr" if args.variant == "hr" else "mr",
-        hr_from="mr" if args.variant == "sa-interp" else "hr",
-    )
+    views = [
+        crop_pairs(
+            batch,
+            batch["crop"],
+            meta,
+            args.mr_size,
+            args.ratio * args.mr_size if affinity else None,
+            mr_from="hr" if args.variant == "hr" else "mr",
+            hr_from="mr" if args.variant == "sa-interp" else "hr",
+        )
+        for meta, _, batch in parts
+    ]
+    mr = in_order([mr for mr, _ in views], [place for _, place, _ in parts])
     loss_ssl, tokens, index = model(mr, masks)
-    if affinity is None:
-        return loss_ssl, torch.zeros_like(loss_ssl), tokens, mr
+    places = [place[batch["has_hr"]] for _, place, batch in parts]  # on the CPU, as the masks were
+    pairs = torch.cat(places).sort()[0]
+    if affinity is None or not len(pairs):
+        return loss_ssl, torch.zeros_like(loss_ssl), 0, tokens, mr
+    hr = in_order([hr for _, hr in views], places)
+    compared = tokens
     if args.affinity_index == "block":
         index = masks["block"]
-        tokens = objective.encode(mr, masks, index)
+        compared = objective.encode(mr, masks, index)
+    # the chips without HR learn from the SSL loss alone
+    pairs = slice(None) if len(pairs) == len(mr) else pairs.to(mr.device)
     if args.objective == "latentmim":
         patch, r = objective.student.patch_size, args.ratio
         if args.gap_offset == "paper":
-            hr = take_patches(hr, patch, args.gap, masks["hr_offset"])
+            hr = take_patches(hr, patch, args.gap, masks["hr_offset"][pairs])
         else:  # the r * r HR patches of an MR patch lie on its ground
-            hr = take_patches(hr, r * patch, r * args.gap, r * masks["offset"])
-    return loss_ssl, affinity(tokens, index, hr, objective.grid), tokens, mr
+            hr = take_patches(hr, r * patch, r * args.gap, r * masks["offset"][pairs])
+    loss_affinity = affinity(compared[pairs], index[pairs], hr, objective.grid)
+    return loss_ssl, loss_affinity, len(hr), tokens, mr
+
+
+def in_order(parts, places):
+    """Join tensors whose rows belong at `places` (CPU), in the order of the places."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts)[torch.cat(places).argsort().to(parts[0].device)]
 
 
 # ---- the run
@@ -562,18 +646,22 @@ def main(args):
         return mine.flatten(0, 1)
 
     # Data, model, affinity. The same seed gives the same weights on every rank.
-    store = Store(args.store)
-    train = store.split("train")
-    if len(train) == 0:
-        raise ValueError(f"{args.store}: no chip in its train split; pack it again")
+    stores = [Store(path, args.hr_share, args.seed) for path in args.store]
+    sensor = "hr" if args.variant == "hr" else "mr"
+    train, has_hr, chips_hash = training_chips(args, stores)
+    bands = stores[0].meta["bands"][sensor]
     total = args.steps or max(1, round(args.epochs * len(train) / args.global_batch))
     warmup = round(total * args.warmup_epochs / 300)
-    bands = store.meta["bands"]
     torch.manual_seed(args.seed)
     objective = build_objective(args, bands).to(device)
     encoder = objective.student
     affinity = build_affinity(args, objective.teacher)
     draw_step(args, objective, 0)  # masks that cannot be drawn say so now
+    if args.probe_task:
+        from segment import probe
+        from tasks import load_task
+    task = args.probe_task and load_task(*args.probe_task)
+    probe_size = objective.grid[0] * encoder.patch_size
 
     # Optimiser: two groups, with and without weight decay.
     named = [(n, p) for n, p in objective.named_parameters() if p.requires_grad]
@@ -587,9 +675,10 @@ def main(args):
     # Run directory and resume.
     commit, dirty = git_state()
     config = {
-        "args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "args": json.loads(json.dumps(vars(args), default=str)),
         "encoder": encoder.config,
         "steps": total,
+        "chips": chips_hash,
         "ranks": world,
         "accumulation": accumulation,
         "precision": precision,
@@ -598,15 +687,14 @@ def main(args):
         "commit": commit,
         "dirty": dirty,
     }
-    sensor = "hr" if args.variant == "hr" else "mr"
+    # several stores: the encoder is said to read what the first one holds
     facts = {
         "objective": args.objective,
         "variant": args.variant,
         "bands": bands,
-        "mean": store.meta["mean"][sensor],
-        "std": store.meta["std"][sensor],
-        "gsd": store.meta["gsd"][sensor],
+        **{key: stores[0].meta[key][sensor] for key in ("mean", "std", "gsd")},
         "mr_size": args.mr_size,
+        "sources": [source for store in stores for source in store.meta["sources"]],
         "commit": commit,
     }
     saved = open_run(args.out, args.resume, config)
@@ -638,8 +726,8 @@ def main(args):
             f"{args.out}: {args.objective} {args.variant}, encoder of "
             f"{sum(p.numel() for p in encoder.parameters()) / 1e6:.1f} M parameters, grid "
             f"{objective.grid[0]} x {objective.grid[1]} of {encoder.patch_size} px, "
-            f"{len(train)} chips, steps {start} to {total}, batch {args.global_batch} = "
-            f"{accumulation} x {world} ranks x {device_batch}, {precision}",
+            f"{len(train)} chips, {has_hr.sum()} with HR, steps {start} to {total}, batch "
+            f"{args.global_batch} = {accumulation} x {world} ranks x {device_batch}, {precision}",
             flush=True,
         )
 
@@ -654,12 +742,31 @@ def main(args):
     sensors = {sensor} | ({"mr" if args.variant == "sa-interp" else "hr"} if affinity else set())
 
     def prepare(step):
-        """Chips and masks of this rank for a step; pinned, so that the copy to a GPU overlaps."""
-        order = train[sample_order(args.seed, step, args.global_batch, len(train))]
-        batch = store.batch(share(torch.from_numpy(order)).numpy(), sensors)
+        """What a rank needs of a step: [(parts, masks)] of its micro-batches, and how many pairs
+        there are in the global batch. Pinned, so that the copy to a GPU overlaps."""
+        order = sample_order(args.seed, step, args.global_batch, len(train))
         masks = draw_step(args, objective, step)
-        masks = {k: share(v) for k, v in masks.items()}
-        return [{k: v.pin_memory() if cuda else v for k, v in d.items()} for d in (batch, masks)]
+        mine = share(torch.from_numpy(order)).numpy()
+        masks = {key: share(value) for key, value in masks.items()}
+        ready = []
+        for micro in range(accumulation):
+            part = slice(micro * device_batch, (micro + 1) * device_batch)
+            crops, parts = masks["crop"][part], read_chips(stores, train[mine[part]], sensors)
+            parts = [
+                (meta, place, pin(batch | {"crop": crops[place]})) for meta, place, batch in parts
+            ]
+            ready.append((parts, pin({k: v[part] for k, v in masks.items() if k != "crop"})))
+        return ready, int(has_hr[order].sum())
+
+    def pin(tensors):
+        # has_hr stays on the CPU: it decides shapes
+        keep = {"has_hr"} if cuda else tensors
+        return {k: v if k in keep else v.pin_memory() for k, v in tensors.items()}
+
+    def to_device(tensors):
+        return {
+            k: v if k == "has_hr" else v.to(device, non_blocking=True) for k, v in tensors.items()
+        }
 
     # The loop. The next step's chips and masks are read while this one computes.
     stop = min(total, args.stop_at or total)
@@ -675,24 +782,26 @@ def main(args):
             group["lr"] = lr
             group["weight_decay"] = weight_decay if group["decay"] else 0.0
         saving = (step + 1) % args.save_every == 0 or step + 1 == stop
-        logging = saving or step == 0 or (step + 1) % args.log_every == 0
+        probing = task and (step + 1 == stop or (step + 1) % args.probe_every == 0)
+        logging = saving or probing or step == 0 or (step + 1) % args.log_every == 0
 
-        ready = coming.result()
+        ready, pairs = coming.result()
         if step + 1 < stop:
             coming = ahead.submit(prepare, step + 1)
         losses, sums = torch.zeros(2, device=device), None
-        for micro in range(accumulation):
-            part = slice(micro * device_batch, (micro + 1) * device_batch)
-            batch, masks = (
-                {k: v[part].to(device, non_blocking=True) for k, v in d.items()} for d in ready
-            )
+        for micro, (parts, masks) in enumerate(ready):
+            parts = [(meta, place, to_device(batch)) for meta, place, batch in parts]
+            masks = to_device(masks)
             # gradients travel once an update
             last = world == 1 or micro == accumulation - 1
             with contextlib.nullcontext() if last else model.no_sync():
                 with autocast:
-                    loss_ssl, loss_affinity, tokens, mr = step_losses(
-                        args, model, objective, affinity, store.meta, batch, masks
+                    loss_ssl, loss_affinity, here, tokens, mr = step_losses(
+                        args, model, objective, affinity, parts, masks
                     )
+                    # the mean over the pairs of the global batch, whatever share is here: 1 where
+                    # all chips are pairs
+                    loss_affinity = loss_affinity * (here * accumulation * world / max(pairs, 1))
                     loss = loss_ssl + args.affinity_weight * loss_affinity
                 scaler.scale(loss / accumulation).backward()
             losses += torch.stack([loss_ssl, loss_affinity]).detach() / accumulation
@@ -738,6 +847,9 @@ def main(args):
                 "images_per_s": args.global_batch / seconds,
                 "gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else None,
             }
+            if probing and rank == 0:  # the others wait in the next step's reduction
+                entry["probe_miou"] = probe(encoder, task, "knn", probe_size)["val_miou"]
+                clock = time.perf_counter()
             if rank == 0:
                 report(entry, total, seconds * (stop - step - 1))
                 with open(log_path, "a") as log:
@@ -763,17 +875,22 @@ def main(args):
 
     if rank == 0 and start < stop == total:
         # what the tokens tell apart, on ground held out of training where there is any
+        store, meta = stores[0], stores[0].meta
+        if args.variant == "hr":
+            meta = meta | {"bands": {"mr": bands, "hr": bands}}
         chips = store.split("val") if len(store.split("val")) else store.split("train")
-        batch = {k: v.to(device) for k, v in store.batch(chips[:4]).items()}
+        paired = chips[store.has_hr[chips]]
+        batch = to_device(store.batch((paired if len(paired) else chips)[:4]))
         whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]], dtype=torch.float64, device=device)
         size = objective.grid[0] * encoder.patch_size
         mr, hr = crop_pairs(
-            batch, whole.expand(len(batch["mr"]), -1), store.meta, size, args.ratio * size,
+            batch, whole.expand(len(batch["mr"]), -1), meta, size, args.ratio * size,
             mr_from=sensor, hr_from="mr" if args.variant == "sa-interp" else "hr",
         )  # fmt: skip
         spacing = 1 / args.ratio if args.pos == "ground" else 1.0
         with torch.no_grad():
-            tokens, hr_tokens = encoder(mr), objective.teacher(hr, spacing=spacing)
+            tokens = encoder(mr)
+            hr_tokens = objective.teacher(hr, spacing=spacing) if len(hr) else None
         draw_tokens(args.out / "tokens.png", mr, hr, tokens, hr_tokens, encoder.patch_size, bands)
         print(f"{args.out}: encoder.safetensors to share, tokens.png to look at")
     if world > 1:

@@ -82,5 +82,5 @@ def test_published_runs_are_commands_of_train(run):
     words = re.search(r"train\.py (.*)", text)[1].replace('"$@"', "")
     words = re.sub(r'"\$\{\w+:-([^}]*)\}"', r"\1", words).split()
     args = train.parse_args(words)
-    assert args.objective in run and str(args.store).split("/")[-1] in run
+    assert args.objective in run and str(args.store[0]).split("/")[-1] in run
     assert (args.model, args.epochs, args.variant) == ("small", 300, "sa")

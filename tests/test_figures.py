@@ -32,16 +32,18 @@ def test_token_colours_tell_groups_apart_and_mean_one_thing_in_all_images():
     assert token_colours(torch.ones(1, 6, 8), (2, 3)).isfinite().all()
 
 
-def test_draw_tokens_writes_one_picture(tmp_path):
+@pytest.mark.parametrize("hr", [True, False])
+def test_draw_tokens_writes_one_picture(tmp_path, hr):
     path = tmp_path / "tokens.png"
     draw_tokens(
         path,
         torch.randn(2, 4, 8, 12),
-        torch.randn(2, 4, 16, 24),
+        torch.randn(2, 4, 16, 24) if hr else None,
         torch.randn(2, 6, 16),
-        torch.randn(2, 24, 16),
+        torch.randn(2, 24, 16) if hr else None,
         4,
         ["B", "G", "R", "NIR"],
     )
     assert [p.name for p in tmp_path.iterdir()] == ["tokens.png"]
-    assert np.ptp(imread(path)) > 0.5
+    picture = imread(path)
+    assert np.ptp(picture) > 0.5 and (picture.shape[1] > 1.5 * picture.shape[0]) == hr

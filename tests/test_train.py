@@ -13,7 +13,7 @@ from conftest import ROOT
 from stores import write_store
 
 import train
-from data import Store
+from data import Store, read_chips
 from model import ViT, load_encoder, save_encoder
 
 TINY = (
@@ -30,7 +30,8 @@ def store(tmp_path_factory):
 
 
 def command(store, out, objective="ijepa", steps=2, **flags):
-    words = [*TINY, "--store", store, "--out", out, "--objective", objective, "--steps", steps]
+    stores = store if isinstance(store, list) else [store]
+    words = [*TINY, "--out", out, "--objective", objective, "--steps", steps, "--store", *stores]
     words += ["--mr-size", SIZE[objective]]
     for name, value in flags.items():
         words.append("--" + name.replace("_", "-"))
@@ -294,18 +295,17 @@ def test_the_teacher_sees_the_ground_of_the_students_tokens(tmp_path, objective,
     store = Store(write_store(tmp_path / "s", 4, size, ratio))
     meta = store.meta | {"mean": {"mr": [0.0] * 4, "hr": [0.0] * 4},
                          "std": {"mr": [1.0] * 4, "hr": [1.0] * 4}}  # fmt: skip
-    objective_ = train.build_objective(args, meta["bands"])
+    objective_ = train.build_objective(args, meta["bands"]["mr"])
     masks = train.draw_step(args, objective_, 0)
-    masks["crop"] = torch.tensor([[0.0, 0.0, 1.0, 1.0]], dtype=torch.float64).expand(4, -1)
+    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]], dtype=torch.float64).expand(4, -1)
     seen = {}
 
     def affinity(tokens, index, hr, grid):
         seen.update(index=index, hr=hr, grid=grid)
         return tokens.sum()
 
-    *_, mr = train.step_losses(
-        args, objective_, objective_, affinity, meta, store.batch([0, 1, 2, 3]), masks
-    )
+    parts = [(meta, torch.arange(4), store.batch([0, 1, 2, 3]) | {"crop": whole})]
+    *_, mr = train.step_losses(args, objective_, objective_, affinity, parts, masks)
     if objective == "latentmim":
         mr = objective_.patches(mr, masks)
     torch.testing.assert_close(F.avg_pool2d(seen["hr"], ratio), mr, atol=1.0, rtol=0)
@@ -323,6 +323,143 @@ def test_defaults_are_the_papers(store):
     assert (args.start_lr, args.beta2, args.momentum) == (7.5e-5, 0.95, 0.99)
     args = train.parse_args([*words, "--objective", "latentmim", "--lr", "8e-4"])
     assert (args.lr, args.start_lr, args.final_lr) == (8e-4, 2e-4, 2e-4)
+
+
+# ---- chips without HR, several stores
+
+
+@pytest.fixture(scope="module")
+def partial(tmp_path_factory):
+    """Two stores of other sizes, ratios and statistics: one partly paired, one of MR alone."""
+    folder = tmp_path_factory.mktemp("partial")
+    return [
+        write_store(folder / "some", size=16, pairs=[0, 3, 4, 10, 12]),
+        write_store(folder / "none", size=20, ratio=3, pairs=[], seed=1),
+    ]
+
+
+def losses_of_a_step(objective, stores, chips, variant="sa", **flags):
+    """step_losses of some chips in one micro-batch; and with every loss summed over single ones."""
+    args = parsed("unused", objective, variant=variant, global_batch=len(chips), **flags)
+    torch.manual_seed(0)
+    built = train.build_objective(args, ["B", "G", "R", "NIR"])
+    affinity = train.build_affinity(args, built.teacher)
+    masks = train.draw_step(args, built, 0)
+    crops = masks.pop("crop")
+
+    def losses(rows):
+        parts = [
+            (meta, place, batch | {"crop": crops[rows][place]})
+            for meta, place, batch in read_chips(stores, np.array(chips)[rows])
+        ]
+        mine = {key: value[rows] for key, value in masks.items()}
+        return train.step_losses(args, built, built, affinity, parts, mine)
+
+    everyone = list(range(len(chips)))
+    return losses(everyone), [losses([i]) for i in everyone]
+
+
+@pytest.mark.parametrize("objective", ["ijepa", "latentmim"])
+@pytest.mark.parametrize("flags", [{}, dict(affinity_index="block", gap_offset="paper")])
+def test_chips_with_and_without_hr_in_one_batch(partial, objective, flags):
+    """The losses of a mixed batch of two stores are the means of its chips' own: SSL over all,
+    affinity over the pairs."""
+    stores = [Store(path) for path in partial]
+    chips = [(1, 3), (0, 4), (0, 1), (0, 12), (1, 0), (0, 4)]
+    (ssl, affinity, pairs, *_), single = losses_of_a_step(objective, stores, chips, **flags)
+    assert pairs == 3 and [each[2] for each in single] == [0, 1, 0, 1, 0, 1]
+    torch.testing.assert_close(ssl, torch.stack([each[0] for each in single]).mean())
+    expected = sum(each[1] for each in single) / 3
+    assert expected > 0 and all(each[1] > 0 for each in single if each[2])
+    torch.testing.assert_close(affinity, expected)
+    # without any pair there is nothing to compare, and nothing to break a rank
+    (ssl, affinity, pairs, *_), _ = losses_of_a_step(objective, stores, [(1, 2), (0, 1)], **flags)
+    assert ssl > 0 and affinity == 0 and pairs == 0
+
+
+@pytest.mark.parametrize("objective", ["ijepa", "latentmim"])
+def test_any_number_of_ranks_trains_the_same_run_on_partial_pairs(partial, tmp_path, objective):
+    """The affinity is a mean over the pairs of the global batch, whatever share each rank gets."""
+    flags = dict(steps=6, global_batch=6)
+    run(partial, tmp_path / "one", objective, **flags)
+    run(partial, tmp_path / "parts", objective, **flags, device_batch=1)
+    done = spawn(command(partial, tmp_path / "two", objective, **flags, device_batch=1), 2)
+    assert done.returncode == 0, done.stderr
+    one = log_of(tmp_path / "one")
+    assert any(entry["affinity"] > 0 for entry in one)
+    for name in ("parts", "two"):
+        for a, b in zip(one, log_of(tmp_path / name), strict=True):
+            for key in ("loss", "ssl", "affinity", "rank", "cosine", "target_var", "grad_norm"):
+                assert b[key] == pytest.approx(a[key], rel=1e-5, abs=1e-6), (name, key)
+
+
+@pytest.mark.parametrize("variant", ["mr", "hr", "sa", "sa-interp"])
+def test_variants_of_partial_stores(partial, tmp_path, variant):
+    store = partial[:1] if variant == "hr" else partial
+    run(store, tmp_path / "run", variant=variant)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["args"]["store"] == [str(path) for path in store]
+    assert (tmp_path / "run" / "tokens.png").is_file()
+    if variant == "mr":  # MR alone first: a picture without HR
+        run(store[::-1], tmp_path / "again", variant=variant)
+        assert (tmp_path / "again" / "tokens.png").is_file()
+
+
+@pytest.mark.parametrize("variant", ["hr", "sa", "sa-interp"])
+def test_hr_with_fewer_bands(tmp_path, variant):
+    bands = ["B", "G", "R", "RE1", "NIR"]
+    path = write_store(tmp_path / "s", bands=bands, hr_bands=["B", "G", "R", "NIR"])
+    run(path, tmp_path / "run", variant=variant)
+    encoder = load_encoder(tmp_path / "run")
+    assert encoder.meta["bands"] == (["B", "G", "R", "NIR"] if variant == "hr" else bands)
+    assert encoder.in_channels == len(encoder.meta["mean"]) == len(encoder.meta["bands"])
+
+
+def test_hr_share_leaves_hr_to_that_share(store, tmp_path):
+    said = {}
+    for share in (0.0001, 0.25, 1):
+        args = parsed(store, "ijepa", hr_share=share)
+        stores = [Store(store, share, 0)]
+        if share == 0.0001:
+            with pytest.raises(ValueError, match=r"no training chip has HR; .* raise --hr-share"):
+                train.training_chips(args, stores)
+            continue
+        chips, has_hr, said[share] = train.training_chips(args, stores)
+        assert len(chips) == 14 and has_hr.sum() == round(14 * share)
+    assert said[0.25] != said[1]
+    run(store, tmp_path / "run", hr_share=0.25, steps=3)
+    assert any(entry["affinity"] > 0 for entry in log_of(tmp_path / "run"))
+
+
+def test_skip_flagged(tmp_path):
+    path = write_store(tmp_path / "pairs")
+    (path / "flags.csv").write_text("chip,reason\n3,shift\n7,shift\n")
+    for flags, expected in (({}, {3}), (dict(skip_flagged=True), set())):
+        chips, *_ = train.training_chips(parsed(path, "ijepa", **flags), [Store(path)])
+        assert {3, 7} & set(chips[:, 1].tolist()) == expected  # 7 is no training chip
+    (path / "flags.csv").write_text("chip,reason\n" + "".join(f"{i},x\n" for i in range(16)))
+    refused("no chip in its train split, or all are flagged", path, tmp_path / "run",
+            skip_flagged=True)  # fmt: skip
+
+
+def test_stores_that_do_not_go_together(store, tmp_path):
+    other = write_store(tmp_path / "rgb", bands=["R", "G", "B"])
+    refused("rgb: its mr bands are R,G,B, those of .*pairs B,G,R,NIR; pack both",
+            [store, other], tmp_path / "run")  # fmt: skip
+    bare = write_store(tmp_path / "bare", pairs=[])
+    refused("no training chip has HR; pack some", bare, tmp_path / "run")
+    refused("bare: no chip in its train split has HR", bare, tmp_path / "run", variant="hr")
+
+
+def test_resume_notices_other_chips(tmp_path):
+    path = write_store(tmp_path / "pairs")
+    run(path, tmp_path / "run", steps=3, stop_at=1, skip_flagged=True)
+    (path / "flags.csv").write_text("chip,reason\n3,shift\n")
+    refused("was trained on chips [0-9a-f]{12}, the stores now hold", path, tmp_path / "run",
+            steps=3, resume=True, skip_flagged=True)  # fmt: skip
+    (path / "flags.csv").unlink()
+    run(path, tmp_path / "run", steps=3, resume=True, skip_flagged=True)
+    assert len(log_of(tmp_path / "run")) == 3
 
 
 # ---- starting from other weights
