@@ -41,7 +41,7 @@ class Published:
     by, None for the whole image. counts: samples in train, val and test, None where the publisher
     gives no split. stats: {band: (mean, std)} as published. marks: what the folder holds, by which
     it is known. folders: where that may lie below --root. archives: what the download is called.
-    licence: "unverified" where only the page at `url` can tell.
+    size, licence: as others quote the page at `url`, which has the last word.
     """
 
     title: str
@@ -90,7 +90,7 @@ SA_CLASSES = (
 PASTIS_CLASSES = (
     "Background", "Meadow", "Soft winter wheat", "Corn", "Winter barley", "Winter rapeseed",
     "Spring barley", "Sunflower", "Grapevine", "Beet", "Winter triticale", "Winter durum wheat",
-    "Fruits, vegetables, flowers", "Potatoes", "Leguminous fodder", "Soybeans", "Orchard",
+    "Fruits/vegetables/flowers", "Potatoes", "Leguminous fodder", "Soybeans", "Orchard",
     "Mixed cereal", "Sorghum", "Void",
 )  # fmt: skip
 
@@ -105,7 +105,7 @@ TASKS = {
         counts=(1433, 642, 728),
         size="4 GB zipped, 5.4 GB unpacked",
         url="https://zenodo.org/records/10664073",
-        licence="unverified",
+        licence="CC BY 4.0",
         marks=("Scene_*",),
         folders=("MADOS",),
         archives=("MADOS.zip",),
@@ -124,7 +124,7 @@ TASKS = {
         counts=(694, 328, 359),
         size="4.4 GB unpacked",
         url="https://zenodo.org/records/5151941",
-        licence="unverified",
+        licence="CC BY 4.0",
         marks=("patches",),
         folders=("MARIDA",),
         archives=("MARIDA.zip", "patches.zip"),
@@ -146,7 +146,7 @@ TASKS = {
         counts=(1350, 400, 50),
         size="part of the 57 GB of GEO-Bench",
         url="https://huggingface.co/datasets/recursix/geo-bench-1.0",
-        licence="unverified",
+        licence="not verified: see the page",
         marks=("*.hdf5",),
         folders=("m-cashew-plantation", "m-cashew-plant"),
         archives=("m-cashew-plant*.zip",),
@@ -162,23 +162,23 @@ TASKS = {
         counts=(3000, 1000, 1000),
         size="part of the 57 GB of GEO-Bench",
         url="https://huggingface.co/datasets/recursix/geo-bench-1.0",
-        licence="unverified",
+        licence="not verified: see the page",
         marks=("*.hdf5",),
         folders=("m-SA-crop-type", "m-sa-crop-type"),
         archives=("m-SA-crop-type*.zip",),
         stats={},  # band_stats.json
     ),
     "pastis": Published(
-        title="PASTIS-R: crops in France, time series",
+        title="PASTIS-R: crops in France, time series; 18 classes without background and void",
         classes=PASTIS_CLASSES,
         ids=numbered(PASTIS_CLASSES),
         bands=LAND,
         tile=64,  # 4 tiles, the paper's protocol
         splits="folds 1 to 3, 4 and 5",
         counts=(1455, 482, 496),
-        size="54 GB zipped with Sentinel-1",
+        size="about 54 GB zipped, with Sentinel-1",
         url="https://zenodo.org/records/5735646",
-        licence="unverified",
+        licence="CC BY 4.0",
         marks=("DATA_S2", "ANNOTATIONS"),
         folders=("PASTIS-R", "PASTIS", "PASTIS-HD"),
         archives=("PASTIS*.zip",),
@@ -194,7 +194,7 @@ TASKS = {
         counts=(252, 89, 90),
         size="about 3 GB of the 14 GB: data/flood_events/HandLabeled and splits",
         url="gs://sen1floods11/v1.1",
-        licence="unverified",
+        licence="none stated with the files; cite Bonafilia et al. 2020",
         marks=("data/flood_events/HandLabeled/S2Hand",),
         folders=("v1.1", "sen1floods11/v1.1", "Sen1Floods11/v1.1", "sen1floods11", "Sen1Floods11"),
         archives=("v1.1*.zip", "*en1*loods11*.zip", "*en1*loods11*.tar.gz"),
@@ -214,12 +214,12 @@ TASKS = {
         tile=None,  # 228 px, seen whole, as the paper does
         splits="splits.json where there is one, else 60/20/20 drawn by seed",
         counts=None,
-        size="26,522 images, image_stack.tar.gz and mask.tar.gz",
-        url="https://github.com/Lindsay-Lab/substation-seg",
-        licence="unverified",
-        marks=("image_stack", "mask"),
+        size="26,522 places, 76 GB: the images and mask.tar.gz",
+        url="https://huggingface.co/datasets/neurograce/SubstationDataset",
+        licence="CC BY 4.0; labels from OpenStreetMap, ODbL",
+        marks=("image*/*.npz", "mask/*.npz"),
         folders=("Substation", "substation"),
-        archives=("image_stack.tar.gz", "mask.tar.gz"),
+        archives=("image_stack.tar.gz", "images.zip", "mask.tar.gz"),
         stats=by_band(
             L1C,
             (1431, 1233, 1209, 1192, 1448, 2238, 2609, 2537, 2828, 884, 20, 2226, 1537),
@@ -466,7 +466,7 @@ def open_sen1floods11(task, folder, positions):
 def open_substation(task, folder, positions, seed):
     """Four or five dates of a place, of which the median is taken: one label is for all."""
     masks = {path.stem: path for path in folder.glob("mask/*.npz")}
-    images = {path.stem: path for path in folder.glob("image_stack/*.npz")}
+    images = {path.stem: path for path in folder.glob("image*/*.npz")}
     files = {name: (images[name], masks[name]) for name in images.keys() & masks.keys()}
     listed = folder / "splits.json"
     if listed.is_file():
@@ -474,7 +474,7 @@ def open_substation(task, folder, positions, seed):
         lists = {s: found.get(s, found.get("valid", [])) for s in SPLITS}
         lists = {s: [str(name).removesuffix(".npz") for name in lists[s]] for s in SPLITS}
         split = join_lists(lists, listed)
-        check_files(listed, split, files, "image_stack and mask", 2)
+        check_files(listed, split, files, "an image stack and a mask", 2)
     else:
         names = sorted(files)
         ends = [round(0.6 * len(names)), round(0.8 * len(names))]

@@ -14,6 +14,7 @@ import math
 import shutil
 import sys
 import tempfile
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -109,8 +110,7 @@ def load_folder(
         label = read_mask(pairs[position][1], names, (ignore_index, nodata[position]))
         label[np.isnan(image[0])] = IGNORE
         image, label = cut(image, tile, np.nan), cut(label[None], tile, IGNORE)[:, 0]
-        corner = np.indices((-(-file.height // tile), -(-file.width // tile))).reshape(2, -1).T
-        origin = np.insert(corner * tile, 0, position, axis=1)
+        origin = np.insert(corners(file, tile), 0, position, axis=1)
         keep = (label != IGNORE).any((1, 2))
         parts.append((image[keep], label[keep], origin[keep]))
     image, label, origin = (np.concatenate(part) for part in zip(*parts, strict=True))
@@ -173,79 +173,71 @@ def load_task(name, root, *, bands=None, tile=None, dates=None, pastis_classes=1
         raise ValueError(f"--dates {dates}: at least 1, and only --task pastis is a time series")
     positions = find_bands(bands or ("B", "G", "R", "NIR"), about.bands, f"--task {name}")
     source = open_set(name, root, positions, dates, pastis_classes, split_seed)
-    samples = list(source.split)
-    counts = tuple(list(source.split.values()).count(split) for split in SPLITS)
+    samples, splits = list(source.split), list(source.split.values())
+    if not samples:
+        raise ValueError(f"--root {root}: its lists name no sample")
+    counts = tuple(splits.count(split) for split in SPLITS)
     if about.counts not in (None, counts):
         print(
-            f"{about.title}: {counts} samples in {SPLITS}, the published splits have "
-            f"{about.counts}; scores do not compare with published ones",
+            f"{about.title}: {counts[0]}, {counts[1]} and {counts[2]} samples in train, val and "
+            f"test, published are {about.counts[0]}, {about.counts[1]} and {about.counts[2]}; "
+            "scores do not compare with published ones",
             file=sys.stderr,
         )
 
     def read_labels(sample):
-        raw = source.label(sample)
-        values, inverse = np.unique(raw, return_inverse=True)
-        alien = [value for value in values.tolist() if value not in source.ids]
-        if alien:
-            raise ValueError(
-                f"{source.path(sample)}: its mask holds {some(alien)}, but the set's values are "
-                f"{some(sorted(source.ids))}; check --task and --root"
-            )
-        ids = np.array([source.ids[value] for value in values.tolist()], np.int16)
+        path, raw = source.path(sample), source.label(sample)
         side = tile or about.tile or max(raw.shape)
         if side > max(raw.shape):
             raise ValueError(
-                f"--tile {side}: {source.path(sample)} is {max(raw.shape)} px wide or high; use "
-                "at most that"
+                f"--tile {side}: {path} is {max(raw.shape)} px wide or high; use at most that"
             )
-        label = cut(ids[inverse].reshape(1, *raw.shape), side, IGNORE)[:, 0]
+        label = cut(class_ids(raw, source.ids, path)[None], side, IGNORE)[:, 0]
         keep = (label != IGNORE).any((1, 2))
-        return label[keep], keep, describe(source.path(sample), raw.shape, about.bands)
+        return label[keep], keep, describe(path, raw.shape, about.bands)
 
     parts = in_threads(read_labels, samples, f"{name}, labels")
-    sides = {label.shape[1] for label, _, _ in parts}
+    sides = sorted({label.shape[-1] for label, _, _ in parts})
     if len(sides) > 1:
-        raise ValueError(f"{root}: images of several sizes, {some(sorted(sides))} px; pass --tile")
-    side = sides.pop()
-    labels = np.concatenate([label for label, _, _ in parts])
-    ends = np.cumsum([len(label) for label, _, _ in parts])
-    split = np.repeat(list(source.split.values()), np.diff(ends, prepend=0))
+        raise ValueError(f"--root {root}: images of {some(sides)} px; pass --tile")
+    side = sides[0]
+    labels, keeps, files = zip(*parts, strict=True)
+    ends = np.cumsum([len(label) for label in labels])
+    split = np.repeat(splits, np.diff(ends, prepend=0))
     for part in SPLITS:
         if part not in split:
-            raise ValueError(f"{root}: no labelled pixel in the {part} split of {about.title}")
+            raise ValueError(f"--root {root}: no labelled pixel in the {part} split of the set")
 
     series = () if source.dates is None else (source.dates,)
-    images = allocate((len(labels), *series, len(positions), side, side))
+    images = allocate((ends[-1], *series, len(positions), side, side))
 
     def read_tiles(k):
-        image, (label, keep, file) = source.image(samples[k]), parts[k]
+        image, file = source.image(samples[k]), files[k]
         if image.shape[-2:] != (file.height, file.width):
             raise ValueError(
                 f"{file.path}: {image.shape[-2]} x {image.shape[-1]} pixels, its mask has "
                 f"{file.height} x {file.width}; download it again"
             )
-        tiles = cut(image.reshape(-1, file.height, file.width), side, np.nan)[keep]
-        tiles = tiles.reshape(len(tiles), *image.shape[:-2], side, side)
-        place = images[ends[k] - len(label) : ends[k]]
+        tiles = cut(image.reshape(-1, file.height, file.width), side, np.nan)[keeps[k]]
+        place = images[ends[k] - len(tiles) : ends[k]]
         if series:
-            place[:, len(image) :] = np.nan  # dates that others have
+            place[:, len(image) :] = np.nan  # dates that only others have
             place = place[:, : len(image)]
-        place[:] = tiles
+        place[:] = tiles.reshape(place.shape)
 
     in_threads(read_tiles, range(len(samples)), f"{name}, images")
-    origin = []
-    for k, (_, keep, file) in enumerate(parts):
-        corner = np.indices((-(-file.height // side), -(-file.width // side))).reshape(2, -1).T
-        origin.append(np.insert(corner * side, 0, k, axis=1)[keep])
-
+    origin = [
+        np.insert(corners(file, side)[keep], 0, k, axis=1)
+        for k, (file, keep) in enumerate(zip(files, keeps, strict=True))
+    ]
     names = tuple(about.bands[position] for position in positions)
     if all(band in source.stats for band in names):
         mean, std = np.array([source.stats[band] for band in names], np.float64).T
     else:
         mean, std = band_stats(images, np.flatnonzero(split == "train"))
     return Task(
-        images, labels, split, np.concatenate(origin), tuple(file for _, _, file in parts),
-        source.classes, about.splits, (), name, names, positions, len(about.bands), mean, std,
+        images, np.concatenate(labels), split, np.concatenate(origin), files, source.classes,
+        about.splits, (), name, names, positions, len(about.bands), mean, std,
         10.0, hash_splits(source.split.items()),
     )  # fmt: skip
 
@@ -273,11 +265,30 @@ def load_own(root, bands, tile, split_seed):
     )
 
 
+def class_ids(raw, ids, path):
+    """Replace the values of a mask by ids, {value: class id or IGNORE} -> int16 of its shape."""
+    values, inverse = np.unique(raw, return_inverse=True)
+    alien = [value for value in values.tolist() if value not in ids]
+    if alien:
+        raise ValueError(
+            f"{path}: its mask holds the values {some(alien)}, those of the set are "
+            f"{some(sorted(ids))}; check --task and --root"
+        )
+    return np.array([ids[value] for value in values.tolist()], np.int16)[inverse].reshape(raw.shape)
+
+
+def corners(file, tile):
+    """Row and column of the first pixel of each tile of an image, row-major -> (n, 2) int64."""
+    return np.indices((-(-file.height // tile), -(-file.width // tile))).reshape(2, -1).T * tile
+
+
 def describe(path, shape, bands):
-    """geotiff.Info of a sample; without georeference where its file is no GeoTIFF."""
+    """geotiff.Info of a sample with a mask of `shape`; its place where its file is a GeoTIFF."""
+    rows, cols = shape
     if path.suffix == ".tif":
-        return replace(geotiff.info(path), bands=len(bands), band_names=bands)
-    return geotiff.Info(path, shape[1], shape[0], len(bands), None, None, None, None, bands)
+        file = geotiff.info(path)
+        return replace(file, height=rows, width=cols, bands=len(bands), band_names=bands)
+    return geotiff.Info(path, cols, rows, len(bands), None, None, None, None, bands)
 
 
 def in_threads(function, items, what):
@@ -290,6 +301,7 @@ def allocate(shape):
     """An empty float32 array, above IN_MEMORY on a temporary file that goes when the array does.
 
     The file has no name (on Windows: is deleted on closing), so that it never stays behind.
+    Raises OSError where the disk, of which the environment variable TMPDIR decides, is too full.
     """
     size = 4 * math.prod(shape)
     if size <= IN_MEMORY:
@@ -306,26 +318,27 @@ def allocate(shape):
 
 
 def list_tasks():
-    """The published sets as text: where to get them, what they hold."""
-    lines = []
+    """The sets of `load_task` as text: where to get them, what they hold."""
+    entries = []
     for name, about in TASKS.items():
         counts = "/".join(map(str, about.counts)) if about.counts else "not published"
-        lines += [
-            f"{name:<20} {about.title}",
-            f"{'':<20} {len(about.classes)} classes: {', '.join(about.classes)}",
-            f"{'':<20} bands: {','.join(about.bands)}",
-            f"{'':<20} tiles: {about.tile or 'whole images'}"
-            f"; train/val/test samples: {counts} ({about.splits})",
-            f"{'':<20} get it: {about.url} ({about.size}; licence: {about.licence})",
-            "",
+        entries += [
+            f"{name}: {about.title}",
+            f"    {len(about.classes)} classes: {', '.join(about.classes)}",
+            f"    bands {','.join(about.bands)}; tiles of "
+            + (f"{about.tile} px" if about.tile else "the whole image"),
+            f"    train/val/test samples {counts}: {about.splits}",
+            f"    {about.url} ({about.size}; licence: {about.licence})",
         ]
-    lines.append(
-        f"{'geotiff':<20} your own: ROOT/images (or mr), ROOT/masks, GeoTIFFs paired by name;"
+    entries += [
+        "geotiff: your own images and masks",
+        "    GeoTIFFs paired by name in ROOT/images (or mr) and ROOT/masks; where there are any, "
+        "class names in ROOT/classes.txt and lists in ROOT/splits/train.txt, val.txt and test.txt",
+    ]
+    return "\n".join(
+        textwrap.fill(entry, 100, subsequent_indent=" " * 8, break_on_hyphens=False)
+        for entry in entries
     )
-    lines.append(
-        f"{'':<20} ROOT/classes.txt and ROOT/splits/{{train,val,test}}.txt if you have them"
-    )
-    return "\n".join(lines)
 
 
 def list_tiffs(where):
