@@ -24,7 +24,7 @@ from data import SPLITS, Store, resample, usable
 from figures import save_figure
 
 BATCH_BYTES = 2**26  # stored pixels read at a time
-REACH, MARGIN = 8, 2  # MR pixels: shifts searched, and border that the shifted window may use
+REACH = 8  # MR pixels up to which shifts are searched, along rows and columns
 BLUR = 0.175  # cycles per pixel, Gaussian: beyond it an MR image is mostly aliasing and noise
 EVIDENCE = 100  # of a shift, see measure_shift; unrelated chips of 32 to 128 pixels reach 40 to 80
 SLACK = 0.01  # MR pixels by which neighbouring chips may overlap; georeferences are rounded
@@ -100,7 +100,7 @@ def examine(path, name, out):
     figures = read_index(path / "index.csv") | measure(store)
     figures["duplicate_of"] = find_duplicates(figures)
     figures["leak"], figures["leak_by"] = find_leaks(figures, store.meta["shape"]["mr"][1:])
-    write_table(out / "check.csv", figures, store)
+    write_table(out / "check.csv", figures)
     report(name, figures, store)
     draw(out / "check.png", name, figures, store)
     print(f"  see {out / 'check.csv'} and {out / 'check.png'}")
@@ -132,14 +132,17 @@ def read_index(path):
 
 
 def measure(store):
-    """Read every chip once. Returns, per chip: shift (N, 2) rows and columns in MR pixels,
-    confidence, correlation (N, shared bands); per sensor the bands that are constant `*_flat`, the
-    share of saturated pixels `*_saturated`, the digest of the pixels `*_digest` (N, 2) int64.
+    """Read every chip once. Returns `shared`, the names of the bands that both sensors have, and
+    per chip shift (N, 2) rows and columns in MR pixels, confidence, correlation (N, shared bands);
+    for each sensor `*_flat`, how many bands are constant, `*_saturated`, the share of saturated
+    pixels, `*_digest` (N, 2) int64 of the pixels.
     """
     meta, count = store.meta, len(store)
     sensors = [sensor for sensor in ("mr", "hr") if meta["shape"][sensor]]
-    shared = [meta["bands"]["mr"].index(name) for name in meta["bands"]["hr"]]
+    names = meta["bands"]["hr"] if store.hr is not None else []
+    shared = [meta["bands"]["mr"].index(name) for name in names]
     figures = {
+        "shared": names,
         "shift": np.full((count, 2), np.nan),
         "confidence": np.full(count, np.nan),
         "correlation": np.full((count, len(shared)), np.nan),
@@ -245,7 +248,9 @@ def measure_shift(mr, hr, window):
     since two windows at one place pull the estimate to 0.
     """
     chip = torch.tensor(mr.shape[2:])
-    margin, reach = min(MARGIN, int(chip.min()) // 8), min(REACH, int(chip.min()) // 4)
+    # a border of MR is left for HR's window to move in; a longer shift is measured 5 % too short
+    margin = min(REACH, int(chip.min()) // 16)
+    reach = min(REACH, max(int(chip.min()) // 4, 1))
     size = chip - 2 * margin
     pixel = window[:, 2:] / chip  # HR pixels to an MR pixel
     y, x = (torch.fft.fftfreq(n) for n in size.tolist())
@@ -399,9 +404,8 @@ def ground_boxes(figures, chip):
 # ---- what it comes to
 
 
-def write_table(path, figures, store):
+def write_table(path, figures):
     """check.csv: one row a chip, a figure that there is not left empty."""
-    shared = store.meta["bands"]["hr"] or []
     columns = {
         "split": [SPLITS[number] for number in figures["split"]],
         "mr_source": [figures["sources"][number] for number in figures["source"]],
@@ -414,7 +418,7 @@ def write_table(path, figures, store):
     }
     columns |= {
         f"correlation_{name}": column
-        for name, column in zip(shared, figures["correlation"].T, strict=True)
+        for name, column in zip(figures["shared"], figures["correlation"].T, strict=True)
     }
     wanted = "valid mr_flat hr_flat mr_saturated hr_saturated days".split()
     columns |= {key: figures[key] for key in wanted if key in figures}
@@ -504,7 +508,7 @@ def report(name, figures, store):
         print(
             f"               {pairs - known.sum()} of {pairs} pairs: too little in common to tell"
         )
-    for band, column in zip(store.meta["bands"]["hr"] or [], alike.T, strict=True):
+    for band, column in zip(figures["shared"], alike.T, strict=True):
         if np.isfinite(column).any():
             middle, tail = np.nanquantile(column, [0.5, 0.05])
             print(f"  correlation  {band}: median {middle:.2f}, 5th percentile {tail:.2f}")
@@ -562,7 +566,7 @@ def draw(path, name, figures, store):
     where.axvline(0, color="0.7", linewidth=0.8, zorder=0)
     far.hist(length, 40)
     far.set(title="length of the shift (MR pixels)", ylabel="pairs")
-    for band, column in zip(store.meta["bands"]["hr"] or [], figures["correlation"].T, strict=True):
+    for band, column in zip(figures["shared"], figures["correlation"].T, strict=True):
         alike.hist(column[np.isfinite(column)], 40, histtype="step", label=band)
     alike.set(title="band correlation", ylabel="pairs")
     shares = np.linspace(0, 1, 41)
