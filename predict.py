@@ -66,7 +66,7 @@ def parse_args(argv=None):
     flag("--tile", type=positive, help="pixels of the scene per side of a window (default: as the "
          "model was trained; 64 for an encoder alone)")
     flag("--overlap", type=positive_or_zero, help="pixels that neighbouring windows share (default "
-         "half of --tile; less is faster and blends less)")
+         "half of --tile and half a token; less is faster and shows seams)")
     flag("--batch", type=positive, default=32, help="windows at once (default 32)")
     flag("--device", default="auto", choices=["auto", "cpu", "cuda"],
          help="where to run (default auto: cuda where there is one)")
@@ -75,8 +75,8 @@ def parse_args(argv=None):
     flag("--probabilities", action="store_true", help="also write OUT_probabilities.tif: a float32 "
          "band per class, rounded to 11 bits")
     flag("--features", action="store_true", help="also write OUT_features.tif: the encoder's "
-         "tokens, a float32 band per channel, rounded to 11 bits, a pixel per token; OUT itself "
-         "for an encoder alone")
+         "tokens, a float32 band per channel, rounded to 11 bits, a pixel per token (windows "
+         "then move by whole tokens); OUT itself for an encoder alone")
     flag("--png", action="store_true", help="also write OUT.png: scene and map side by side, with "
          f"legend, at most {PREVIEW} px a side")
     flag("--overwrite", action="store_true", help="replace outputs that exist (default: refuse)")
@@ -322,15 +322,22 @@ def window_rows(parts, height, width, starts, tile):
 
 
 @torch.inference_mode()
-def predict(model, scene, bands, mean, std, overlap, batch, features, scale=1.0, offset=0.0):
+def predict(
+    model, scene, bands, mean, std, *, overlap=None, batch=32, features=False, scale=1.0, offset=0.0
+):
     """Classify a scene: yields finished rows from top to bottom, as a dict of
     "valid" (n, width) bool, "logits" (classes, n, width) float32 unless the model is an encoder
     alone, and, if `features`, "tokens" (D, m, token columns) float32, NaN where there is no data.
 
     scene: path. bands: positions, in the model's order. mean, std: (bands,), in its units.
-    A token covers tile / grid px, the first one begins at the scene's corner; m may be 0.
+    overlap: px; default half a window and half a token. A token covers tile / grid px, the first
+    one begins at the scene's corner; n and m differ from row to row of windows.
     """
     about, tile, grid = geotiff.info(scene), model.tile, model.grid
+    if overlap is None:
+        # half a token more than half: where one window has the border of a token, the next has its
+        # centre, and the kinks that bilinear logits have there even out
+        overlap = min(3 * tile // 4, math.ceil((tile + tile / grid) / 2))
     device = next(model.encoder.parameters()).device
     # tokens of different windows must lie on one grid, so windows move by whole tokens
     unit = tile // math.gcd(tile, grid) if features else 1
@@ -390,8 +397,8 @@ def predict(model, scene, bands, mean, std, overlap, batch, features, scale=1.0,
 def palette(count):
     """(red, green, blue) of 0..255 for class ids: neighbours differ in hue and in lightness."""
     return [
-        tuple(round(255 * v) for v in colorsys.hls_to_rgb(k * 0.618 % 1, light, 0.65))
-        for k, light in zip(range(count), [0.42, 0.68, 0.28] * count, strict=False)
+        tuple(round(255 * v) for v in colorsys.hls_to_rgb((0.58 + 0.618 * k) % 1, light, 0.55))
+        for k, light in zip(range(count), [0.45, 0.70, 0.30] * count, strict=False)
     ]
 
 
@@ -427,7 +434,6 @@ def map_scene(scene, model, bands, mean, std, picture, paths, args):
     """Predict one scene and write what was asked for; returns one line on it."""
     start, about, classes = time.perf_counter(), geotiff.info(scene), model.classes
     height, width, colours = about.height, about.width, palette(len(model.classes))
-    overlap = model.tile // 2 if args.overlap is None else args.overlap
     counts, preview, step = np.zeros(256, np.int64), [], -(-max(height, width) // PREVIEW)
     with ExitStack() as stack:
 
@@ -458,8 +464,8 @@ def map_scene(scene, model, bands, mean, std, picture, paths, args):
 
         row = 0
         for part in predict(
-            model, scene, bands, mean, std, overlap, args.batch, args.features, args.scale,
-            args.offset,
+            model, scene, bands, mean, std, overlap=args.overlap, batch=args.batch,
+            features=args.features, scale=args.scale, offset=args.offset,
         ):  # fmt: skip
             if "features" in paths:
                 write["features"](rounded(part["tokens"]))
@@ -504,7 +510,7 @@ def draw_map(path, picture, bands, ids, classes, colours, counts):
     table = np.full((256, 3), 255, np.uint8)
     table[: len(colours)] = colours
     height, width = ids.shape
-    figure = Figure(figsize=(12, max(2.5, 6 * height / width)))
+    figure = Figure(figsize=(12, 1 + 6 * height / width), layout="constrained")
     for axis, image in zip(figure.subplots(1, 2), (scene, table[ids]), strict=True):
         axis.imshow(image, interpolation="nearest")
         axis.axis("off")
@@ -516,8 +522,7 @@ def draw_map(path, picture, bands, ids, classes, colours, counts):
         )
         for k in order
     ]
-    figure.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, -0.05), ncols=6,
-                  frameon=False)  # fmt: skip
+    figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False)
     save_figure(figure, path)
 
 

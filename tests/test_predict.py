@@ -1,0 +1,537 @@
+"""predict.py: blending against a slow loop, no seams, files as rasterio reads them, messages."""
+
+import os
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+import torch.nn.functional as F
+
+import geotiff
+import predict
+import scenes
+from model import ViT, load_encoder, save_encoder
+from predict import NO_CLASS, Model, blend_weights, choose_bands, window_starts
+from segment import Segmenter, save_segmenter
+
+CLASSES = ["water", "forêt", "field", "built <up>", "soil"]
+BANDS = ["B", "G", "R", "NIR"]
+PLACE = (10.0, 0.0, 399960.25, 0.0, -10.0, 5300040.5)
+META = dict(classes=CLASSES, bands=BANDS, positions=[0, 1, 2, 3], file_bands=4, tile=12, gsd=10.0,
+            mean=[100.0, 200.0, 300.0, 400.0], std=[50.0, 60.0, 70.0, 80.0])  # fmt: skip
+
+
+def segmenter(head="linear", **changes):
+    torch.manual_seed(0)
+    encoder = ViT(in_channels=4, patch_size=4, dim=16, depth=2, heads=2)
+    made = Segmenter(encoder, len(CLASSES), 16, head)
+    for weight in made.head.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    made.meta = {**META, **changes}
+    return made.eval()
+
+
+def as_model(made):
+    return Model(made.encoder, made, made.meta, made.image_size, made.meta["tile"])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A segmentation model as finetune.py saves it."""
+    path = tmp_path_factory.mktemp("model") / "model_a.safetensors"
+    save_segmenter(path, segmenter(), **META)
+    return path
+
+
+def image(height, width, bands=4, seed=0):
+    """Smooth ground with noise, uint16, in the scale of META."""
+    rng = np.random.default_rng(seed)
+    coarse = torch.from_numpy(rng.normal(size=(1, bands, 6, 6)))
+    smooth = F.interpolate(coarse, (height, width), mode="bicubic")[0].numpy()
+    mean, std = (np.resize(META[key], bands)[:, None, None] for key in ("mean", "std"))
+    return (mean + std * (smooth + 0.2 * rng.normal(size=smooth.shape))).clip(1).astype(np.uint16)
+
+
+def write(path, array, transform=PLACE, crs=32633, nodata=0, band_names=tuple(BANDS)):
+    geotiff.write(path, array, transform, crs, nodata, band_names)
+    return path
+
+
+def main(*words):
+    predict.main([str(word) for word in ("--device", "cpu", *words)])
+
+
+def refused(capsys, *words):
+    with pytest.raises(SystemExit) as stopped:
+        main(*words)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+# ---- windows and blending ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size, tile, overlap, unit", [
+    (100, 16, 8, 1), (101, 16, 8, 1), (7, 16, 8, 1), (16, 16, 8, 1), (17, 16, 0, 1),
+    (50, 12, 5, 3), (50, 12, 11, 3), (11, 12, 6, 12), (97, 12, 6, 12), (64, 64, 63, 1),
+])  # fmt: skip
+def test_windows_cover_a_side_and_their_weights_sum_to_1(size, tile, overlap, unit):
+    starts = window_starts(size, tile, overlap, unit)
+    assert starts[0] == 0 and sorted(set(starts)) == starts
+    assert all(start % unit == 0 for start in starts)
+    assert size <= starts[-1] + tile < size + unit or len(starts) == 1
+    assert all(b - a <= max(unit, tile - overlap) for a, b in pairwise(starts))
+    weights, total = blend_weights(starts, tile), torch.zeros(starts[-1] + tile)
+    assert (weights > 0).all()
+    for start, weight in zip(starts, weights, strict=True):
+        total[start : start + tile] += weight
+    assert torch.allclose(total, torch.ones_like(total), atol=1e-6)
+
+
+def slow_maps(model, array, nodata, overlap, unit):
+    """Logits and tokens of a scene with whole maps of sums and weights, window by window."""
+    tile, grid, (height, width) = model.tile, model.grid, array.shape[1:]
+    rows, cols = (window_starts(n, tile, overlap, unit) for n in (height, width))
+    pad = [(0, 0), (0, max(0, rows[-1] + tile - height)), (0, max(0, cols[-1] + tile - width))]
+    valid = (array != nodata).any(0)
+    mean, std = (np.array(model.meta[key])[:, None, None] for key in ("mean", "std"))
+    scene = np.where(valid, (array - mean) / std, 0)
+    scene = torch.from_numpy(np.pad(scene, pad, mode="symmetric")).float()
+    known = np.pad(valid, pad[1:], mode="symmetric")
+    maps = []
+    for side, depth in ((tile, len(model.classes)), (grid, model.encoder.dim)):
+        size = [n * side // tile for n in scene.shape[1:]]
+        maps.append((torch.zeros(depth, *size).double(), torch.zeros(size).double(), side))
+    for row in rows:
+        for col in cols:
+            if not known[row : row + tile, col : col + tile].any():
+                continue
+            with torch.no_grad():
+                results = model(scene[None, :, row : row + tile, col : col + tile])
+            for (total, weights, side), result in zip(maps, results, strict=True):
+                y, x = row * side // tile, col * side // tile
+                bell = np.sin(np.pi * (np.arange(side) + 0.5) / side) ** 2
+                for i, j in np.ndindex(side, side):
+                    total[:, y + i, x + j] += bell[i] * bell[j] * result[0, :, i, j]
+                    weights[y + i, x + j] += bell[i] * bell[j]
+    return [total / weights for total, weights, _ in maps], valid
+
+
+@pytest.mark.parametrize("shape, overlap, head", [
+    ((31, 40), 6, "linear"), ((25, 13), 9, "linear"), ((5, 30), 6, "linear"),
+    ((12, 12), 6, "linear"), ((4, 7), 0, "linear"), ((29, 24), 0, "linear"), ((14, 20), 6, "upernet"),
+])  # fmt: skip
+def test_blending_equals_a_slow_loop(tmp_path, shape, overlap, head):
+    model = as_model(segmenter(head))
+    array = image(*shape)
+    array[:, 3:17, 5:30] = 0
+    path = write(tmp_path / "a.tif", array)
+    parts = list(
+        predict.predict(
+            model,
+            path,
+            [0, 1, 2, 3],
+            META["mean"],
+            META["std"],
+            overlap=overlap,
+            batch=3,
+            features=True,
+        )
+    )
+    logits, tokens = (np.concatenate([p[k] for p in parts], 1) for k in ("logits", "tokens"))
+    # tokens of 4 to 3 px: windows move by 3
+    (slow_logits, slow_tokens), valid = slow_maps(model, array, 0, overlap, 3)
+    assert np.array_equal(np.concatenate([p["valid"] for p in parts]), valid)
+    assert logits.shape == (5, *shape)
+    slow_logits = slow_logits[:, : shape[0], : shape[1]].numpy()
+    assert np.allclose(logits[:, valid], slow_logits[:, valid], atol=1e-4)
+    rows, cols = (-(-n // 3) for n in shape)
+    assert tokens.shape == (16, rows, cols)
+    for y in range(rows):
+        for x in range(cols):
+            ground = (slice(3 * y, 3 * y + 3), slice(3 * x, 3 * x + 3))
+            if valid[ground].any():
+                assert np.allclose(tokens[:, y, x], slow_tokens[:, y, x], atol=1e-4)
+            elif 3 * y + 3 <= shape[0] and 3 * x + 3 <= shape[1]:
+                assert np.isnan(tokens[:, y, x]).all()
+
+
+def test_a_scene_gives_the_same_however_its_file_is_cut(tmp_path):
+    model, array, found = as_model(segmenter()), image(300, 50), []
+    write(tmp_path / "a.tif", array)
+    for name, layout in (("b", {"rowsperstrip": 7}), ("c", {"tile": (16, 32)})):
+        tifffile.imwrite(
+            tmp_path / f"{name}.tif", array, photometric="minisblack", planarconfig="separate",
+            extratags=[(geotiff.GDAL_NODATA, 2, 0, "0", True)], metadata=None, **layout,
+        )  # fmt: skip
+    for name in "abc":
+        parts = predict.predict(
+            model, tmp_path / f"{name}.tif", [0, 1, 2, 3], META["mean"], META["std"]
+        )
+        found.append(np.concatenate([part["logits"] for part in parts], axis=1))
+        assert np.array_equal(found[0], found[-1])
+
+
+def test_memory_does_not_grow_with_the_height(tmp_path, monkeypatch):
+    """Only one row of windows is held, whatever the scene."""
+    seen = set()
+    done = predict.Blend.done
+    monkeypatch.setattr(
+        predict.Blend, "done", lambda self, row: (seen.add(self.sums.shape), done(self, row))[1]
+    )
+    path = write(tmp_path / "a.tif", image(200, 30))
+    for part in predict.predict(
+        as_model(segmenter()),
+        path,
+        [0, 1, 2, 3],
+        META["mean"],
+        META["std"],
+        overlap=6,
+        features=True,
+    ):
+        assert part["logits"].shape[1] <= 12
+    assert seen == {(5, 12, 30), (16, 4, 10)}
+
+
+def test_windows_without_data_are_not_encoded(tmp_path, monkeypatch):
+    count, call = [], Model.__call__
+    monkeypatch.setattr(Model, "__call__", lambda self, x: (count.append(len(x)), call(self, x))[1])
+    array = image(48, 48)
+    array[:, :, 12:] = 0
+    path = write(tmp_path / "a.tif", array)
+    list(predict.predict(
+        as_model(segmenter()), path, [0, 1, 2, 3], META["mean"], META["std"], overlap=0
+    ))  # fmt: skip
+    assert sum(count) == 4
+
+
+@pytest.fixture(scope="module")
+def landscape():
+    """A model fitted in closed form to a procedural scene, and the scene: context matters."""
+    torch.manual_seed(0)
+    _, mr, mask = scenes.scene(0, 0, 256)
+    encoder = ViT(in_channels=4, patch_size=4, dim=96, depth=2, heads=4)
+    for name, weight in encoder.named_parameters():
+        if name.endswith("weight") and weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=1.5 / weight[0].numel() ** 0.5)
+    mean, std = mr.mean((1, 2)), mr.std((1, 2))
+    model = Segmenter(encoder, len(scenes.CLASSES), 32).eval()
+    model.meta = dict(META, classes=list(scenes.CLASSES), mean=mean.tolist(), std=std.tolist(),
+                      tile=32)  # fmt: skip
+    normal = torch.from_numpy((mr - mean[:, None, None]) / std[:, None, None]).float()
+    corners = torch.randint(0, 256 - 32, (200, 2)).tolist()
+    windows = torch.stack([normal[:, y : y + 32, x : x + 32] for y, x in corners])
+    truth = [mask[y + 2 : y + 32 : 4, x + 2 : x + 32 : 4] for y, x in corners]  # at token centres
+    truth = torch.from_numpy(np.stack(truth)).flatten().long()
+    with torch.no_grad():
+        tokens = model.tokens(windows).flatten(0, 1).double()
+    target = F.one_hot(truth, model.classes).double()
+    tokens = torch.cat([tokens, torch.ones(len(tokens), 1)], 1)
+    fit = torch.linalg.solve(tokens.T @ tokens + 10 * torch.eye(97), tokens.T @ target).float()
+    model.head.weight.data, model.head.bias.data = fit[:-1].T.contiguous(), fit[-1].contiguous()
+    return model, mr, mask
+
+
+def class_changes(ids, step):
+    """Share of pixel pairs whose class changes, (across window borders, elsewhere)."""
+    rates = []
+    for axis in (0, 1):
+        change = np.diff(ids.astype(int), axis=axis) != 0
+        border = (np.arange(1, ids.shape[axis]) % step) == 0
+        rates.append([change.compress(where, axis).mean() for where in (border, ~border)])
+    return np.mean(rates, 0)
+
+
+def test_no_seams(tmp_path, landscape):
+    made, mr, mask = landscape
+    path = write(tmp_path / "a.tif", mr)
+    # the default overlap of 32 px windows of 4 px tokens is 18
+    ratio = {}
+    for overlap, step in ((None, 14), (0, 32)):
+        parts = predict.predict(
+            as_model(made), path, [0, 1, 2, 3], made.meta["mean"], made.meta["std"], overlap=overlap
+        )
+        ids = np.concatenate([part["logits"] for part in parts], 1).argmax(0)
+        border, elsewhere = class_changes(ids, step)
+        ratio[overlap] = border / elsewhere
+        assert (ids == mask).mean() > 0.6
+    assert ratio[None] <= 1.1
+    assert ratio[0] > 3  # without overlap there are seams, and this measure sees them
+
+
+# ---- files ------------------------------------------------------------------------------------
+
+
+def test_a_map_keeps_place_and_holes_and_names_its_classes(tmp_path, trained, capsys):
+    rasterio = pytest.importorskip("rasterio")
+    array = image(530, 70)
+    array[:, 100:200, :50] = 0
+    write(tmp_path / "a.tif", array)
+    main("--model", trained, tmp_path / "a.tif", tmp_path / "map.tif", "--probabilities", "--png",
+         "--features")  # fmt: skip
+    assert sorted(os.listdir(tmp_path)) == [
+        "a.tif", "map.png", "map.tif", "map_features.tif", "map_probabilities.tif"
+    ]  # fmt: skip
+    hole = np.zeros((530, 70), bool)
+    hole[100:200, :50] = True
+    with rasterio.open(tmp_path / "a.tif") as src, rasterio.open(tmp_path / "map.tif") as made:
+        assert (made.bounds, made.crs, made.transform) == (src.bounds, src.crs, src.transform)
+        assert made.shape == src.shape and made.dtypes == ("uint8",) and made.nodata == NO_CLASS
+        assert made.block_shapes == [(256, 256)] and made.overviews(1) == [2]
+        assert made.compression.name == "deflate"
+        assert [made.tags(1)[f"CLASS_{k}"] for k in range(5)] == CLASSES
+        colours = [made.colormap(1)[k][:3] for k in range(5)]
+        assert colours == predict.palette(5) and len(set(colours)) == 5
+        ids = made.read(1)
+    assert np.array_equal(ids == NO_CLASS, hole) and ids[~hole].max() < 5
+    with rasterio.open(tmp_path / "map_probabilities.tif") as made:
+        assert (made.bounds, made.crs) == (src.bounds, src.crs)
+        assert made.descriptions == tuple(CLASSES) and np.isnan(made.nodata)
+        shares = made.read()
+    assert np.isnan(shares[:, hole]).all()
+    assert np.allclose(shares[:, ~hole].sum(0), 1, atol=2e-3)
+    best = np.take_along_axis(shares[:, ~hole], ids[~hole].astype(int)[None], 0)[0]
+    assert (best >= shares[:, ~hole].max(0) - 1e-3).all()
+    with rasterio.open(tmp_path / "map_features.tif") as made:
+        assert made.crs == src.crs and made.count == 16
+        assert made.transform[:6] == (30.0, 0.0, PLACE[2], 0.0, -30.0, PLACE[5])
+        assert made.shape == (177, 24) and np.isnan(made.nodata)
+        tokens = made.read()
+    assert np.array_equal(np.isnan(tokens).all(0), np.isnan(tokens).any(0))
+    assert np.isnan(tokens[:, 34:66, :16]).all() and np.isfinite(tokens[:, :33]).all()
+    printed = capsys.readouterr().out
+    assert "bands 0,1,2,3 (by name)" in printed
+    line = printed.splitlines()[-1]
+    assert "map.tif: 530 x 70 px in " in line and f"{100 * hole.mean():.1f} % without data" in line
+    most = np.bincount(ids[~hole]).argmax()
+    assert f"{CLASSES[most]} {100 * (ids[~hole] == most).mean():.1f} %" in line
+
+
+@pytest.mark.parametrize("kind", [1, 2])
+def test_pixel_is_point_and_turned_scenes_keep_their_place(tmp_path, trained, kind):
+    rasterio = pytest.importorskip("rasterio")
+    keys = {"GTModelTypeGeoKey": 1, "GTRasterTypeGeoKey": kind, "ProjectedCSTypeGeoKey": 32633}
+    for place in (PLACE, (8.0, 6.0, 1e5, 6.0, -8.0, 2e6)):
+        write(tmp_path / "a.tif", image(24, 36), place, keys)
+        main("--model", trained, tmp_path / "a.tif", tmp_path / "m.tif", "--features",
+             "--overwrite")  # fmt: skip
+        with rasterio.open(tmp_path / "a.tif") as src:
+            with rasterio.open(tmp_path / "m.tif") as made:
+                assert (made.bounds, made.crs, made.transform) == (
+                    src.bounds, src.crs, src.transform
+                )  # fmt: skip
+                assert made.tags()["AREA_OR_POINT"] == src.tags()["AREA_OR_POINT"]
+            with rasterio.open(tmp_path / "m_features.tif") as made:  # 36 is 12 tokens of 3 px
+                assert made.bounds == src.bounds
+        assert geotiff.info(tmp_path / "m.tif").crs == keys
+
+
+def test_the_real_sentinel_2_scene(tmp_path, real):
+    rasterio = pytest.importorskip("rasterio")
+    scene = real("homonim_ngi_s2_l8/mr/sentinel2_b432_byte.tif")
+    torch.manual_seed(0)
+    made = Segmenter(ViT(in_channels=3, patch_size=8, dim=16, depth=1, heads=2), 4, 32)
+    stats = geotiff.read(scene).reshape(3, -1)[::-1]
+    save_segmenter(
+        tmp_path / "model.safetensors", made, classes=list("abcd"), bands=["B", "G", "R"],
+        positions=[0, 1, 2], file_bands=3, mean=stats.mean(1).tolist(), std=stats.std(1).tolist(),
+        tile=64, gsd=10.0,
+    )  # fmt: skip
+    main("--model", tmp_path / "model.safetensors", scene, tmp_path / "map.tif", "--png",
+         "--overlap", 8)  # fmt: skip
+    with rasterio.open(scene) as src, rasterio.open(tmp_path / "map.tif") as result:
+        assert (result.bounds, result.crs, result.transform) == (src.bounds, src.crs, src.transform)
+        assert result.shape == src.shape and result.nodata == NO_CLASS
+        assert result.tags()["AREA_OR_POINT"] == src.tags()["AREA_OR_POINT"]
+        assert result.read(1).max() < 4
+    assert geotiff.info(tmp_path / "map.tif").crs == geotiff.info(scene).crs
+    assert (tmp_path / "map.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_several_scenes_a_folder_a_glob(tmp_path, trained):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for k, name in enumerate(("a", "b", "c")):
+        write(folder / f"{name}.tif", image(20 + k, 30, seed=k))
+    main("--model", trained, folder, tmp_path / "all")
+    main("--model", trained, f"{folder}/[ab].tif", tmp_path / "two", "--probabilities")
+    main("--model", trained, folder / "a.tif", folder / "c.tif", tmp_path / "named")
+    main("--model", trained, folder / "b.tif", tmp_path / "one")  # a folder, as it has no .tif
+    assert sorted(os.listdir(tmp_path / "all")) == ["a.tif", "b.tif", "c.tif"]
+    assert sorted(os.listdir(tmp_path / "two")) == [
+        "a.tif", "a_probabilities.tif", "b.tif", "b_probabilities.tif"
+    ]  # fmt: skip
+    assert sorted(os.listdir(tmp_path / "named")) == ["a.tif", "c.tif"]
+    assert (tmp_path / "one/b.tif").read_bytes() == (tmp_path / "all/b.tif").read_bytes()
+    assert geotiff.info(tmp_path / "all/c.tif").height == 22
+
+
+def test_an_encoder_alone_gives_features(tmp_path, capsys):
+    torch.manual_seed(0)
+    encoder = ViT(in_channels=4, patch_size=4, dim=16, depth=1, heads=2)
+    facts = {key: META[key] for key in ("bands", "mean", "std", "gsd")}
+    save_encoder(encoder, tmp_path / "encoder.safetensors", **facts, mr_size=17)
+    array = image(48, 32)
+    write(tmp_path / "a.tif", array)
+    main("--model", tmp_path, tmp_path / "a.tif", tmp_path / "f.tif", "--features", "--tile", 16,
+         "--overlap", 0)  # fmt: skip
+    about = geotiff.info(tmp_path / "f.tif")
+    assert (about.bands, about.height, about.width, about.gsd) == (16, 12, 8, 40.0)
+    mean, std = (np.array(META[key])[:, None, None] for key in ("mean", "std"))
+    window = torch.from_numpy((array[:, 16:32, :16] - mean) / std).float()
+    with torch.no_grad():
+        tokens = load_encoder(tmp_path)(window[None])[0].T.reshape(16, 4, 4).numpy()
+    found = geotiff.read(tmp_path / "f.tif")[:, 4:8, :4]
+    assert np.allclose(found, tokens, rtol=1e-3, atol=1e-3)
+    assert found.dtype == np.float32
+    error = refused(capsys, "--model", tmp_path, tmp_path / "a.tif", tmp_path / "m.tif")
+    assert "is an encoder without classes; pass --features alone" in error
+    # weights that say nothing of their data are normalised by the scene
+    save_encoder(encoder, tmp_path / "bare.safetensors")
+    main("--model", tmp_path / "bare.safetensors", tmp_path / "a.tif", tmp_path / "g.tif",
+         "--features", "--image-size", 16)  # fmt: skip
+    assert "normalised by those of the scene" in capsys.readouterr().out
+    assert geotiff.info(tmp_path / "g.tif").height == 3  # 48 px of 16 px tokens
+
+
+# ---- what does not fit ------------------------------------------------------------------------
+
+
+def about(names=(), count=None, gsd=10.0, crs=None, north=0.0):
+    return geotiff.Info(
+        Path("s.tif"), 100, 100, count or len(names), np.dtype("uint16"), None,
+        (gsd, 0.0, 0.0, 0.0, -gsd, north), crs, tuple(names),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("scene, flag, expected", [
+    (about(("NIR", "R", "G", "B")), None, ([3, 2, 1, 0], "by name")),
+    (about(("B01", "B02", "B03", "B04", "B05", "B08")), None, ([1, 2, 3, 5], "by name")),
+    (about(("red", "Green", "BLUE", "B8")), None, ([2, 1, 0, 3], "by name")),
+    (about(count=13), None, ([1, 2, 3, 7], "at the positions of the training files")),
+    (about(count=4), None, ([0, 1, 2, 3], "in the scene's order")),
+    (about(("x1", "x2", "x3", "x4")), None, ([0, 1, 2, 3], "in the scene's order")),
+    (about(("B", "G", "R", "NIR")), "3,2,1,0", ([3, 2, 1, 0], "--bands")),
+    (about(("B", "G", "R", "SWIR", "X")), "B,G,R,SWIR", ([0, 1, 2, 3], "--bands")),
+])  # fmt: skip
+def test_bands_are_found(scene, flag, expected):
+    model = as_model(segmenter(positions=[1, 2, 3, 7], file_bands=13))
+    bands, how = choose_bands(scene, model, flag and flag.split(","))
+    assert bands == expected[0] and how.startswith(expected[1])
+
+
+@pytest.mark.parametrize("scene, flag, message", [
+    (about(("B", "G", "R")), None, "s.tif has 3 bands (B,G,R), none is NIR, but the model reads"),
+    (about(count=5), None, "5 bands (unnamed), but the model reads 4 (B,G,R,NIR); choose with"),
+    (about(count=5), "0,1,2", "--bands 0,1,2: s.tif has 5 bands"),
+    (about(count=5), "0,1,2,5", "--bands 0,1,2,5: s.tif has 5 bands (unnamed), counted from 0"),
+    (about(("B", "G", "R", "N")), "B,G,R,NIR", "--bands B,G,R,NIR: s.tif has 4 bands"),
+])  # fmt: skip
+def test_bands_that_do_not_fit(scene, flag, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        choose_bands(scene, as_model(segmenter()), flag and flag.split(","))
+
+
+def test_another_gsd_is_said_with_the_window_that_fits():
+    model = as_model(segmenter(tile=64))
+    assert predict.gsd_warning(about(count=4, gsd=11.9), model) is None
+    assert predict.gsd_warning(about(count=4, gsd=8.4), model) is None
+    found = predict.gsd_warning(about(count=4, gsd=20.0), model)
+    assert found == ("s.tif: pixels of 20 units, the model was trained on 10; --tile 32 would show "
+                     "it the scale that it knows")  # fmt: skip
+    degrees = about(count=4, gsd=10 / 111_320, crs={"GTModelTypeGeoKey": 2})
+    assert predict.gsd_warning(degrees, model) is None
+    north = about(count=4, gsd=10 / 111_320, crs={"GTModelTypeGeoKey": 2}, north=60.0)
+    assert "pixels of 7.0" in predict.gsd_warning(north, model)
+    assert predict.gsd_warning(about(count=4), as_model(segmenter(gsd=None))) is None
+
+
+def test_another_scale_is_said_with_the_numbers(tmp_path, trained, capsys):
+    array = image(40, 30)
+    write(tmp_path / "same.tif", array)
+    write(tmp_path / "small.tif", (array / 10000).astype(np.float32))
+    main("--model", trained, tmp_path / "same.tif", tmp_path / "a.tif")
+    assert "warning" not in capsys.readouterr().err
+    main("--model", trained, tmp_path / "small.tif", tmp_path / "b.tif")
+    error = capsys.readouterr().err
+    assert "the bands have mean 0.0" in error and "trained on mean 100,200,300,400" in error
+    assert "--scale 10000 would bring them close" in error
+    main("--model", trained, tmp_path / "small.tif", tmp_path / "c.tif", "--scale", 1e4)
+    write(tmp_path / "more.tif", array + 1000)
+    main("--model", trained, tmp_path / "more.tif", tmp_path / "d.tif", "--offset", -1000)
+    assert "warning" not in capsys.readouterr().err
+    maps = [geotiff.read(tmp_path / f"{name}.tif") for name in "abcd"]
+    assert np.array_equal(maps[0], maps[3]) and (maps[0] == maps[2]).mean() > 0.999
+    assert not np.array_equal(maps[0], maps[1])
+
+
+def test_what_is_refused_before_any_work(tmp_path, trained, capsys):
+    scene = write(tmp_path / "a.tif", image(20, 20))
+    (tmp_path / "other").mkdir()
+    same = write(tmp_path / "other" / "a.tif", image(20, 20))
+    (tmp_path / "old.tif").write_bytes(b"precious")
+    (tmp_path / "s.jp2").write_bytes(b"jp2")
+    model, out = ("--model", trained), tmp_path / "new.tif"
+    assert "old.tif: exists; pass --overwrite" in refused(
+        capsys, *model, scene, tmp_path / "old.tif"
+    )
+    assert (tmp_path / "old.tif").read_bytes() == b"precious"
+    main(*model, scene, tmp_path / "old.tif", "--overwrite")
+    assert geotiff.info(tmp_path / "old.tif").bands == 1
+    assert "a.tif: is itself a scene" in refused(capsys, *model, scene, scene, "--overwrite")
+    assert "a.tif: two scenes would be" in refused(capsys, *model, scene, same, tmp_path / "maps")
+    assert "2 scenes need a folder" in refused(
+        capsys, *model, scene, tmp_path / "old.tif", scene.with_name("old.tif")
+    )
+    assert "JPEG 2000 is not read here; convert it with gdal_translate" in refused(
+        capsys, *model, tmp_path / "s.jp2", out
+    )
+    assert "no .tif or .tiff found" in refused(capsys, *model, tmp_path / "none*.tif", out)
+    assert "no such" in refused(capsys, "--model", tmp_path / "none", scene, out)
+    assert "--overlap 12 is not below the window of 12 px" in refused(
+        capsys, *model, scene, out, "--overlap", 12
+    )
+    assert "says its own; leave them out" in refused(capsys, *model, scene, out, "--image-size", 32)
+    assert "pass --tile 12" in refused(capsys, *model, scene, out, "--features", "--tile", 11)
+    assert "make no pixel values" in refused(capsys, *model, scene, out, "--scale", 0)
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit):
+            predict.main([*map(str, (*model, scene, out)), "--device", "cuda"])
+        assert "no CUDA device is available" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_damaged_tile_is_found_before_the_work(tmp_path, trained, capsys):
+    scene = write(tmp_path / "a.tif", image(600, 20))
+    with tifffile.TiffFile(scene) as tif:
+        where = tif.pages[0].dataoffsets[2]
+    with scene.open("r+b") as file:
+        file.seek(where)
+        file.write(b"\xff" * 64)
+    assert "damaged TIFF, tile or strip 2" in refused(
+        capsys, "--model", trained, scene, tmp_path / "m.tif"
+    )
+
+
+@pytest.mark.parametrize("error, code", [(KeyboardInterrupt, 130), (OSError("disk full"), 2)])
+def test_an_interrupted_run_leaves_nothing(tmp_path, trained, monkeypatch, capsys, error, code):
+    scene = write(tmp_path / "a.tif", image(60, 20))
+    calls, call = [], Model.__call__
+
+    def fail(self, images):
+        calls.append(1)
+        if len(calls) > 3:
+            raise error
+        return call(self, images)
+
+    monkeypatch.setattr(Model, "__call__", fail)
+    with pytest.raises(SystemExit) as stopped:
+        main("--model", trained, scene, tmp_path / "m.tif", "--features", "--png",
+             "--probabilities")  # fmt: skip
+    assert stopped.value.code == code
+    assert capsys.readouterr().err.splitlines()[-1].startswith("predict.py: ")
+    assert os.listdir(tmp_path) == ["a.tif"]
