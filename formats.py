@@ -4,18 +4,28 @@ A reader lists `Unit`s: pieces of work, each of which opens to `Pair`s of `Sourc
 these into a store; it knows no layout, and this file knows no store.
 """
 
+import csv
 import datetime
 import difflib
 import functools
 import glob
+import itertools
+import json
 import math
+import os
+import pickle
 import re
 import xml.etree.ElementTree as ET
+import zlib
 from collections import namedtuple
+from contextlib import contextmanager
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 
+import h5py
 import numpy as np
+import torch
 from tqdm import tqdm
 
 import geotiff
@@ -50,6 +60,11 @@ BAND_FILE = re.compile(
 )
 OFFSET_TAGS = {"BOA_ADD_OFFSET", "RADIO_ADD_OFFSET"}
 DATE = re.compile(r"(?<!\d)((?:19|20)\d\d)([-_]?)([01]\d)\2([0-3]\d)(?!\d)")
+MONTH = re.compile(r"(?<!\d)(20\d\d)[-_]?(0[1-9]|1[0-2])(?!\d)")
+SAMPLE_ID = re.compile(r"\d\d[NS]_\d+[EW]-\d+[NS]_\d+_\d+")
+PLANET_OR_S2 = re.compile(r"(?<![A-Za-z0-9])(PF|S2)(?![A-Za-z0-9])")
+# number of bands -> positions of B, G, R, NIR in the order of Sentinel-2's numbers: L2A has no B10
+S2_BANDS = {12: [1, 2, 3, 7], 13: [1, 2, 3, 7]}
 
 
 def read_geotiff(
@@ -413,3 +428,565 @@ def unlike(mr, hr):
 
 def days_between(a, b):
     return abs((datetime.date.fromisoformat(a) - datetime.date.fromisoformat(b)).days)
+
+
+# What is published: where, under which terms, how large (bytes as the publisher gives them, or
+# counted from the sizes of its images). sources: one for each sensor whose terms differ.
+Published = namedtuple("Published", "title url size pairs sources")
+
+
+def terms(name, licence, attribution, url):
+    return {"name": name, "licence": licence, "attribution": attribution, "url": url}
+
+
+COPERNICUS = (
+    "Copernicus Sentinel data terms (free and open)",
+    "Contains modified Copernicus Sentinel data",
+)
+URLS = {
+    "sen2venus": "https://zenodo.org/records/6514159",
+    "rapidai4eo": "https://source.coop/planet/rapidai4eo",
+    "worldstrat": "https://zenodo.org/records/6810792",
+    "sen2naip": "https://huggingface.co/datasets/isp-uv-es/SEN2NAIP",
+}
+PUBLISHED = {
+    "sen2venus": Published(
+        "SEN2VENµS",
+        URLS["sen2venus"],
+        "139.5 GB of zips (v2, zenodo.org/records/14603764); 10 m and 5 m alone 87 GB unpacked",
+        "132,955, 5 m to 10 m (x2)",
+        (
+            terms(
+                "SEN2VENµS",
+                "non-commercial; see the record",
+                "Michel et al., Data 7(7), 96, 2022, doi:10.3390/data7070096",
+                URLS["sen2venus"],
+            ),
+        ),
+    ),
+    "rapidai4eo": Published(
+        "RapidAI4EO",
+        URLS["rapidai4eo"],
+        "17 TB; take a part of it",
+        "500,000 places, 79 million images, 3 m to 10 m (x3.33)",
+        (
+            terms(
+                "RapidAI4EO, Planet Fusion",
+                "CC-BY-NC-SA-3.0",
+                "Planet Labs PBC; RapidAI4EO project, European Union's Horizon 2020 research and "
+                "innovation programme, grant agreement No 101004356",
+                URLS["rapidai4eo"],
+            ),
+            terms("RapidAI4EO, Sentinel-2", *COPERNICUS, URLS["rapidai4eo"]),
+        ),
+    ),
+    "worldstrat": Published(
+        "WorldStrat",
+        URLS["worldstrat"],
+        "107 GB",
+        "about 4,000 places, 6 m to 10 m (x1.7), 1.5 m pan-sharpened",
+        (
+            terms(
+                "WorldStrat, SPOT 6/7",
+                "CC-BY-NC-4.0",
+                "Cornebise, Oršolić, Kalaitzis: WorldStrat, 2022, arXiv 2207.06418; Airbus SPOT",
+                URLS["worldstrat"],
+            ),
+            terms("WorldStrat, Sentinel-2", "CC-BY-4.0", COPERNICUS[1], URLS["worldstrat"]),
+        ),
+    ),
+    "sen2naip": Published(
+        "SEN2NAIP (v1)",
+        URLS["sen2naip"],
+        "cross-sensor 3 GB unpacked; synthetic not known",
+        "2,851 cross-sensor, 35,314 synthetic, 2.5 m to 10 m (x4)",
+        (
+            terms(
+                "SEN2NAIP",
+                "CC-BY-4.0",
+                "Aybar et al., Scientific Data, 2024, doi:10.1038/s41597-024-04214-y",
+                URLS["sen2naip"],
+            ),
+        ),
+    ),
+}
+
+
+def read_sen2venus(root, *, product="10m"):
+    """SEN2VENµS as published: v1, a .pt of patches per date and sensor; v2, a GeoTIFF per patch.
+
+    root: holds the unpacked sites, at any depth. product: "10m" pairs B, G, R, NIR of 10 m (128
+    pixels) with VENµS at 5 m (256); "20m" pairs B05, B06, B07, B8A of 20 m (64) with the same at
+    5 m, which v1 calls b4b5b6b8a. site: the VENµS site, for there are no splits; both dates are the
+    day that images share. v1: {SITE}_{TILE}_{DATE}_05m_b2b3b4b8.pt, int16 reflectance x 10000,
+    Michel et al. 2022. v2 is found by the same parts of the path, in any order.
+    """
+    if product not in SEN2VENUS:
+        raise ValueError(f"--product {product}: 10m or 20m expected")
+    keys, names, chip = SEN2VENUS[product]
+    part = re.compile(r"(?<![0-9a-z])(05m|5m|10m|20m)(?![0-9a-z])")
+    found = {}  # path without its gsd -> {sensor: path}
+    for path in walk(root, (".pt", ".tif", ".tiff")):
+        name = Path(path).relative_to(root).as_posix().lower()
+        gsd = part.findall(name)
+        if gsd and any(re.search(rf"(?<![0-9a-z]){key}(?![0-9a-z])", name) for key in keys):
+            sensor = "mr" if gsd[-1] == product else "hr" if gsd[-1] in ("05m", "5m") else None
+            found.setdefault(part.sub("", name), {})[sensor] = path
+    pairs, skipped = complete(found)
+    if not pairs:
+        raise missing(
+            root, f"no pair of *_05m_{keys[0]}.pt and *_{product}_{keys[0]}.pt, nor such .tif"
+        )
+    units = []
+    for mr, hr in pairs:
+        place = Path(mr).relative_to(root).as_posix()
+        about = re.search(r"([^/]+?)_*_\d\d[A-Z]{3}_\d{4}-\d\d-\d\d", place)
+        site = about[1] if about else place.split("/")[0] if "/" in place else Path(root).name
+        opened = open_patches if mr.lower().endswith(".pt") else open_tiffs
+        orders = {len(names): [0, 1, 2, 3]}
+        date = date_of(place)
+        units.append(
+            Unit(
+                place, functools.partial(opened, [(mr, hr, date, date)], orders, orders, site=site)
+            )
+        )
+    sources = PUBLISHED["sen2venus"].sources
+    return Listing(units, {"mr": names, "hr": names}, chip, sources, skipped)
+
+
+SEN2VENUS = {
+    "10m": (["b2b3b4b8"], BGRN, 128),
+    "20m": (["b4b5b6b8a", "b5b6b7b8a"], ["B05", "B06", "B07", "B8A"], 64),
+}
+
+
+def read_rapidai4eo(root, *, per_site=1, seed=0):
+    """RapidAI4EO as published: monthly Sentinel-2 (60 x 60) and 5-day Planet Fusion (200 x 200).
+
+    root: holds the imagery, or a part of it. Files are told apart by PF or S2 (PF-SR, S2-SR) in
+    their path, places by their sample id (33N_15E-243N_01_09), else by folder, and months and days
+    by the date in their name. per_site: months drawn for each place, by seed; each pairs with the
+    Planet image nearest to the month's middle, which serves as the mosaic's date. site: the tile of
+    the places, which lie close together. S2 has 12 bands, in the order of their numbers unless the
+    files name them; Planet B, G, R, NIR.
+    """
+    units, rest = [], {}
+    # the images of a place come one after the other, so that its list is not held for long
+    for place, images in itertools.groupby(rapidai4eo_images(root), key=itemgetter(0)):
+        months, days = rest.setdefault(place, ({}, {}))
+        for _, sensor, date, path in images:
+            (months if sensor == "S2" else days)[date] = path
+        if not months or not days:
+            continue
+        del rest[place]
+        drawn = sorted(months, key=lambda month: zlib.crc32(f"{seed} {place} {month}".encode()))
+        chosen = []
+        for month in sorted(drawn[:per_site]):
+            day = min(days, key=functools.partial(days_between, month))
+            chosen.append((months[month], days[day], month, day))
+        tile = place.rsplit("_", 2)[0] if SAMPLE_ID.fullmatch(place) else place
+        opened = functools.partial(open_tiffs, chosen, S2_BANDS, {4: [0, 1, 2, 3]}, site=tile)
+        units.append(Unit(place, opened))
+    skipped = [
+        (place, "no Planet image" if months else "no Sentinel-2 image")
+        for place, (months, days) in rest.items()
+    ]
+    if not units:
+        wanted = "no place with S2-SR/*_YYYY-MM.tif and PF-SR/*_YYYY-MM-DD.tif"
+        raise missing(root, wanted)
+    sources = PUBLISHED["rapidai4eo"].sources
+    return Listing(units, {"mr": BGRN, "hr": BGRN}, 60, sources, skipped)
+
+
+def rapidai4eo_images(root):
+    """Yield (place, "PF" or "S2", date, path)."""
+    for path in walk(root, (".tif", ".tiff")):
+        name = Path(path).relative_to(root).as_posix()
+        sensors, stem = PLANET_OR_S2.findall(name), name.rpartition("/")[2]
+        month = MONTH.search(stem)
+        middle = f"{month[1]}-{month[2]}-15" if month else ""
+        date = date_of(stem) if sensors[-1:] == ["PF"] else middle
+        if sensors and date:
+            ids = SAMPLE_ID.findall(name)
+            place = ids[-1] if ids else PLANET_OR_S2.split(name)[0].strip("/")
+            yield place, sensors[-1], date, path
+
+
+def read_worldstrat(root, *, level="L2A", hr="rgbn", per_site=1):
+    """WorldStrat as published: SPOT 6/7 and up to 16 Sentinel-2 revisits of each place.
+
+    root: holds hr_dataset and lr_dataset, at any depth, and the two .csv tables. level: "L2A" (12
+    bands) or "L1C" (13). hr: "rgbn" (6 m, as taken) or "ps" (1.5 m, pan-sharpened); both R, G, B,
+    NIR. per_site: revisits of a place to take, those nearest to the SPOT image in date first where
+    metadata.csv tells, else the first. Sizes differ from place to place.
+    Splits: stratified_train_val_test_split.csv; its places that are not on disk are skipped.
+    """
+    if level not in ("L2A", "L1C") or hr not in ("rgbn", "ps"):
+        raise ValueError(f"--level {level} --hr-product {hr}: L2A or L1C and rgbn or ps expected")
+    hr_file = re.compile(rf"(.+)_{hr}\.tiff?", re.IGNORECASE)
+    mr_file = re.compile(rf"(.+)-(\d+)-{level}_data\.tiff?", re.IGNORECASE)
+    hrs, mrs, tables = {}, {}, {}
+    for path in walk(root, (".tif", ".tiff", ".csv")):
+        name = Path(path).name
+        if match := hr_file.fullmatch(name):
+            hrs[match[1]] = path
+        elif match := mr_file.fullmatch(name):
+            mrs.setdefault(match[1], {})[int(match[2])] = path
+        elif name in ("metadata.csv", "stratified_train_val_test_split.csv"):
+            tables[name] = path
+    splits, path = {}, tables.get("stratified_train_val_test_split.csv")
+    for row in table(path):
+        place = row.get("tile") or next(cell for cell in row.values() if not cell.isdigit())
+        splits[place] = split_name(path, list(row.values())[-1])
+    dates = {}
+    for row in table(tables.get("metadata.csv")):
+        place = row.get("tile") or next(iter(row.values()))
+        days = date_of(row.get("lowres_date") or ""), date_of(row.get("highres_date") or "")
+        dates[place, int(row["n"]) if row.get("n", "").isdigit() else None] = days
+    units, skipped = [], []
+    for place in sorted({*splits, *hrs, *mrs}):
+        if place not in hrs or place not in mrs:
+            skipped.append((place, f"no {level} image" if place in hrs else f"no {hr} image"))
+            continue
+        visits = []
+        for n, path in mrs[place].items():
+            days = dates.get((place, n), ("", ""))
+            gap = days_between(*days) if all(days) else math.inf
+            visits.append((gap, n, (path, hrs[place], *days)))
+        chosen = [files for _, _, files in sorted(visits)[:per_site]]
+        opened = functools.partial(
+            open_tiffs, chosen, S2_BANDS, {4: [2, 1, 0, 3]}, splits.get(place), place
+        )
+        units.append(Unit(place, opened))
+    if not units:
+        wanted = f"no place with <AOI>_{hr}.tiff (hr_dataset) and <AOI>-<n>-{level}_data.tiff"
+        raise missing(root, f"{wanted} (lr_dataset)")
+    sources = PUBLISHED["worldstrat"].sources
+    return Listing(units, {"mr": BGRN, "hr": BGRN}, 64, sources, skipped)
+
+
+def read_sen2naip(root):
+    """SEN2NAIP v1 as published, cross-sensor or synthetic: a folder for each pair, lr.tif, hr.tif.
+
+    Sentinel-2 (121 x 121, 10 m) and NAIP (484 x 484, 2.5 m), both R, G, B, NIR. No splits: the
+    folder (ROI_0000) is the site.
+    """
+    found = {}
+    for path in walk(root, (".tif",)):
+        sensor = {"lr.tif": "mr", "hr.tif": "hr"}.get(Path(path).name.lower())
+        if sensor:
+            found.setdefault(Path(path).parent.relative_to(root).as_posix(), {})[sensor] = path
+    pairs, skipped = complete(found)
+    if not pairs:
+        wanted = "no ROI_*/lr.tif with hr.tif"
+        if next(walk(root, (".taco",)), None):
+            wanted += " (.taco containers, v2, are not read; export them with tacoreader)"
+        raise missing(root, wanted)
+    order = {4: [2, 1, 0, 3]}
+    units = []
+    for mr, hr in pairs:
+        site = Path(mr).parent.relative_to(root).as_posix()
+        opened = functools.partial(open_tiffs, [(mr, hr, "", "")], order, order, None, site)
+        units.append(Unit(site, opened))
+    first = geotiff.info(pairs[0][0])  # 121 in v1; other exports have other sizes
+    chip = min(first.height, first.width)
+    return Listing(units, {"mr": BGRN, "hr": BGRN}, chip, PUBLISHED["sen2naip"].sources, skipped)
+
+
+def read_hdf5(root, *, mr_dataset=None, hr_dataset=None, band_names=BGRN, splits=None):
+    """Pairs repacked to one HDF5 file: MR (N, C, h, w) and HR (N, C', H, W), row i of both a pair.
+
+    root: the file, or the folder that holds it. Known by their datasets: sen2venus.hdf5
+    (`sentinel2` and `venus`) and rapidai4eo_v1.h5 (`sentinel2` and `planet`); mr_dataset,
+    hr_dataset name those of others. band_names: of the first bands of both, B, G, R, NIR in the
+    known ones, although one has 12. splits: a JSON file {"train": [rows or sample ids], ...}, else
+    the *split*.json beside it, if there is one; rows in no split are skipped. Without splits
+    `sample_ids`, where the file has them, say which rows are of one tile.
+    """
+    files = list(walk(root, (".h5", ".hdf5"))) if Path(root).is_dir() else [str(root)]
+    if len(files) != 1:
+        raise missing(root, f"one .h5 or .hdf5 file expected, {len(files)} found")
+    path = files[0]
+    with opened_hdf5(path) as file:
+        has = {name: item.shape for name, item in file.items() if isinstance(item, h5py.Dataset)}
+        known = next((k for k in HDF5 if {*k[:2]} <= {*has}), ("sentinel2", "venus", None))
+        names = {"mr": mr_dataset or known[0], "hr": hr_dataset or known[1]}
+        for sensor, name in names.items():
+            if name not in has:
+                raise ValueError(
+                    f"{path}: no dataset {name} for {sensor.upper()}, it has "
+                    f"{', '.join(has) or 'none'}; name it with --{sensor}-dataset"
+                )
+            if len(has[name]) != 4 or has[name][1] < len(band_names) or not all(has[name]):
+                raise ValueError(
+                    f"{path}: dataset {name} is {has[name]}, (rows, {len(band_names)} bands or "
+                    "more, height, width) expected; choose another, or fewer --band-names"
+                )
+        rows, other = (has[name][0] for name in names.values())
+        if other != rows:
+            raise ValueError(
+                f"{path}: {rows} rows in {names['mr']}, {other} in {names['hr']}; row i of both "
+                "should be a pair"
+            )
+        shapes = {sensor: (len(band_names), *has[name][2:]) for sensor, name in names.items()}
+        ids = [] if "sample_ids" not in has else [text(i) for i in file["sample_ids"][:].ravel()]
+        dtypes = {sensor: file[name].dtype for sensor, name in names.items()}
+    ids = ids if len(ids) == rows else []
+    split = hdf5_splits(path, splits, rows, ids)
+    sites = [i.rsplit("_", 2)[0] if SAMPLE_ID.fullmatch(i) else i for i in ids] or [None] * rows
+    row_bytes = sum(math.prod(shapes[s]) * dtypes[s].itemsize for s in shapes)
+    step = max(1, SLICE_BYTES // row_bytes)
+    units = []
+    for start in range(0, rows, step):
+        part = slice(start, min(start + step, rows))
+        opened = functools.partial(
+            open_rows, path, names, part, shapes, dtypes, split and split[part], sites[part]
+        )
+        units.append(Unit(f"{path}#{start}", opened))
+    left = split.count(None) if split else 0
+    skipped = [(path, f"{left} rows in no split")] if left else []
+    chip = min(shapes["mr"][1:])
+    sources = PUBLISHED[known[2]].sources if tuple(names.values()) == known[:2] and known[2] else ()
+    return Listing(units, {"mr": list(band_names), "hr": list(band_names)}, chip, sources, skipped)
+
+
+HDF5 = [("sentinel2", "venus", "sen2venus"), ("sentinel2", "planet", "rapidai4eo")]
+SLICE_BYTES = 2**25  # of a unit's rows, in memory once for each worker
+
+
+def hdf5_splits(path, splits, rows, ids):
+    """The split of each row, None where it is in none; None without a table of splits."""
+    if splits is None:
+        beside = sorted(Path(path).parent.glob("*split*.json"))
+        stem = Path(path).stem.split("_")[0]
+        beside = [file for file in beside if file.stem.startswith(stem)] or beside
+        if len(beside) > 1:
+            raise ValueError(
+                f"{beside[0]} and {beside[1].name}: both may be the splits of {Path(path).name}; "
+                "say which with --splits"
+            )
+        if not beside:
+            return None
+        splits = beside[0]
+    try:
+        given = json.loads(Path(splits).read_text("utf-8"))
+        given = {name: list(members) for name, members in given.items()}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f'{splits}: not the JSON {{"train": [rows], "val": ..., "test": ...}} ({error})'
+        ) from error
+    row_of = {name: row for row, name in enumerate(ids)}
+    split = [None] * rows
+    for name, members in given.items():
+        name = split_name(splits, name)
+        for member in members:
+            row = row_of.get(member, -1) if isinstance(member, str) else member
+            if not isinstance(row, int) or not 0 <= row < rows:
+                raise ValueError(
+                    f"{splits}: {name} holds {member!r}, but {Path(path).name} has rows 0 to "
+                    f"{rows - 1}; take the splits that belong to it"
+                )
+            if split[row] not in (None, name):
+                raise ValueError(
+                    f"{splits}: row {row} is in {split[row]} and in {name}; choose one"
+                )
+            split[row] = name
+    return split
+
+
+# opening a unit
+
+
+def open_tiffs(files, mr_orders, hr_orders, split=None, site=None):
+    """Yield the Pair of each (mr path, hr path, mr date, hr date)."""
+    for mr_path, hr_path, mr_date, hr_date in files:
+        mr = tiff_source(Path(mr_path), mr_orders, mr_date)
+        hr = tiff_source(Path(hr_path), hr_orders, hr_date)
+        # publishers cut both to the same ground; a georeference that only one has, or another CRS,
+        # cannot say it better
+        if not (
+            mr.info.transform and hr.info.transform and geotiff.same_crs(mr.info.crs, hr.info.crs)
+        ):
+            mr, hr = (s._replace(info=replace(s.info, transform=None, crs=None)) for s in (mr, hr))
+        yield Pair(mr, [hr], split, site)
+
+
+def tiff_source(path, orders, date):
+    """A Source of B, G, R, NIR, by the names in the file, else by orders: bands -> positions."""
+    info = geotiff.info(path)
+    for names in (BGRN, ["B2", "B3", "B4", "B8"]):
+        bands = positions(names, info.band_names)
+        if min(bands) >= 0:
+            break
+    else:
+        bands = orders.get(info.bands)
+    if bands is None:
+        raise ValueError(
+            f"{path}: {info.bands} bands without the names B, G, R, NIR, "
+            f"{' or '.join(map(str, orders))} expected; pack it with --format geotiff, --mr-bands"
+        )
+    return Source(info, bands, info.nodata, functools.partial(geotiff.read, path), date)
+
+
+def open_patches(files, mr_orders, hr_orders, site):
+    """Yield the Pairs of patches of two .pt files."""
+    ((mr_path, hr_path, date, _),) = files
+    mr, hr = load_patches(mr_path), load_patches(hr_path)
+    if len(mr) != len(hr):
+        raise ValueError(
+            f"{hr_path}: {len(hr)} patches, but {Path(mr_path).name} has {len(mr)}; unpack both "
+            "again"
+        )
+    for number in range(len(mr)):
+        sources = [
+            array_source(
+                f"{path}#{number}",
+                images.shape[1:],
+                images.dtype,
+                functools.partial(read_array, images[number]),
+                date,
+            )
+            for path, images in ((mr_path, mr), (hr_path, hr))
+        ]
+        yield Pair(sources[0], sources[1:], None, site)
+
+
+def load_patches(path):
+    """(patches, 4, height, width) array of a .pt file, mapped, not read, where it can be."""
+    try:
+        try:
+            images = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # a file of before torch 1.6 cannot be mapped
+            images = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path}: holds more than a tensor, and that code is not run; fetch it again from its "
+            "publisher"
+        ) from error
+    except (RuntimeError, OSError, EOFError, ValueError, LookupError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{path}: damaged .pt file ({reason}); unpack it again") from error
+    shape = tuple(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
+    if not isinstance(images, torch.Tensor) or images.ndim != 4 or images.shape[1] != 4:
+        raise ValueError(f"{path}: a tensor (patches, 4, height, width) expected, found {shape}")
+    return images.numpy()
+
+
+def open_rows(path, names, part, shapes, dtypes, split, sites):
+    """Yield the Pairs of a slice of rows of an HDF5 file; those in no split are left out."""
+    # read as one with the first pixels that are asked for: headers alone cost nothing
+    rows = functools.cache(functools.partial(load_rows, path, names, part, shapes))
+    for number, site in enumerate(sites):
+        if split is None or split[number]:
+            mr, hr = (
+                array_source(
+                    f"{path}#{part.start + number}",
+                    shapes[sensor],
+                    dtypes[sensor],
+                    functools.partial(read_row, rows, sensor, number),
+                )
+                for sensor in ("mr", "hr")
+            )
+            yield Pair(mr, [hr], split and split[number], site)
+
+
+def load_rows(path, names, part, shapes):
+    with opened_hdf5(path) as file:
+        return {sensor: file[name][part, : shapes[sensor][0]] for sensor, name in names.items()}
+
+
+def read_row(rows, sensor, number, window=None, bands=None):
+    return read_array(rows()[sensor][number], window, bands)
+
+
+def array_source(path, shape, dtype, read, date=""):
+    bands, height, width = shape
+    info = geotiff.Info(Path(path), width, height, bands, dtype, None, None, None, ())
+    return Source(info, list(range(bands)), None, read, date)
+
+
+def read_array(image, window=None, bands=None):
+    """As geotiff.read of an array (bands, height, width)."""
+    row, col, height, width = window or (0, 0, *image.shape[1:])
+    image = image[:, row : row + height, col : col + width]
+    return image.copy() if bands is None else image[bands]
+
+
+@contextmanager
+def opened_hdf5(path):
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with h5py.File(path, "r") as file:
+            yield file
+    except OSError as error:  # h5py's messages name no file
+        raise ValueError(f"{path}: damaged or no HDF5 ({error}); fetch it again") from error
+
+
+# what the readers share
+
+
+def walk(root, suffixes):
+    """Yield the paths of the files under a folder that end in one of the suffixes, sorted."""
+    if not Path(root).is_dir():
+        raise FileNotFoundError(f"{root}: no such folder")
+    for folder, folders, files in os.walk(root):
+        folders.sort()
+        for name in sorted(files):
+            if name.lower().endswith(suffixes) and not name.startswith("."):
+                yield os.path.join(folder, name)
+
+
+def complete(found):
+    """([(mr, hr)], skipped) of name -> {"mr": path, "hr": path}, where one may be missing."""
+    pairs = [(f["mr"], f["hr"]) for f in found.values() if "mr" in f and "hr" in f]
+    skipped = [
+        (f.get("mr") or f["hr"], f"no {'HR' if 'mr' in f else 'MR'} file for it")
+        for f in found.values()
+        if ("mr" in f) != ("hr" in f)
+    ]
+    return pairs, skipped
+
+
+def missing(root, wanted):
+    """The error for a folder that is not what was expected; says what is there instead."""
+    there = [] if not Path(root).is_dir() else sorted(path.name for path in Path(root).iterdir())
+    more = f" and {len(there) - 5} more" if len(there) > 5 else ""
+    return FileNotFoundError(
+        f"{root}: {wanted}, at any depth; it holds {', '.join(there[:5]) or 'nothing'}{more}; "
+        "unpack the archives and give the folder that they are in"
+    )
+
+
+def table(path):
+    """The rows of a .csv as dicts; none without a path."""
+    if path is None:
+        return []
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as lines:
+            return [
+                row for row in csv.DictReader(lines) if None not in row and None not in row.values()
+            ]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); fetch it again") from error
+
+
+def split_name(path, name):
+    name = {"valid": "val", "validation": "val"}.get(name.strip().lower(), name.strip().lower())
+    if name not in ("train", "val", "test"):
+        raise ValueError(f"{path}: split {name}; train, val or test expected")
+    return name
+
+
+def text(value):
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+FORMATS = {
+    "sen2venus": read_sen2venus,
+    "rapidai4eo": read_rapidai4eo,
+    "worldstrat": read_worldstrat,
+    "sen2naip": read_sen2naip,
+    "hdf5": read_hdf5,
+    "geotiff": read_geotiff,
+}

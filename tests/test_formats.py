@@ -1,0 +1,577 @@
+"""formats.py: each published layout is read as it is shipped; every message."""
+
+import json
+import os
+import pickle
+import sys
+
+import numpy as np
+import pair_layouts as layouts
+import pytest
+import torch
+
+import formats
+import geotiff
+
+BGRN = ["B", "G", "R", "NIR"]
+
+
+def pairs_of(listing):
+    return [pair for unit in listing.units for pair in unit.open()]
+
+
+def pixels_of(source):
+    return source.read(None, source.bands)
+
+
+def same(source, array):
+    """Whole and in part, the source gives these bands, of which its info says the truth."""
+    whole, part = pixels_of(source), source.read((1, 2, 5, 7), source.bands)
+    assert whole.dtype == array.dtype == source.info.dtype
+    assert (len(whole), source.info.height, source.info.width) == array.shape
+    return np.array_equal(whole, array) and np.array_equal(part, array[:, 1:6, 2:9])
+
+
+# SEN2VENµS
+
+
+def test_sen2venus_v1(tmp_path):
+    images = layouts.sen2venus(tmp_path)
+    listing = formats.read_sen2venus(tmp_path)
+    assert listing.bands == {"mr": BGRN, "hr": BGRN} and listing.chip == 128
+    assert [unit.name for unit in listing.units] == [
+        "ALSACE/ALSACE_C_32ULU_2018-02-14_10m_b2b3b4b8.pt",
+        "NARYN/NARYN_C__43TFG_2019-07-25_10m_b2b3b4b8.pt",
+    ]
+    assert listing.sources[0]["licence"] == "non-commercial; see the record"
+    pairs = pairs_of(listing)
+    assert [pair.site for pair in pairs] == 3 * ["ALSACE_C"] + 3 * ["NARYN_C"]
+    assert pairs[4].mr.info.path.name == "NARYN_C__43TFG_2019-07-25_10m_b2b3b4b8.pt#1"
+    assert {pair.split for pair in pairs} == {None}
+    for number, pair in enumerate(pairs):
+        stem = ("ALSACE_C_32ULU_2018-02-14", "NARYN_C__43TFG_2019-07-25")[number // 3]
+        assert same(pair.mr, images[f"{stem}_10m_b2b3b4b8"][number % 3])
+        assert same(pair.hrs[0], images[f"{stem}_05m_b2b3b4b8"][number % 3])
+        assert pair.mr.date == pair.hrs[0].date == stem[-10:]
+    assert [p.site for p in pairs_of(formats.read_sen2venus(tmp_path / "NARYN"))] == 3 * ["NARYN_C"]
+
+
+def test_sen2venus_of_20_m(tmp_path):
+    images = layouts.sen2venus(tmp_path)
+    listing = formats.read_sen2venus(tmp_path, product="20m")
+    assert listing.bands["hr"] == ["B05", "B06", "B07", "B8A"] and listing.chip == 64
+    pair = next(listing.units[0].open())
+    assert same(pair.mr, images["ALSACE_C_32ULU_2018-02-14_20m_b4b5b6b8a"][0])
+    assert same(pair.hrs[0], images["ALSACE_C_32ULU_2018-02-14_05m_b4b5b6b8a"][0])
+    with pytest.raises(ValueError, match="--product 60m: 10m or 20m expected"):
+        formats.read_sen2venus(tmp_path, product="60m")
+
+
+def test_sen2venus_files_of_before_torch_1_6_are_read_too(tmp_path):
+    images = layouts.sen2venus(tmp_path, ["ARM_14SPE_2018-01-01"])
+    for path in (tmp_path / "ARM").glob("*.pt"):
+        torch.save(torch.load(path), path, _use_new_zipfile_serialization=False)
+    pair = next(formats.read_sen2venus(tmp_path).units[0].open())
+    assert same(pair.hrs[0], images["ARM_14SPE_2018-01-01_05m_b2b3b4b8"][0])
+
+
+def test_sen2venus_v2(tmp_path):
+    images = layouts.sen2venus_v2(tmp_path)
+    listing = formats.read_sen2venus(tmp_path)
+    pairs = pairs_of(listing)
+    assert [pair.site for pair in pairs] == ["ATTO", "ATTO"]
+    for number, pair in enumerate(pairs):
+        folder = "ATTO/ATTO_20NQF_2018-08-01_b2b3b4b8_"
+        assert same(pair.mr, images[f"{folder}10m/patch_{number:04d}_10m.tif"])
+        assert same(pair.hrs[0], images[f"{folder}05m/patch_{number:04d}_05m.tif"])
+        assert pair.mr.info.gsd == 10 and pair.hrs[0].info.gsd == 5
+        assert pair.mr.date == "2018-08-01"
+
+
+def test_sen2venus_files_without_a_partner_are_skipped(tmp_path):
+    layouts.sen2venus(tmp_path)
+    (tmp_path / "ALSACE" / "ALSACE_C_32ULU_2018-02-14_05m_b2b3b4b8.pt").unlink()
+    listing = formats.read_sen2venus(tmp_path)
+    assert len(listing.units) == 1
+    ((name, reason),) = listing.skipped
+    assert name.endswith("ALSACE_C_32ULU_2018-02-14_10m_b2b3b4b8.pt")
+    assert reason == "no HR file for it"
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("echo hostile code ran",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pt_file_with_code_is_refused(tmp_path, zipped, capfd):
+    layouts.sen2venus(tmp_path, ["ARM_14SPE_2018-01-01"])
+    path = tmp_path / "ARM" / "ARM_14SPE_2018-01-01_05m_b2b3b4b8.pt"
+    torch.save(Hostile(), path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match=r"05m_b2b3b4b8\.pt: holds more than a tensor, and that"):
+        pairs_of(formats.read_sen2venus(tmp_path))
+    path.write_bytes(pickle.dumps(Hostile()))
+    with pytest.raises(ValueError, match=r"05m_b2b3b4b8\.pt: holds more than a tensor, and that"):
+        pairs_of(formats.read_sen2venus(tmp_path))
+    assert "hostile code ran" not in capfd.readouterr().out
+
+
+def test_sen2venus_files_that_do_not_fit(tmp_path):
+    layouts.sen2venus(tmp_path, ["ARM_14SPE_2018-01-01"])
+    path = tmp_path / "ARM" / "ARM_14SPE_2018-01-01_05m_b2b3b4b8.pt"
+    content = path.read_bytes()
+    for bad, found in (
+        (torch.zeros(2, 4, 8, 8), r"2 patches, but ARM_14SPE_2018-01-01_10m_b2b3b4b8\.pt has 3"),
+        (torch.zeros(2, 3, 8, 8), r"a tensor \(patches, 4, .* found \(2, 3, 8, 8\)"),
+        ({"images": torch.zeros(2, 4, 8, 8)}, r"a tensor \(patches, 4, .* found dict"),
+    ):
+        torch.save(bad, path)
+        with pytest.raises(ValueError, match=r"05m_b2b3b4b8\.pt: " + found):
+            pairs_of(formats.read_sen2venus(tmp_path))
+    for bad in (content[: len(content) // 2], b""):
+        path.write_bytes(bad)
+        with pytest.raises(ValueError, match=r"05m_b2b3b4b8\.pt: damaged \.pt file \(.*unpack it"):
+            pairs_of(formats.read_sen2venus(tmp_path))
+
+
+# RapidAI4EO
+
+
+def test_rapidai4eo(tmp_path):
+    images = layouts.rapidai4eo(tmp_path)
+    listing = formats.read_rapidai4eo(tmp_path, per_site=2)
+    assert listing.bands == {"mr": BGRN, "hr": BGRN} and listing.chip == 60
+    assert [source["licence"][:5] for source in listing.sources] == ["CC-BY", "Coper"]
+    assert len(listing.units) == 3
+    (unit,) = [unit for unit in listing.units if unit.name == "33N_15E-243N_02_04"]
+    may, june = unit.open()
+    assert may.site == june.site == "33N_15E-243N"
+    assert same(may.mr, images["33N_15E-243N_02_04_2018-05_S2-SR"][[1, 2, 3, 7]])
+    assert same(may.hrs[0], images["33N_15E-243N_02_04_2018-05-13_PF-SR"])
+    assert same(june.hrs[0], images["33N_15E-243N_02_04_2018-06-17_PF-SR"])
+    assert (may.mr.date, may.hrs[0].date) == ("2018-05-15", "2018-05-13")
+    assert may.mr.info.bounds == may.hrs[0].info.bounds
+
+
+def test_rapidai4eo_draws_months_by_seed(tmp_path):
+    layouts.rapidai4eo(tmp_path, [f"33N_15E-243N_{k:02d}_00" for k in range(4)])
+
+    def drawn(seed):
+        return [pair.mr.date for pair in pairs_of(formats.read_rapidai4eo(tmp_path, seed=seed))]
+
+    assert drawn(0) == drawn(0) and len(drawn(0)) == 4
+    assert len({tuple(drawn(seed)) for seed in range(9)}) > 1
+
+
+def test_rapidai4eo_names_of_bands_go_before_their_number(tmp_path):
+    images = layouts.rapidai4eo(tmp_path, ["33N_15E-243N_01_09"])
+    names = ["B8", "B4", "B3", "B2", *(f"x{k}" for k in range(8))]
+    for path in tmp_path.rglob("*_S2-SR.tif"):
+        layouts.tif(path, images[path.stem], 10.0, band_names=names)
+    pair = next(formats.read_rapidai4eo(tmp_path).units[0].open())
+    assert same(pair.mr, images[pair.mr.info.path.stem][[3, 2, 1, 0]])
+
+
+def test_rapidai4eo_with_the_sensors_at_the_top(tmp_path):
+    array = layouts.pixels(4, 200, 200), layouts.pixels(12, 60, 60)
+    for name in ("33N_15E-243N_01_09", "33N_15E-243N_01_10"):
+        layouts.tif(tmp_path / "PF" / name / "2018-05-13.tif", array[0], 3.0)
+        layouts.tif(tmp_path / "S2" / name / "2018_05.tif", array[1], 10.0)
+    layouts.tif(tmp_path / "PF" / "33N_15E-243N_01_11" / "2018-05-13.tif", array[0], 3.0)
+    listing = formats.read_rapidai4eo(tmp_path)
+    assert [unit.name for unit in listing.units] == ["33N_15E-243N_01_09", "33N_15E-243N_01_10"]
+    assert listing.skipped == [("33N_15E-243N_01_11", "no Sentinel-2 image")]
+
+
+def test_listing_opens_no_file(tmp_path):
+    """Thousands of names are listed although there is nothing in the files."""
+    for k in range(1000):
+        folder = tmp_path / f"33N_15E-{k // 100:03d}N_{k % 100:02d}_00"
+        for part in ("S2-SR/2018-05.tif", "S2-SR/2018-06.tif", "PF-SR/2018-05-13.tif"):
+            (folder / part).parent.mkdir(parents=True, exist_ok=True)
+            (folder / part).touch()
+    listing = formats.read_rapidai4eo(tmp_path)
+    assert len(listing.units) == 1000
+    assert len(pickle.dumps(listing.units)) < 400_000
+    with pytest.raises(ValueError, match="not a TIFF"):
+        list(listing.units[0].open())
+
+
+# WorldStrat
+
+
+def test_worldstrat(tmp_path):
+    images = layouts.worldstrat(tmp_path)
+    listing = formats.read_worldstrat(tmp_path)
+    assert listing.bands == {"mr": BGRN, "hr": BGRN} and listing.chip == 64
+    assert [source["licence"] for source in listing.sources] == ["CC-BY-NC-4.0", "CC-BY-4.0"]
+    pairs = pairs_of(listing)
+    aois = ["Amnesty POI-1-1-1", "Landcover-77", "UNHCR-SSD-1"]
+    assert [(p.site, p.split) for p in pairs] == list(
+        zip(aois, ("train", "val", "test"), strict=True)
+    )
+    for aoi, pair in zip(aois, pairs, strict=True):  # the third visit was nearest in date
+        assert same(pair.mr, images[f"{aoi}-3-L2A_data"][[1, 2, 3, 7]])
+        assert same(pair.hrs[0], images[f"{aoi}_rgbn"][[2, 1, 0, 3]])
+        assert (pair.mr.date, pair.hrs[0].date) == ("2019-02-12", "2019-02-10")
+        assert pair.mr.info.transform is None  # HR has none: edge to edge
+    assert listing.skipped == [("Not-on-disk-1", "no rgbn image")]
+
+
+def test_worldstrat_options(tmp_path):
+    images = layouts.worldstrat(tmp_path)
+    (tmp_path / "metadata.csv").unlink()
+    listing = formats.read_worldstrat(tmp_path, level="L1C", hr="ps", per_site=2)
+    first, second = listing.units[0].open()
+    assert same(first.mr, images["Amnesty POI-1-1-1-1-L1C_data"][[1, 2, 3, 7]])
+    assert same(second.mr, images["Amnesty POI-1-1-1-2-L1C_data"][[1, 2, 3, 7]])
+    assert same(second.hrs[0], images["Amnesty POI-1-1-1_ps"][[2, 1, 0, 3]])
+    assert first.mr.date == ""
+    with pytest.raises(ValueError, match="--level L3 --hr-product rgbn: L2A or L1C and rgbn or ps"):
+        formats.read_worldstrat(tmp_path, level="L3")
+
+
+def test_worldstrat_tables_without_names_of_columns(tmp_path):
+    layouts.worldstrat(tmp_path)
+    lines = (tmp_path / "stratified_train_val_test_split.csv").read_text().splitlines()[1:]
+    numbered = [",aoi,set", *(f"{k},{line}" for k, line in enumerate(lines))]
+    (tmp_path / "stratified_train_val_test_split.csv").write_text("\n".join(numbered) + "\n")
+    assert [p.split for p in pairs_of(formats.read_worldstrat(tmp_path))] == [
+        "train",
+        "val",
+        "test",
+    ]
+    (tmp_path / "stratified_train_val_test_split.csv").write_text("tile,split\nLandcover-77,dev\n")
+    with pytest.raises(ValueError, match=r"_split\.csv: split dev; train, val or test expected"):
+        formats.read_worldstrat(tmp_path)
+
+
+# SEN2NAIP
+
+
+@pytest.mark.parametrize("part", ["cross-sensor", "synthetic"])
+def test_sen2naip(tmp_path, part):
+    images = layouts.sen2naip(tmp_path, part)
+    (tmp_path / part / "ROI_0002").mkdir()
+    layouts.tif(tmp_path / part / "ROI_0002" / "lr.tif", layouts.pixels(4, 31, 31), 10.0)
+    listing = formats.read_sen2naip(tmp_path)
+    assert listing.bands == {"mr": BGRN, "hr": BGRN} and listing.chip == 31
+    assert [unit.name for unit in listing.units] == [f"{part}/ROI_0000", f"{part}/ROI_0001"]
+    for name, pair in zip(("ROI_0000", "ROI_0001"), pairs_of(listing), strict=True):
+        assert same(pair.mr, images[name][0][[2, 1, 0, 3]])
+        assert same(pair.hrs[0], images[name][1][[2, 1, 0, 3]])
+        assert pair.site == f"{part}/{name}"
+        assert (pair.mr.info.gsd, pair.hrs[0].info.gsd) == (10, 2.5)
+    ((name, reason),) = listing.skipped
+    assert name.endswith("lr.tif") and reason == "no HR file for it"
+
+
+def test_sen2naip_bands(tmp_path):
+    layouts.sen2naip(tmp_path)
+    layouts.tif(tmp_path / "cross-sensor" / "ROI_0000" / "hr.tif", layouts.pixels(3, 124, 124), 2.5)
+    message = r"hr\.tif: 3 bands without the names B, G, R, NIR, 4 expected; pack it with --format"
+    with pytest.raises(ValueError, match=message):
+        pairs_of(formats.read_sen2naip(tmp_path))
+    (tmp_path / "v2").mkdir()
+    (tmp_path / "v2" / "sen2naipv2-crosssensor.taco").touch()
+    with pytest.raises(FileNotFoundError, match=r"\.taco containers, v2, are not read; export"):
+        formats.read_sen2naip(tmp_path / "v2")
+
+
+# HDF5
+
+
+@pytest.mark.parametrize("name, hr", [("sen2venus.hdf5", "venus"), ("rapidai4eo_v1.h5", "planet")])
+def test_hdf5_repacks(tmp_path, monkeypatch, name, hr):
+    images = layouts.hdf5(tmp_path / name, hr)
+    monkeypatch.setattr(formats, "SLICE_BYTES", 2**17)  # units of a few rows
+    listing = formats.read_hdf5(tmp_path)
+    assert listing.chip == images["sentinel2"].shape[2] and len(listing.units) > 2
+    assert listing.sources == formats.PUBLISHED[name.split("_")[0].split(".")[0]].sources
+    pairs = pairs_of(listing)
+    assert [pair.split for pair in pairs] == ["train"] * 3 + ["val", "train", "test"]
+    for row, pair in zip((0, 1, 2, 3, 5, 6), pairs, strict=True):
+        assert same(pair.mr, images["sentinel2"][row, :4])
+        assert same(pair.hrs[0], images[hr][row])
+        assert pair.mr.info.path.name == f"{name}#{row}"
+        assert pair.site == ("33N_15E-243N" if hr == "planet" else None)
+    assert listing.skipped == [(str(tmp_path / name), "1 rows in no split")]
+
+
+def test_hdf5_of_other_names_and_fewer_bands(tmp_path):
+    images = layouts.hdf5(tmp_path / "mine.h5", "aerial", splits=False)
+    options = {"mr_dataset": "sentinel2", "hr_dataset": "aerial", "band_names": ["B", "G", "R"]}
+    listing = formats.read_hdf5(tmp_path / "mine.h5", **options)
+    assert listing.bands["mr"] == ["B", "G", "R"] and listing.sources == ()
+    pairs = pairs_of(listing)
+    assert len(pairs) == 7 and pairs[0].split is None
+    assert same(pairs[6].hrs[0], images["aerial"][6, :3])
+
+
+def test_hdf5_splits_by_sample_id(tmp_path):
+    layouts.hdf5(tmp_path / "rapidai4eo_v1.h5", "planet", splits=False)
+    given = {"train": ["33N_15E-243N_02_09"], "valid": ["33N_15E-243N_00_09"]}
+    (tmp_path / "other.json").write_text(json.dumps(given))
+    pairs = pairs_of(formats.read_hdf5(tmp_path, splits=tmp_path / "other.json"))
+    assert [(p.split, p.mr.info.path.name[-1]) for p in pairs] == [("val", "0"), ("train", "2")]
+
+
+def test_hdf5_messages(tmp_path):
+    path = tmp_path / "sen2venus.hdf5"
+    images = layouts.hdf5(path)
+    splits = tmp_path / "splits_v1.json"
+    for given, message in (
+        ({"train": [0, 7]}, r"splits_v1\.json: train holds 7, but sen2venus\.hdf5 has rows 0 to 6"),
+        ({"train": [-1]}, "train holds -1"),
+        ({"train": ["a"]}, "train holds 'a'"),
+        ({"train": [0], "test": [0]}, "row 0 is in train and in test; choose one"),
+        ({"dev": [0]}, r"splits_v1\.json: split dev; train, val or test expected"),
+        ([0, 1], "not the JSON"),
+    ):
+        splits.write_text(json.dumps(given))
+        with pytest.raises(ValueError, match=message):
+            formats.read_hdf5(tmp_path)
+    (tmp_path / "splits_v2.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"both may be the splits of sen2venus\.hdf5; say which"):
+        formats.read_hdf5(tmp_path)
+    splits.unlink()
+    (tmp_path / "splits_v2.json").unlink()
+
+    message = "no dataset planet for HR, it has sentinel2, venus; name it with --hr-dataset"
+    with pytest.raises(ValueError, match=message):
+        formats.read_hdf5(path, hr_dataset="planet")
+    with pytest.raises(ValueError, match=r"dataset venus is \(7, 4, 64, 64\), \(rows, 5 bands or"):
+        formats.read_hdf5(path, mr_dataset="venus", band_names=list("abcde"))
+    with formats.h5py.File(path, "w") as file:
+        file["sentinel2"], file["venus"] = images["sentinel2"], images["venus"][:6]
+    with pytest.raises(
+        ValueError, match="7 rows in sentinel2, 6 in venus; row i of both should be"
+    ):
+        formats.read_hdf5(path)
+    content = path.read_bytes()
+    for bad in (b"", b"text", content[: len(content) // 2]):
+        path.write_bytes(bad)
+        with pytest.raises(ValueError, match=r"sen2venus\.hdf5: damaged or no HDF5 \(.*fetch it"):
+            formats.read_hdf5(path)
+    with pytest.raises(FileNotFoundError, match=r"none\.h5: no such file"):
+        formats.read_hdf5(tmp_path / "none.h5")
+    layouts.hdf5(tmp_path / "b.h5")
+    with pytest.raises(FileNotFoundError, match=r"one \.h5 or \.hdf5 file expected, 2 found"):
+        formats.read_hdf5(tmp_path)
+
+
+def test_hdf5_damage_within_the_rows(tmp_path):
+    path = tmp_path / "x.h5"
+    with formats.h5py.File(path, "w") as file:
+        for name in ("sentinel2", "venus"):
+            file.create_dataset(name, data=layouts.pixels(4, 4, 64, 64), compression="gzip")
+    listing = formats.read_hdf5(path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.h5: damaged or no HDF5 \("):
+        pixels_of(pairs_of(listing)[0].mr)
+
+
+# a folder that is something else
+
+
+@pytest.mark.parametrize(
+    "name, wanted",
+    [
+        ("sen2venus", r"no pair of \*_05m_b2b3b4b8\.pt and \*_10m_b2b3b4b8\.pt, nor such \.tif"),
+        ("rapidai4eo", r"no place with S2-SR/\*_YYYY-MM\.tif and PF-SR/\*_YYYY-MM-DD\.tif"),
+        (
+            "worldstrat",
+            r"no place with <AOI>_rgbn\.tiff \(hr_.*\) and <AOI>-<n>-L2A_data\.tiff \(lr_dataset\)",
+        ),
+        ("sen2naip", r"no ROI_\*/lr\.tif with hr\.tif"),
+        ("hdf5", r"one \.h5 or \.hdf5 file expected, 0 found"),
+    ],
+)
+def test_another_folder_is_told_what_was_looked_for(tmp_path, name, wanted):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=f"empty: {wanted}, at any depth; it holds nothing"):
+        formats.FORMATS[name](tmp_path / "empty")
+    for k in range(7):
+        (tmp_path / "empty" / f"{k}.7z").touch()
+    message = r"it holds 0\.7z, 1\.7z, 2\.7z, 3\.7z, 4\.7z and 2 more; unpack the archives and give"
+    with pytest.raises(FileNotFoundError, match=f"{wanted}.*{message}"):
+        formats.FORMATS[name](tmp_path / "empty")
+    with pytest.raises(FileNotFoundError, match="nowhere: no such f"):
+        formats.FORMATS[name](tmp_path / "nowhere")
+
+
+def test_every_published_set_says_whose_it_is():
+    assert {*formats.PUBLISHED} | {"hdf5", "geotiff"} == {*formats.FORMATS}
+    for published in formats.PUBLISHED.values():
+        for source in published.sources:
+            assert {*source} == {"name", "licence", "attribution", "url"} and all(source.values())
+
+
+# any GeoTIFFs
+
+
+@pytest.mark.parametrize("suffix", [".jp2", ".tif"])
+def test_a_sentinel_2_product(tmp_path, suffix):
+    if suffix == ".jp2":
+        pytest.importorskip("rasterio")
+    images = layouts.safe(tmp_path, suffix=suffix)
+    for root in (tmp_path, tmp_path / layouts.SAFE):
+        listing = formats.read_geotiff(root)
+        assert listing.bands == {"mr": BGRN, "hr": []} and len(listing.units) == 1
+        ((source, hrs, split, site),) = listing.units[0].open()
+        assert (hrs, split, site) == ([], None, None)
+        bands = [images[band, 10] for band in ("B02", "B03", "B04", "B08")]
+        assert same(source, np.concatenate(bands))
+        assert source.info.transform == layouts.place(10.0)
+        assert formats.geotiff.crs_name(source.info.crs) == "EPSG:32631"
+        assert (source.offset, source.date) == (-1000, "2022-03-01")
+    assert source.nodata == 0 if suffix == ".jp2" else source.nodata is None
+    ((source, *_),) = formats.read_geotiff(tmp_path, mr_bands=["B05", "B07"]).units[0].open()
+    assert same(source, np.concatenate([images["B05", 20], images["B07", 20]]))
+    with pytest.raises(ValueError, match=r"B05_20m.* 30 x 30 uint16, but .*B02_10m.* is 60 x 60"):
+        formats.read_geotiff(tmp_path, mr_bands=["B02", "B05"])
+    message = r"--mr-bands B11 asked for, the file has 7 bands \(B,G,R,NIR,B05,B06,B07\)"
+    with pytest.raises(ValueError, match=message):
+        formats.read_geotiff(tmp_path, mr_bands=["B11"])
+
+
+@pytest.mark.parametrize(
+    "name, xml, offset",
+    [
+        (layouts.SAFE, None, -1000),
+        (layouts.SAFE.replace("N0400", "N0510"), None, -1000),
+        (layouts.SAFE.replace("N0400", "N0301"), None, 0),
+        (layouts.SAFE.replace("N0400", "N9999"), None, 0),
+        (layouts.SAFE.replace("N0400", "N9999"), -1000, -1000),
+        ("renamed.SAFE", -1000, -1000),
+        (layouts.SAFE.replace("MSIL2A", "MSIL1C"), None, -1000),
+    ],
+)
+def test_the_offset_of_a_sentinel_2_product(tmp_path, name, xml, offset):
+    layouts.safe(tmp_path, name, ".tif", xml)
+    ((source, *_),) = formats.read_geotiff(tmp_path).units[0].open()
+    assert source.offset == offset and source.info.width == 60
+
+
+def test_a_damaged_product_description(tmp_path):
+    layouts.safe(tmp_path, suffix=".tif", offset=-1000)
+    (tmp_path / layouts.SAFE / "MTD_MSIL2A.xml").write_text("<a>")
+    with pytest.raises(ValueError, match=r"MTD_MSIL2A\.xml: damaged XML \(.*fetch it again"):
+        formats.read_geotiff(tmp_path)
+
+
+def test_jp2_messages(tmp_path, monkeypatch):
+    pytest.importorskip("rasterio")
+    (tmp_path / "a.jp2").write_bytes(b"not an image")
+    with pytest.raises(ValueError, match=r"a\.jp2: cannot be read \(.*fetch the file again"):
+        formats.read_geotiff(tmp_path)
+    monkeypatch.setitem(sys.modules, "rasterio", None)
+    message = r"a\.jp2: JPEG 2000 needs rasterio; pip install rasterio, or convert the file with gd"
+    with pytest.raises(ValueError, match=message):
+        formats.read_geotiff(tmp_path)
+
+
+def test_one_file_per_band(tmp_path):
+    """Two scenes in one folder, one in a folder of its own; a file of all bands beside them."""
+    images = {}
+    for scene in ("one_2020-01-05", "two_2021-02-03", "three/20220506"):
+        for band in ("B02", "B03", "B04", "B08", "B11"):
+            path = tmp_path / f"{scene}_{band}.tif"
+            images[scene, band] = layouts.tif(path, layouts.pixels(1, 20, 20), 10.0)
+    for band in ("blue", "green", "red"):
+        images[band] = layouts.tif(
+            tmp_path / "four" / f"{band}.tif", layouts.pixels(1, 20, 20), 10.0
+        )
+    whole = layouts.tif(tmp_path / "five.tif", layouts.pixels(3, 20, 20), 10.0)
+    listing = formats.read_geotiff(tmp_path, mr_bands=["0", "1", "2"], band_names=["B", "G", "R"])
+    found = {p.mr.info.path.relative_to(tmp_path).as_posix(): p.mr for p in pairs_of(listing)}
+    assert sorted(found) == [
+        "five.tif",
+        "four",
+        "one_2020-01-05",
+        "three/20220506",
+        "two_2021-02-03",
+    ]
+    for name in ("one_2020-01-05", "three/20220506"):
+        bands = [images[name, band] for band in ("B02", "B03", "B04")]
+        assert same(found[name], np.concatenate(bands))
+    assert same(found["four"], np.concatenate([images[b] for b in ("blue", "green", "red")]))
+    assert same(found["five.tif"], whole)
+    assert found["one_2020-01-05"].date == "2020-01-05" and found["five.tif"].date == ""
+    layouts.tif(tmp_path / "four" / "red.tif", layouts.pixels(3, 20, 20), 10.0)
+    with pytest.raises(
+        ValueError, match=r"red\.tif: 3 bands, but it is named as one band of .*four"
+    ):
+        formats.read_geotiff(tmp_path)
+
+
+def test_other_band_names_of_hr(tmp_path):
+    """HR is used with the bands that both have, by name or as the user says."""
+    layouts.tif(
+        tmp_path / "mr" / "a.tif", layouts.pixels(5, 20, 20), 10.0, band_names=[*BGRN, "SWIR"]
+    )
+    names = ["NIR", "R", "G", "B", "haze"]
+    hr = layouts.tif(tmp_path / "hr" / "a.tif", layouts.pixels(5, 40, 40), 5.0, band_names=names)
+    listing = formats.read_geotiff(tmp_path)
+    assert listing.bands == {"mr": [*BGRN, "SWIR"], "hr": BGRN}
+    (pair,) = pairs_of(listing)
+    assert same(pair.hrs[0], hr[[3, 2, 1, 0]])
+
+    hr = layouts.tif(tmp_path / "hr" / "a.tif", layouts.pixels(3, 40, 40), 5.0)
+    with pytest.raises(ValueError, match=r"5 bands expected \(B,G,R,NIR,SWIR\), found 3"):
+        formats.read_geotiff(tmp_path)
+    listing = formats.read_geotiff(tmp_path, hr_band_names=["R", "G", "B"])
+    assert listing.bands["hr"] == ["B", "G", "R"]
+    (pair,) = pairs_of(listing)
+    assert same(pair.hrs[0], hr[[2, 1, 0]])
+    with pytest.raises(
+        ValueError, match="--hr-band-names R,G,haze: haze is no band of the MR file"
+    ):
+        formats.read_geotiff(tmp_path, hr_band_names=["R", "G", "haze"])
+    hr = layouts.tif(
+        tmp_path / "hr" / "a.tif", layouts.pixels(3, 40, 40), 5.0, band_names=["R", "G", "B"]
+    )
+    message = r"hr.a\.tif: its bands are R,G,B, but --hr-band-names has B,G,R; use --hr-bands B,G,R"
+    with pytest.raises(ValueError, match=message):
+        formats.read_geotiff(tmp_path, hr_band_names=["B", "G", "R"])
+
+
+def test_the_nearest_date_serves_first(tmp_path):
+    layouts.tif(tmp_path / "mr" / "S2_20180710_x.tif", layouts.pixels(1, 20, 20), 10.0)
+    for day in ("20160710", "20180801", "20180101"):
+        layouts.tif(tmp_path / "hr" / f"naip_{day}.tif", layouts.pixels(1, 40, 40), 5.0)
+    layouts.tif(tmp_path / "hr" / "S2_x.tif", layouts.pixels(1, 40, 40), 5.0)
+    (pair,) = pairs_of(formats.read_geotiff(tmp_path))
+    assert [hr.date for hr in pair.hrs] == ["2018-08-01", "2018-01-01", "2016-07-10", ""]
+
+
+def test_units_open_again(tmp_path):
+    layouts.tif(tmp_path / "a.tif", layouts.pixels(1, 20, 20), 10.0)
+    (unit,) = formats.read_geotiff(tmp_path).units
+    assert unit.name == (tmp_path / "a.tif").as_posix()
+    assert len(list(unit.open())) == len(list(unit.open())) == 1
+
+
+@pytest.mark.parametrize(
+    "name, date",
+    [
+        ("naip_m_4709963_se_14_1_20180716", "2018-07-16"),
+        ("T31TCJ_20220301T105859_B02", "2022-03-01"),
+        ("2019-07-25_x", "2019-07-25"),
+        ("20189999_2020_01_31", "2020-01-31"),
+        ("m_20180231", ""),
+        ("120180716", ""),
+        ("2018-0716", ""),
+    ],
+)
+def test_dates_in_names(name, date):
+    assert formats.date_of(name) == date
+
+
+def test_real_imagery_by_date(real):
+    folder = real("opengeos_naip_5m/naip_m_4709963_se_14_1_20180716.tif").parent
+    listing = formats.read_geotiff(folder)
+    assert min(pair.mr.date for pair in pairs_of(listing)) == "2009-08-18"
+    assert geotiff.info(pairs_of(listing)[0].mr.info.path).bands == 4
