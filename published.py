@@ -29,6 +29,7 @@ L2A = tuple(band for band in L1C if band != "B10")
 RHO = tuple(band for band in L2A if band != "B09")  # ACOLITE's reflectances
 LAND = ("B", "G", "R", "B05", "B06", "B07", "NIR", "B8A", "B11", "B12")
 SHORT = {"B02": "B", "B03": "G", "B04": "R", "B08": "NIR"}
+FOLDS = {1: "train", 2: "train", 3: "train", 4: "val", 5: "test"}
 HDF5 = dict(zip(L1C, "01 02 03 04 05 06 07 08 08A 09 10 11 12".split(), strict=True))
 
 
@@ -61,6 +62,7 @@ class Published:
 
 
 def by_band(bands, mean, std):
+    """{band: (mean, std)}"""
     return dict(zip(bands, zip(mean, std, strict=True), strict=True))
 
 
@@ -266,7 +268,7 @@ def find_bands(wanted, held, what):
     if missing:
         raise ValueError(
             f"--bands {','.join(wanted)}: {what} has no {','.join(missing)}; its bands are "
-            f"{','.join(held)}"
+            f"{','.join(held) or 'unnamed'}"
         )
     return tuple(held.index(name) for name in names)
 
@@ -358,6 +360,7 @@ def open_mados(task, folder, positions):
 
 
 def open_marida(task, folder, positions):
+    """One file of 11 bands a sample; lists name it without the S2_ of its file."""
     masks = {p.stem[:-3]: p for p in folder.glob("patches/S2_*/S2_*_cl.tif")}
     images = {stem: path.with_name(f"{stem}.tif") for stem, path in masks.items()}
     files = {s.removeprefix("S2_"): (p, masks[s]) for s, p in images.items() if p.is_file()}
@@ -377,13 +380,12 @@ def open_geobench(task, folder, positions):
     files = {path.stem: [path] for path in folder.glob("*.hdf5")}
     names = ("default_partition.json", "1.00x_train_partition.json")
     partition = next((folder / n for n in names if (folder / n).is_file()), folder / names[0])
-    found = read_json(partition)
-    split = join_lists({s: found.get("valid" if s == "val" else s, []) for s in SPLITS}, partition)
+    split = read_partition(partition)
     check_files(partition, split, files, "an .hdf5 file", 1)
 
     stats, said = {}, read_json(folder / "band_stats.json")
     for band in task.bands:
-        # a set with one name a date has its statistics by date, too
+        # where bands are named by date, so are their statistics
         dates = [said[key] for key in sorted(said) if is_band(key, HDF5[band])]
         if dates:
             mean = np.array([date["mean"] for date in dates])
@@ -407,10 +409,9 @@ def open_pastis(task, folder, positions, dates, classes):
     files, split, place = {}, {}, folder / "metadata.geojson"
     for feature in read_json(place)["features"]:
         name = str(feature["properties"]["ID_PATCH"])
-        fold = feature["properties"]["Fold"]
+        split[name] = FOLDS[int(feature["properties"]["Fold"])]
         paths = folder / f"DATA_S2/S2_{name}.npy", folder / f"ANNOTATIONS/TARGET_{name}.npy"
         files[name] = [path for path in paths if path.is_file()]
-        split[name] = {4: "val", 5: "test"}.get(int(fold), "train")
     split = dict(sorted(split.items()))
     check_files(place, split, files, "DATA_S2 and ANNOTATIONS", 2)
 
@@ -443,6 +444,7 @@ def open_pastis(task, folder, positions, dates, classes):
 
 
 def open_sen1floods11(task, folder, positions):
+    """Lists name the Sentinel-1 chip; the Sentinel-2 chip of the same place is read."""
     chips = folder / "data/flood_events/HandLabeled"
     lists, split = folder / "splits/flood_handlabeled", {}
     for name in SPLITS:
@@ -470,10 +472,7 @@ def open_substation(task, folder, positions, seed):
     files = {name: (images[name], masks[name]) for name in images.keys() & masks.keys()}
     listed = folder / "splits.json"
     if listed.is_file():
-        found = read_json(listed)
-        lists = {s: found.get(s, found.get("valid", [])) for s in SPLITS}
-        lists = {s: [str(name).removesuffix(".npz") for name in lists[s]] for s in SPLITS}
-        split = join_lists(lists, listed)
+        split = read_partition(listed)
         check_files(listed, split, files, "an image stack and a mask", 2)
     else:
         names = sorted(files)
@@ -502,7 +501,8 @@ def damaged(path, kind, error):
 def read_hdf5(path, names):
     """Stack datasets of one HDF5 file, named exactly or by band number -> (n, rows, cols).
 
-    Of a band with several dates, the first is read.
+    Of a band with several dates, the first is read. Attributes, which hold pickles, are not.
+    Raises ValueError for a dataset that is not there, and for a damaged file.
     """
     try:
         with h5py.File(path, "r") as file:
@@ -560,10 +560,14 @@ def read_lines(path):
 
 
 def read_json(path):
+    """Read a JSON file that holds an object. Raises ValueError if it does not."""
     try:
-        return json.loads("\n".join(read_lines(path)))
+        found = json.loads("\n".join(read_lines(path)))
     except json.JSONDecodeError as error:
         raise damaged(path, "JSON", error) from error
+    if not isinstance(found, dict):
+        raise damaged(path, "JSON", f"a {type(found).__name__} where names and values should be")
+    return found
 
 
 def read_lists(folder, pattern):
@@ -582,6 +586,16 @@ def join_lists(lists, where):
                     "one split only"
                 )
     return dict(sorted(split.items()))
+
+
+def read_partition(path):
+    """Read {"train": [samples], "valid" or "val": [...], "test": [...]} -> {sample: split}."""
+    found = read_json(path)
+    found.setdefault("val", found.get("valid", []))
+    lists = {split: map(str, found.get(split, [])) for split in SPLITS}
+    return join_lists(
+        {s: [n.removesuffix(".npz") for n in names] for s, names in lists.items()}, path
+    )
 
 
 def check_files(where, split, files, what, count):

@@ -39,7 +39,8 @@ class Task:
         time series; NaN where the image has no data, beyond its right and lower edge, and in the
         dates that it lacks. A np.memmap on a temporary file where it is larger than IN_MEMORY:
         take it by batches, never whole.
-    labels: (N, tile, tile) int16 class ids, IGNORE where unlabelled.
+    labels: (N, tile, tile) int16 class ids, IGNORE where unlabelled; from `load_folder` also where
+        the image has no data, while published sets keep their publishers' labels there.
     split: (N,) "train", "val" or "test".
     origin: (N, 3) int64: position in `files`, row and column of the tile's first pixel.
     files: geotiff.Info of each image. classes: the class names, in the order of their ids.
@@ -153,16 +154,16 @@ def load_folder(
 
 
 def load_task(name, root, *, bands=None, tile=None, dates=None, pastis_classes=18, split_seed=0):
-    """Read a labelled set as its publisher ships it, with his splits, classes and statistics.
+    """Read a labelled set as its publisher ships it -> Task, with its splits and statistics.
 
-    name: a key of TASKS, or "geotiff" for a folder of one's own. root: the set's folder, or the
-    one it lies in. bands: names as in `published`, default B, G, R, NIR. tile: pixels, default
-    that of the protocol which scores are compared by. dates: of a time series, how many, spread
-    evenly; default all. pastis_classes: 18, 19 or 20. split_seed: for a set that has no splits.
+    name: a key of TASKS, or "geotiff" for a folder of one's own (`load_own`). root: the set's
+    folder, or the one it lies in. bands: names as in `published`, default B, G, R, NIR. tile:
+    pixels, default that of the protocol which scores are compared by. dates: of a time series, how
+    many, spread evenly; default all. pastis_classes: 18 (without background and void), 19 (without
+    void) or 20 (void is a class, though ignored). split_seed: for a set that has no splits.
 
-    Labels are the publisher's, also where the image has no data there. Tiles without a single
-    label are dropped. Raises ValueError, FileNotFoundError or OSError in one sentence; a split
-    whose size is not the published one is only told, on stderr.
+    Tiles without a single label are dropped. Raises ValueError, FileNotFoundError or OSError in one
+    sentence; a split whose size is not the published one is only told, on stderr.
     """
     if name == "geotiff":
         return load_own(root, bands, tile, split_seed)
@@ -244,7 +245,8 @@ def load_task(name, root, *, bands=None, tile=None, dates=None, pastis_classes=1
 
 def load_own(root, bands, tile, split_seed):
     """`load_folder` of root/images (or root/mr) and root/masks, with root/classes.txt and the lists
-    in root/splits where they are there. bands: names that the files give, or positions."""
+    in root/splits where they are there. bands: names that the files give, or positions; default
+    all. Raises as `load_folder` does."""
     root = Path(root)
     images = next((root / f for f in ("images", "mr") if (root / f).is_dir()), None)
     if images is None or not (root / "masks").is_dir():

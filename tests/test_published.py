@@ -2,6 +2,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import time
 import zipfile
 
 import h5py
@@ -345,6 +346,8 @@ def test_wrong_root_says_what_was_looked_for(name, tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         load_task(name, tmp_path)
     said = str(caught.value)
+    with pytest.raises(FileNotFoundError, match=r"found nothing; download it from"):
+        load_task(name, tmp_path / "nowhere")
     for word in (f"--root {tmp_path}", *TASKS[name].marks, *TASKS[name].folders, TASKS[name].url):
         assert word in said
     assert "holiday.jpg" in said and "\n" not in said
@@ -472,6 +475,47 @@ def test_lists_that_lack_what_they_should_say(write):
         load_task("m-cashew-plantation", root)
 
 
+def test_lists_of_the_wrong_kind(write):
+    root, _ = write("substation")
+    (root / "Substation/splits.json").write_text("[1, 2]")
+    with pytest.raises(ValueError, match=r"splits\.json: no whole JSON file \(a list where names"):
+        load_task("substation", root)
+
+
+def test_a_fold_that_is_none(write):
+    root, _ = write("pastis")
+    path = root / "PASTIS-R/metadata.geojson"
+    path.write_text(path.read_text().replace('"Fold": 5', '"Fold": 6'))
+    with pytest.raises(ValueError, match=r"PASTIS-R: a \.json file of the set lacks the entry 6"):
+        load_task("pastis", root)
+
+
+def test_a_substation_list_may_say_valid_and_must_name_a_test(write):
+    root, truth = write("substation")
+    path = root / "Substation/splits.json"
+    lists = json.loads(path.read_text())
+    path.write_text(json.dumps({"valid": lists["val"], **{s: lists[s] for s in ("train", "test")}}))
+    task = load_task("substation", root)
+    assert task.split.tolist() == [truth[sample][0] for sample in sorted(truth)]
+    path.write_text(json.dumps({"valid": lists["val"], "train": lists["train"]}))
+    with pytest.raises(ValueError, match=r"no labelled pixel in the test split"):
+        load_task("substation", root)
+
+
+def test_the_first_error_ends_the_reading():
+    begun = []
+
+    def fail(item):
+        begun.append(item)
+        if item == 0:
+            raise ValueError("no")
+        time.sleep(0.01)
+
+    with pytest.raises(ValueError, match="no"):
+        tasks.in_threads(fail, range(2000), "reading")
+    assert len(begun) < 2000
+
+
 def test_a_sample_in_two_splits(write):
     root, _ = write("marida")
     (root / "MARIDA/splits/val_X.txt").write_text("1-12-19_48MYU_0\n")
@@ -567,6 +611,11 @@ def test_own_folder(own):
         ValueError, match=r"--bands B8A: .*a\.tif has no B8A; its bands are R,G,NIR"
     ):
         load_task("geotiff", own, bands=["B8A"])
+    for path in (own / "mr").iterdir():
+        geotiff.write(path, geotiff.read(path))
+    with pytest.raises(ValueError, match=r"--bands R: .* has no R; its bands are unnamed"):
+        load_task("geotiff", own, bands=["R"])
+    assert load_task("geotiff", own, tile=8, bands=["2"]).bands == ("",)
 
 
 def test_own_folder_in_short(own):
