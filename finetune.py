@@ -1,12 +1,13 @@
 """Judge an encoder on labelled imagery: linear probe or fine-tuning, over several seeds.
 
-    python finetune.py --encoder out/sa --images task/mr --masks task/masks \\
-        --classes task/classes.txt --protocol linear --seeds 5
+    python finetune.py --encoder out/sa --task mados --root MADOS --seeds 5
+    python finetune.py --encoder out/sa --images task/mr --masks task/masks --classes classes.txt
 
-Each tile is resized to --image-size and encoded; one linear layer turns every token into class
-logits; the grid of logits is resized bilinearly to the label and meets cross-entropy. The epoch
-with the best mIoU on the validation split is scored on the test split. Tiles, labels and images
-stay in the memory of the training device. On one CPU the same seed gives the same numbers.
+Each tile is resized to --image-size and encoded; a head turns every token into class logits (the
+paper's is one linear layer); the grid of logits is resized bilinearly to the label and meets
+cross-entropy. The epoch with the best mIoU on the validation split is scored on the test split, and
+the best seed's model saved for predict.py. Tiles are read by batches while the last one is worked
+on, so a task may be larger than memory. On one CPU the same seed gives the same numbers.
 
 Source: arXiv 2601.12964, the evaluation protocol; hyperparameters as in the first author's public
 experiments.
@@ -24,25 +25,39 @@ import subprocess
 import sys
 import tempfile
 import time
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import nn
 from tqdm import tqdm
 
 import geotiff
 from data import draw_crops, resample
 from model import ViT, load_encoder, vit
+from published import find_bands
+from segment import (
+    HEADS,
+    Segmenter,
+    batches,
+    by_name,
+    chunks,
+    judge,
+    probe,
+    resize,
+    save_segmenter,
+)
 from tasks import (
     IGNORE,
     SPLITS,
-    band_stats,
-    confusion_matrix,
+    TASKS,
     fingerprint,
+    list_tasks,
+    list_tiffs,
     load_folder,
+    load_task,
     mean_iou,
 )
 
@@ -53,7 +68,7 @@ UNPREDICTED = 255  # in the class maps; so they hold at most 255 classes
 def parse_args(argv):
     parser = argparse.ArgumentParser(
         description="Linear probe or fine-tuning of an encoder on images and masks.",
-        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )
     flag = parser.add_argument_group("encoder").add_argument
     flag("--encoder", required=True, help="run folder, weights file, 'random' (an untrained ViT of "
@@ -65,57 +80,110 @@ def parse_args(argv):
     flag("--heads", type=positive, help="attention heads, for weights whose width does not tell")
 
     flag = parser.add_argument_group("task").add_argument
-    flag("--images", required=True, help="folder of GeoTIFFs, or a glob pattern in quotes")
-    flag("--masks", required=True, help="the same for the masks, paired by name without extension")
+    flag("--task", default="geotiff", choices=["geotiff", *TASKS], help="a published set in "
+         "--root, or geotiff, folders of your own (default geotiff)")
+    flag("--list-tasks", action="version", version=list_tasks(), help="print the published sets "
+         "with classes, sizes, splits and where to get them")
+    flag("--root", type=Path, help="folder of the set as published; for geotiff one with images "
+         "(or mr), masks and, where there are, classes.txt and splits")
+    flag("--bands", type=band_list, help="in the order that the encoder expects: names such as "
+         "B,G,R,NIR or B02,B11, or for geotiff 0-based positions such as 2,1,0,3 (default "
+         "B,G,R,NIR of a published set, all of geotiff)")
+    flag("--tile", type=positive, help="pixels per side that images are cut to; edges are filled "
+         "up (default: the set's own protocol, 64 for geotiff)")
+    flag("--split-seed", type=int, default=0, help="which draw, where splits are drawn (default 0)")
+    flag("--split-hash", metavar="HEX", help="go on only if the splits have this hash, as the rows "
+         "of an earlier run say")
+    flag("--stats", default="task", choices=["task", "encoder"], help="mean and std that the bands "
+         "are normalised by: the task's (the publisher's, else of the training split), or those "
+         "that the encoder was pretrained with (default task)")
+    flag("--dates", type=positive, help="of a time series: dates per sample (default: all)")
+    flag("--pastis-classes", type=int, default=18, choices=[18, 19, 20], help="18 ignores "
+         "background and void, 19 void only, 20 nothing (default 18, as the paper)")
+
+    flag = parser.add_argument_group("task geotiff").add_argument
+    flag("--images", help="folder of GeoTIFFs, or a glob pattern in quotes (default: of --root)")
+    flag("--masks", help="the same for the masks, paired by name without extension")
     flag("--classes", help="text file, one class name per line, line number from 0 = class id "
          "(default: the ids name themselves)")
     flag("--ignore-index", type=int, help="mask value that is no label (default: none)")
-    flag("--bands", type=band_list, help="0-based positions in the images, in the order that the "
-         "encoder expects, such as 2,1,0,3 (default: all)")
-    flag("--tile", type=positive, default=64, help="pixels per side that images are cut to; edges "
-         "are filled up (default 64)")
     flag("--splits", help="folder of train.txt, val.txt and test.txt, names without extension")
     flag("--block", type=positive, default=4, help="without --splits: side in tiles of the blocks "
          "of ground that are kept together (default 4)")
     flag("--val", type=fraction, default=0.2, help="without --splits: fraction (default 0.2)")
     flag("--test", type=fraction, default=0.2, help="without --splits: fraction (default 0.2)")
-    flag("--split-seed", type=int, default=0, help="without --splits: which draw (default 0)")
-    flag("--stats", default="task", choices=["task", "encoder"], help="mean and std that the bands "
-         "are normalised by: of the task's training split, or those that the encoder was "
-         "pretrained with (default task)")
 
     flag = parser.add_argument_group("protocol").add_argument
-    flag("--protocol", default="linear", choices=["linear", "finetune"],
-         help="train the linear layer only, or the encoder too (default linear)")
+    flag("--protocol", default="linear", choices=["linear", "finetune", "knn", "ridge"],
+         help="train the head only, or the encoder too; or judge the tokens without training, by "
+         "nearest neighbours or ridge regression, a check within seconds (default linear)")
+    flag("--head", default="linear", choices=HEADS, help="one linear layer per token (paper), an "
+         "MLP per token, or a multi-level UPerNet, for --protocol finetune above all (default "
+         "linear)")
     flag("--image-size", type=positive, default=224, help="pixels per side that the encoder sees, "
          "a multiple of its patch (default 224)")
     flag("--crop", action=argparse.BooleanOptionalAction, default=True,
          help="train on random crops of 0.3 to 1 of the tile's area (default yes, as the paper); "
-         "--no-crop lets the linear probe encode each tile only once, which is much faster")
+         "--no-crop lets a frozen encoder see each tile only once, which is much faster")
     flag("--epochs", type=positive, default=100, help="over the training tiles (default 100)")
     flag("--batch", type=positive, default=64, help="tiles (default 64)")
     flag("--lr", type=float, help="learning rate (default 1e-3 linear, 1e-4 finetune)")
     flag("--schedule", default="constant", choices=["constant", "cosine"],
          help="of the learning rate over all steps, cosine ends at 0 (default constant)")
     flag("--weight-decay", type=float, help="of AdamW (default 0 linear, 0.05 finetune)")
+    flag("--layer-decay", type=fraction, default=1.0, help="of --protocol finetune: factor of the "
+         "learning rate from each block to the one before (default 1, none, as the paper; 0.65 to "
+         "0.9 is usual)")
+    flag("--class-weights", default="none", choices=["none", "balanced"], help="of the loss; "
+         "balanced: 1 / sqrt(f), f the class's share of the labelled training pixels, scaled to a "
+         "mean of 1 over these pixels (default none)")
     flag("--labels", type=fraction, default=1.0, help="fraction of the training tiles whose labels "
          "are used, drawn by seed (default 1)")
     flag("--seeds", type=positive, default=1, help="runs, with seeds 0, 1, ...: weights of the "
-         "linear layer, order, crops, choice of --labels (default 1; seeds differ by up to a point "
+         "head, order, crops, choice of --labels (default 1; seeds differ by up to a point "
          "of mIoU, so compare over 5)")
 
     flag = parser.add_argument_group("output").add_argument
     flag("--out", type=Path, default=Path("out/results"), help="folder; results.jsonl in it gains "
          "a row per seed (default out/results)")
+    flag("--save-model", action=argparse.BooleanOptionalAction, default=True,
+         help="the seed with the best validation mIoU as --out/model_*.safetensors, for predict.py "
+         "(default yes; --protocol knn has none)")
     flag("--maps", type=Path, help="new folder for a GeoTIFF class map of each test image, from "
          f"seed 0; {UNPREDICTED} where nothing is predicted")
     flag("--device", default="auto", choices=["auto", "cpu", "cuda"],
          help="where to run (default auto: cuda where there is one)")
     args = parser.parse_args(argv)
+    changed = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+
+    def refuse(names, reason):
+        for name in names:
+            if name in changed:
+                parser.error(f"--{name.replace('_', '-')} {reason}")
+
+    if args.task == "geotiff":
+        refuse(["dates", "pastis_classes"], "is for --task pastis")
+        if args.root:
+            refuse(["images", "masks"], "and --root both say where the task is; keep one")
+        elif not (args.images and args.masks):
+            parser.error("no task; name --task with --root (see --list-tasks), or --images and "
+                         "--masks of your own")
+        args.tile = args.tile or 64
+    else:
+        refuse(["images", "masks", "classes", "ignore_index", "splits", "block", "val", "test"],
+               f"is for --task geotiff; {args.task} has its own")
+        if args.root is None:
+            parser.error(f"--task {args.task} needs --root, the folder of the set as published; "
+                         "--list-tasks says where to get it")
+    if args.protocol in ("knn", "ridge"):
+        refuse(["head", "crop", "epochs", "lr", "schedule", "weight_decay", "layer_decay",
+                "class_weights"], f"means nothing to --protocol {args.protocol}; it trains no head")
+    elif args.protocol == "linear":
+        refuse(["layer_decay"], "is for --protocol finetune; linear leaves the encoder as it is")
     if args.lr is None:
-        args.lr = {"linear": 1e-3, "finetune": 1e-4}[args.protocol]
+        args.lr = {"finetune": 1e-4}.get(args.protocol, 1e-3)
     if args.weight_decay is None:
-        args.weight_decay = {"linear": 0.0, "finetune": 0.05}[args.protocol]
+        args.weight_decay = {"finetune": 0.05}.get(args.protocol, 0.0)
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if not 0 < args.lr < math.inf:
@@ -147,37 +215,11 @@ def fraction(text):
 
 
 def band_list(text):
-    return [int(position) for position in text.split(",")]
-
-
-class Probe(nn.Module):
-    """An encoder and one linear layer per token.
-
-    forward takes images (B, bands, rows, cols), or their tokens (B, N, D) kept from before, and
-    returns logits (B, classes, g, g) float32, g = image_size / patch.
-    """
-
-    def __init__(self, encoder, classes, image_size):
-        super().__init__()
-        self.encoder, self.classes, self.image_size = encoder, classes, image_size
-        self.head = nn.Linear(encoder.dim, classes)
-
-    def tokens(self, images):
-        if images.shape[-1] != self.image_size:
-            size = (self.image_size, self.image_size)
-            images = F.interpolate(images, size, mode="bicubic", antialias=True)
-        bfloat16 = images.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16):
-            return self.encoder(images).float()
-
-    def forward(self, x):
-        x = x if x.ndim == 3 else self.tokens(x)
-        rows = self.image_size // self.encoder.patch_size
-        return rearrange(self.head(x), "b (r c) k -> b k r c", r=rows)
-
-
-def upsample(logits, size):
-    return F.interpolate(logits, (size, size), mode="bilinear")
+    """Names, or ints where all are whole numbers."""
+    words = [word.strip() for word in text.split(",")]
+    if "" in words or len({word.isdecimal() for word in words}) > 1:
+        raise argparse.ArgumentTypeError(f"{text} is no list of names, or of positions, alone")
+    return [int(word) for word in words] if words[0].isdecimal() else words
 
 
 def crop_labels(labels, windows, size):
@@ -193,44 +235,48 @@ def crop_labels(labels, windows, size):
     return labels[image[:, None, None], row[:, :, None], col[:, None, :]]
 
 
-def segmentation_loss(logits, labels):
-    """Mean cross-entropy of the labelled pixels; 0, not NaN, where a batch of crops has none."""
-    logits = upsample(logits, labels.shape[-1])
-    total = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
-    return total / (labels != IGNORE).sum().clamp(min=1)
+def segmentation_loss(logits, labels, weights=None):
+    """Mean cross-entropy of the labelled pixels; 0, not NaN, where a batch of crops has none.
 
-
-def normalised(task, index, mean, std, device):
-    """Images and labels of some tiles, for training: (n, bands, tile, tile) float32, and int64.
-
-    mean, std: (bands,). Pixels without data become 0, which is the mean.
+    weights: (classes,), then the mean is weighted by those of the pixels' classes.
     """
-    mean, std = (np.asarray(each, np.float32)[:, None, None] for each in (mean, std))
-    images = torch.from_numpy(np.nan_to_num((task.images[index] - mean) / std))
-    labels = torch.from_numpy(task.labels[index])
-    return images.to(device), labels.to(device).long()
+    logits = resize(logits, labels.shape[-1])
+    total = F.cross_entropy(logits, labels, weights, ignore_index=IGNORE, reduction="sum")
+    if weights is None:
+        return total / (labels != IGNORE).sum().clamp(min=1)
+    counted = F.pad(weights, (0, 1))[labels].sum()  # IGNORE, -1, finds the 0 at the end
+    return total / torch.where(counted > 0, counted, 1)
 
 
-@torch.no_grad()
-def predict(probe, inputs, size, batch):
-    """Class ids (N, size, size) int16 of images or tokens, as Probe takes them."""
-    parts = [upsample(probe(part), size).argmax(1).short() for part in inputs.split(batch)]
-    return torch.cat(parts)
+def balanced_weights(labels, classes):
+    """1 / sqrt(f) of each class, f its share of the labelled pixels, scaled to a mean of 1 over
+    these pixels: (classes,) float32, 0 for a class without any.
 
-
-def batch_mean_iou(probe, inputs, labels, batch):
-    """Mean of the batches' mIoUs, at the resolution that the encoder sees.
-
-    Labels are resized to it by nearest neighbour. Published numbers of this protocol were very
-    likely made so; they depend on the batch, so `miou` from one matrix is the figure to trust.
+    labels: integer arrays (tile, tile), one by one.
     """
-    size, tile, scores = probe.image_size, labels.shape[-1], []
-    for part, label in zip(inputs.split(batch), labels.split(batch), strict=True):
-        whole = torch.tensor([[0, 0, tile, tile]]).expand(len(label), 4)
-        label = crop_labels(label, whole, size)
-        prediction = predict(probe, part, size, batch)
-        scores.append(mean_iou(confusion_matrix(prediction, label, probe.classes, IGNORE))[0])
-    return float(np.nanmean(scores))
+    share = sum(np.bincount(each[each != IGNORE], minlength=classes) for each in labels)
+    share = share / share.sum()
+    weights = np.where(share > 0, 1 / np.sqrt(np.where(share > 0, share, 1)), 0)
+    return torch.tensor(weights / (share * weights).sum(), dtype=torch.float32)
+
+
+def layer_groups(segmenter, decay):
+    """Parameter groups of AdamW with a "scale" of the learning rate: decay**(depth + 1 - layer).
+
+    The patch embedding and class token are layer 0, block k from 1 up layer k, the last norm and
+    the head layer depth + 1, as BEiT (arXiv 2106.08254) and MAE fine-tune. decay 1: all alike.
+    """
+    last = len(segmenter.encoder.blocks) + 1
+    groups = {}
+    for name, weight in segmenter.named_parameters():
+        parts = name.split(".")
+        layer = last
+        if parts[:2] == ["encoder", "blocks"]:
+            layer = 1 + int(parts[2])
+        elif parts[:2] in (["encoder", "patch_embed"], ["encoder", "cls_token"]):
+            layer = 0
+        groups.setdefault(layer, []).append(weight)
+    return [{"params": group, "scale": decay ** (last - n)} for n, group in groups.items()]
 
 
 def commit():
@@ -269,8 +315,6 @@ def write_maps(folder, task, tiles, predictions):
     are UNPREDICTED, which is also the nodata value.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    missing = np.isnan(task.images[tiles, 0])
-    predictions = np.where(missing, UNPREDICTED, predictions).astype(np.uint8)
     tile = predictions.shape[-1]
     for number in np.unique(task.origin[tiles, 0]):
         file = task.files[number]
@@ -278,8 +322,11 @@ def write_maps(folder, task, tiles, predictions):
         size = [-(-side // tile) * tile for side in (file.height, file.width)]
         canvas = np.full(size, UNPREDICTED, np.uint8)
         for k in np.flatnonzero(task.origin[tiles, 0] == number):
-            _, row, col = task.origin[tiles][k]
-            canvas[row : row + tile, col : col + tile] = predictions[k]
+            _, row, col = task.origin[tiles[k]]
+            missing = np.isnan(task.images[tiles[k], 0])
+            canvas[row : row + tile, col : col + tile] = np.where(
+                missing, UNPREDICTED, predictions[k]
+            )
         canvas = canvas[: file.height, : file.width]
         path = folder / f"{file.path.stem}.tif"
         geotiff.write(path, canvas, file.transform, file.crs, nodata=UNPREDICTED)
@@ -330,24 +377,71 @@ def check_output(out, maps):
             ) from error
 
 
-def check_encoder(encoder, name, task, bands, image_size):
-    """Raise ValueError if the encoder does not read the task's bands or the image size.
+def load(args):
+    """The task of --task; folders of GeoTIFFs are found under --root or given one by one."""
+    if args.task != "geotiff":
+        return load_task(
+            args.task, args.root, bands=args.bands, tile=args.tile, dates=args.dates,
+            pastis_classes=args.pastis_classes, split_seed=args.split_seed,
+        )  # fmt: skip
+    images, masks, classes, splits = args.images, args.masks, args.classes, args.splits
+    if args.root:
+        folders = [args.root / name for name in ("images", "mr")]
+        images = next((folder for folder in folders if folder.is_dir()), None)
+        if images is None:
+            raise FileNotFoundError(f"--root {args.root}: holds no folder images or mr")
+        masks = args.root / "masks"
+        listed, named = args.root / "splits", args.root / "classes.txt"
+        splits = splits or (listed if listed.is_dir() else None)
+        classes = classes or (named if named.is_file() else None)
+    bands = args.bands
+    if bands and isinstance(bands[0], str):
+        bands = same_bands(list_tiffs(images).values(), bands)
+    return load_folder(
+        images, masks, classes=classes, bands=bands, ignore_index=args.ignore_index,
+        tile=args.tile, splits=splits, block=args.block, val=args.val, test=args.test,
+        split_seed=args.split_seed,
+    )  # fmt: skip
 
-    bands: the positions that the task has of its files' bands, or None for all.
-    """
-    wanted, count = encoder.meta.get("bands", []), task.images.shape[1]
-    if encoder.in_channels != count:
+
+def same_bands(paths, names):
+    """The 0-based positions of named bands, the same in all GeoTIFFs, or ValueError."""
+    positions = None
+    for path in paths:
+        held = geotiff.info(path).band_names
+        if not held:
+            raise ValueError(
+                f"{path}: its bands are unnamed, so --bands {','.join(names)} cannot be found; "
+                "give 0-based positions"
+            )
+        here = find_bands(names, held, path)
+        if here != (positions or here):
+            raise ValueError(
+                f"{path}: {','.join(names)} are its bands {here}, those of other images "
+                f"{positions}; bring all to one order"
+            )
+        positions = here
+    return positions
+
+
+def check_encoder(encoder, name, task, image_size):
+    """Raise ValueError if the encoder does not read the task's bands or the image size."""
+    wanted = encoder.meta.get("bands", [])
+    if encoder.in_channels != len(task.bands):
         raise ValueError(
             f"--encoder {name} reads {encoder.in_channels} bands ({','.join(wanted) or 'unnamed'}),"
-            f" the task has {count}; choose and order them with --bands, or take an encoder of "
-            "that data"
+            f" the task has {len(task.bands)}; choose and order them with --bands, or take an "
+            "encoder of that data"
         )
-    for file in task.files:
-        found = [file.band_names[band] for band in bands or range(count)] if file.band_names else []
+    # folders of one's own may name bands in some files only, and take positions
+    own = task.name == "geotiff"
+    named = [(file.path, file.band_names) for file in task.files if file.band_names] if own else []
+    for path, names in named or [(task.name, task.bands)]:
+        found = [names[band] for band in task.positions] if named else list(names)
         if found != wanted and sorted(found) == sorted(wanted):
-            order = ",".join(str(file.band_names.index(band)) for band in wanted)
+            order = ",".join(str(names.index(band)) if own else band for band in wanted)
             raise ValueError(
-                f"--encoder {name} reads the bands {','.join(wanted)}, but those of {file.path} "
+                f"--encoder {name} reads the bands {','.join(wanted)}, but those of {path} "
                 f"come as {','.join(found)}; pass --bands {order}"
             )
     patch = encoder.patch_size
@@ -359,28 +453,132 @@ def check_encoder(encoder, name, task, bands, image_size):
         )
 
 
+def token_home(count, segmenter, device):
+    """Where the tokens of `count` tiles are kept: on the device, in main memory where they would
+    take more than half of what a GPU has free. Says their size where it is large."""
+    grid = segmenter.image_size // segmenter.encoder.patch_size
+    size = 4 * count * grid**2 * segmenter.encoder.dim * len(segmenter.depths or [0])
+    if size > 2**32:
+        print(f"tokens kept in memory: {size / 2**30:.1f} GiB")
+    if device.type == "cuda" and size > torch.cuda.mem_get_info(device)[0] / 2:
+        return torch.device("cpu")
+    return device
+
+
+def train(args, segmenter, task, chosen, mean, std, generator):
+    """Train on the chosen tiles by split, and leave the best epoch's weights in the segmenter.
+
+    Returns its validation mIoU and number, and the test split as `judge` does.
+    """
+    device, seed = torch.device(args.device), generator.initial_seed()
+    frozen = args.protocol != "finetune"
+    classes, size = len(task.classes), (args.image_size, args.image_size)
+    tile = task.labels.shape[-1]
+
+    def read(parts):
+        return batches(task, parts, mean, std, device)
+
+    segmenter.encoder.requires_grad_(not frozen)
+    trained = segmenter.head if frozen else segmenter
+    groups = [{"params": trained.parameters(), "scale": 1.0}]
+    if not frozen:
+        groups = layer_groups(segmenter, args.layer_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay)
+    weights = None
+    if args.class_weights == "balanced":
+        weights = balanced_weights((task.labels[k] for k in chosen["train"]), classes).to(device)
+
+    # a frozen encoder gives an uncropped tile the same tokens in every epoch
+    kept, cached = {}, [s for s in SPLITS if frozen and (s != "train" or not args.crop)]
+    if cached:
+        home = token_home(sum(len(chosen[split]) for split in cached), segmenter, device)
+    for split in cached:
+        parts = chunks(chosen[split], args.batch)
+        with torch.no_grad():
+            kept[split] = [
+                (segmenter.features(images).to(home), labels)
+                for images, labels in tqdm(read(parts), f"seed {seed}, encode {split}", len(parts))
+            ]
+    if "train" in kept:
+        tokens, token_labels = (torch.cat(each) for each in zip(*kept.pop("train"), strict=True))
+
+    def held_out(split):
+        if split not in kept:
+            return read(chunks(chosen[split], args.batch))
+        return ((x.to(device), labels) for x, labels in kept[split])
+
+    count = len(chosen["train"])
+    steps, step, best = args.epochs * math.ceil(count / args.batch), 0, -1.0
+    with tqdm(total=steps, desc=f"seed {seed}, {args.protocol}", unit="step") as bar:
+        for epoch in range(1, args.epochs + 1):
+            order = torch.randperm(count, generator=generator).split(args.batch)
+            if "train" in cached:
+                stream = ((tokens[k].to(device), token_labels[k]) for k in order)
+            else:
+                stream = read([chosen["train"][k.numpy()] for k in order])
+            for x, labels in stream:
+                if args.crop:
+                    windows = torch.from_numpy(draw_crops(seed, step, len(x))) * tile
+                    x = resample_series(x, windows, size)
+                    labels = crop_labels(labels, windows, tile)
+                decay = (1 + math.cos(math.pi * step / steps)) / 2
+                for group in optimizer.param_groups:
+                    scale = group["scale"] * (decay if args.schedule == "cosine" else 1)
+                    group["lr"] = args.lr * scale
+                loss = segmentation_loss(segmenter(x), labels, weights)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                step += 1
+                bar.update()
+            last = loss.item()  # a device sync, so once an epoch
+            if not math.isfinite(last):
+                raise ValueError(f"loss {last} in epoch {epoch}; lower --lr")
+            val, _ = mean_iou(judge(segmenter, held_out("val"), classes)[0])
+            if val > best:
+                best, best_epoch = val, epoch
+                state = {name: value.clone() for name, value in trained.state_dict().items()}
+            bar.set_postfix(loss=f"{last:.3f}", val=f"{val:.4f}", best=f"{best:.4f}")
+    trained.load_state_dict(state)
+    return best, best_epoch, judge(segmenter, held_out("test"), classes, args.image_size)
+
+
+def resample_series(images, windows, size):
+    """`data.resample` of images (B, bands, h, w) or time series (B, dates, bands, h, w)."""
+    if images.ndim == 4:
+        return resample(images, windows, size)
+    bands = images.shape[2]
+    cropped = resample(rearrange(images, "b t c h w -> b (t c) h w"), windows, size)
+    return rearrange(cropped, "b (t c) h w -> b t c h w", c=bands)
+
+
 def evaluate(args):
-    """Train and score one probe per seed; everything wrong with the input is raised before."""
-    linear, untrained = args.protocol == "linear", args.encoder.split(":")[0] == "random"
+    """Train and score one model per seed; everything wrong with the input is raised before."""
+    untrained = args.encoder.split(":")[0] == "random"
     check_output(args.out, args.maps)
     if args.encoder != "random":
         template = load_encoder(args.encoder.removeprefix("random:"), args.heads)
-    task = load_folder(
-        args.images, args.masks, classes=args.classes, bands=args.bands,
-        ignore_index=args.ignore_index, tile=args.tile, splits=args.splits,
-        block=args.block, val=args.val, test=args.test, split_seed=args.split_seed,
-    )  # fmt: skip
-    bands, classes = task.images.shape[1], task.classes
+    task = load(args)
+    if args.split_hash and args.split_hash.lower() != task.split_hash:
+        raise ValueError(
+            f"--split-hash {args.split_hash}: the splits of {args.task} have {task.split_hash}; "
+            "they are others than those wanted, so compare the files and --split-seed"
+        )
+    bands, classes = len(task.bands), task.classes
     if args.encoder == "random":
         template = vit(args.model, in_channels=bands, patch_size=args.patch)
-    check_encoder(template, args.encoder, task, args.bands, args.image_size)
-    mean, std = band_stats(task.images[task.split == "train"])
+    check_encoder(template, args.encoder, task, args.image_size)
+    mean, std = task.mean, task.std
     if args.stats == "encoder":
         if "mean" not in template.meta or "std" not in template.meta:
             raise ValueError(
                 f"--stats encoder: {args.encoder} carries no mean and std; use --stats task"
             )
         mean, std = np.array(template.meta["mean"]), np.array(template.meta["std"])
+    if args.maps and args.task != "geotiff":
+        raise ValueError(
+            f"--maps is for --task geotiff; map {args.task} with the saved model and predict.py"
+        )
     if args.maps and len(classes) > UNPREDICTED:
         raise ValueError(f"--maps holds at most {UNPREDICTED} classes, found {len(classes)}")
     device = torch.device(args.device)
@@ -391,96 +589,78 @@ def evaluate(args):
     results = args.out / "results.jsonl"
     results.touch()
     tiles = {split: np.flatnonzero(task.split == split) for split in SPLITS}
-    data_hash, size = fingerprint(task), (args.image_size, args.image_size)
+    data_hash, tile = fingerprint(task), task.labels.shape[-1]
     print(
-        f"task {data_hash}: {bands} bands, {len(classes)} classes, {args.tile} px tiles: "
+        f"task {task.name} {data_hash}: {bands} bands, {len(classes)} classes, {tile} px tiles: "
         + ", ".join(f"{len(index)} {split}" for split, index in tiles.items())
-        + f" (split by {task.split_by})"
+        + f" (split by {task.split_by}, --split-hash {task.split_hash})"
         + "".join(f"; mask value {value:g} is nodata and ignored" for value in task.nodata)
     )
 
-    rows = []
+    rows, model = [], None
+    if args.save_model and args.protocol != "knn":
+        # to the microsecond: two commands may start in one second
+        model = datetime.now().strftime("model_%Y%m%d-%H%M%S-%f.safetensors")
     for seed in range(args.seeds):
         start = time.perf_counter()
         torch.manual_seed(seed)
         encoder = ViT(**template.config) if untrained else copy.deepcopy(template)
         encoder_hash = weights_hash(encoder)
-        torch.manual_seed(seed)  # the same linear layer, whatever encoder was drawn before it
-        probe = Probe(encoder, len(classes), args.image_size).to(device)
-        encoder.requires_grad_(not linear)
-        trained = probe.head if linear else probe
-        optimizer = torch.optim.AdamW(
-            trained.parameters(), lr=args.lr, weight_decay=args.weight_decay
-        )
-
+        torch.manual_seed(seed)  # the same head, whatever encoder was drawn before it
+        segmenter = Segmenter(encoder, len(classes), args.image_size, args.head).to(device)
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(tiles["train"]), generator=generator)
         order = order[: max(1, round(args.labels * len(order)))].numpy()
         chosen = {**tiles, "train": tiles["train"][order]}
-        inputs, labels = {}, {}
-        for split, index in chosen.items():
-            inputs[split], labels[split] = normalised(task, index, mean, std, device)
-            # a frozen encoder gives an uncropped tile the same tokens in every epoch
-            if linear and (split != "train" or not args.crop):
-                parts = tqdm(inputs[split].split(args.batch), f"seed {seed}, encode {split}")
-                with torch.no_grad():
-                    inputs[split] = torch.cat([probe.tokens(part) for part in parts])
-
-        count = len(inputs["train"])
-        steps, step, best = args.epochs * math.ceil(count / args.batch), 0, -1.0
-        with tqdm(total=steps, desc=f"seed {seed}, {args.protocol}", unit="step") as bar:
-            for epoch in range(1, args.epochs + 1):
-                for index in torch.randperm(count, generator=generator).split(args.batch):
-                    image, label = inputs["train"][index], labels["train"][index]
-                    if args.crop:
-                        windows = torch.from_numpy(draw_crops(seed, step, len(index))) * args.tile
-                        image = resample(image, windows, size)
-                        label = crop_labels(label, windows, args.tile)
-                    decay = (1 + math.cos(math.pi * step / steps)) / 2
-                    for group in optimizer.param_groups:
-                        group["lr"] = args.lr * (decay if args.schedule == "cosine" else 1)
-                    loss = segmentation_loss(probe(image), label)
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-                    step += 1
-                    bar.update()
-                last = loss.item()  # a device sync, so once an epoch
-                if not math.isfinite(last):
-                    raise ValueError(f"loss {last} in epoch {epoch}; lower --lr")
-                prediction = predict(probe, inputs["val"], args.tile, args.batch)
-                val, _ = mean_iou(confusion_matrix(prediction, labels["val"], len(classes), IGNORE))
-                if val > best:
-                    best, best_epoch = val, epoch
-                    weights = {name: value.clone() for name, value in trained.state_dict().items()}
-                bar.set_postfix(loss=f"{last:.3f}", val=f"{val:.4f}", best=f"{best:.4f}")
-
-        trained.load_state_dict(weights)
-        prediction = predict(probe, inputs["test"], args.tile, args.batch)
-        matrix = confusion_matrix(prediction, labels["test"], len(classes), IGNORE)
+        if args.protocol in ("knn", "ridge"):
+            found = probe(
+                encoder, task, args.protocol, args.image_size, mean=mean, std=std,
+                train=chosen["train"], seed=seed, batch=args.batch,
+            )  # fmt: skip
+            best, best_epoch = found["val_miou"], None
+            matrix, predictions, batchmean = (
+                found[key] for key in ("matrix", "predictions", "miou_batchmean")
+            )
+            if found["head"]:  # ridge regression is a linear head
+                weight, bias = found["head"]
+                segmenter.head.load_state_dict({"weight": weight, "bias": bias})
+        else:
+            best, best_epoch, (matrix, predictions, batchmean) = train(
+                args, segmenter, task, chosen, mean, std, generator
+            )
         miou, iou = mean_iou(matrix)
         stamp = time.strftime("%Y%m%d-%H%M%S")
         saved = args.out / f"confusion_{stamp}_{encoder_hash}_{args.protocol}_seed{seed}.csv"
         write_matrix(saved, matrix.tolist(), classes)
+        if model and best > max((row["val_miou"] for row in rows), default=-1):
+            save_segmenter(
+                args.out / model, segmenter, classes=list(classes),
+                bands=list(task.bands) if all(task.bands) else [],
+                positions=list(task.positions), file_bands=task.file_bands, mean=mean.tolist(),
+                std=std.tolist(), tile=tile, gsd=task.gsd, encoder=args.encoder,
+                sources=template.meta.get("sources", []), task=task.name, protocol=args.protocol,
+                seed=seed, val_miou=best, miou=miou,
+            )  # fmt: skip
         row = {
             "encoder": args.encoder,
             "encoder_hash": encoder_hash,
+            "task": task.name,
             "data_hash": data_hash,
+            "split_hash": task.split_hash,
             "protocol": args.protocol,
+            "head": args.head,
             "seed": seed,
             "miou": miou,
-            "miou_batchmean": batch_mean_iou(probe, inputs["test"], labels["test"], args.batch),
+            "miou_batchmean": batchmean,
             "accuracy": (matrix.diagonal().sum() / matrix.sum()).item(),
-            # None: absent from labels and predictions, and so no part of the mean
-            "iou": {
-                name: None if math.isnan(value) else value
-                for name, value in zip(classes, iou.tolist(), strict=True)
-            },
+            "iou": by_name(iou, classes),  # None: no part of the mean
             "val_miou": best,
             "best_epoch": best_epoch,
+            "model": model,  # one file for all seeds: the best of them
             "confusion": saved.name,
             "tiles": {split: len(index) for split, index in chosen.items()},
             "split_by": task.split_by,
+            "tile": tile,
             "mean": mean.tolist(),
             "std": std.tolist(),
             "architecture": template.config,
@@ -499,10 +679,15 @@ def evaluate(args):
             file.write(json.dumps(row) + "\n")
         rows.append(row)
         if args.maps and seed == 0:
-            write_maps(args.maps, task, tiles["test"], prediction.cpu().numpy())
+            write_maps(args.maps, task, tiles["test"], predictions.numpy())
 
     print_table(rows, classes)
     print(f"\nrows added to {results}: {args.seeds}")
+    if model:
+        print(
+            f"model of the best seed: {args.out / model}; a map with it:\n"
+            f"    python predict.py --model {args.out / model} scene.tif map.tif"
+        )
 
 
 def main(argv=None):

@@ -1,21 +1,27 @@
 """A segmentation model: an encoder with a head that turns its tokens into class logits.
 
 Reading order: `encode`, the tokens of images; `UperNet` and `Segmenter`; `save_segmenter` and
-`load_segmenter`. Shapes: B images of C bands, g x g tokens of width D, row-major.
+`load_segmenter`; `batches` and `judge`, how a task is read and scored; `probe`, which judges an
+encoder without a training loop. Shapes: B images of C bands, g x g tokens of width D, row-major.
 """
 
 import json
 import math
 import os
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from safetensors.torch import save
 from torch import nn
+from tqdm import tqdm
 
 from model import parse_encoder, read_tensors
+from tasks import IGNORE, confusion_matrix, mean_iou
 
 HEADS = ("linear", "mlp", "upernet")
 
@@ -263,3 +269,212 @@ def parse_segmenter(state, facts, path):
     segmenter.head.load_state_dict(head)
     segmenter.meta = meta
     return segmenter.eval()
+
+
+# ---- reading and scoring a task ---------------------------------------------------------------
+
+
+def normalised(task, index, mean, std):
+    """Images and labels of some tiles: (n, [dates,] bands, tile, tile) float32, and int64.
+
+    mean, std: (bands,). Pixels without data become 0, which is the mean; dates without any stay
+    NaN, which tells `encode` to leave them out.
+    """
+    mean, std = (np.asarray(each, np.float32)[:, None, None] for each in (mean, std))
+    images = (task.images[index] - mean) / std
+    absent = np.isnan(images).all((-3, -2, -1)) if images.ndim == 5 else np.zeros(len(images), bool)
+    np.nan_to_num(images, copy=False)
+    images[absent] = np.nan
+    return torch.from_numpy(images), torch.from_numpy(task.labels[index]).long()
+
+
+def batches(task, parts, mean, std, device):
+    """Yield `normalised` images and labels of each index in `parts`, on the device.
+
+    A thread reads one batch ahead, so that a task may be larger than memory and the disk slow.
+    """
+    with ThreadPoolExecutor(1) as reader:
+        ahead = deque()
+        for index in parts:
+            ahead.append(reader.submit(normalised, task, index, mean, std))
+            if len(ahead) == 2:
+                images, labels = ahead.popleft().result()
+                yield images.to(device), labels.to(device)
+        for images, labels in (read.result() for read in ahead):
+            yield images.to(device), labels.to(device)
+
+
+def chunks(index, size):
+    return [index[k : k + size] for k in range(0, len(index), size)]
+
+
+@torch.no_grad()
+def judge(model, stream, classes, image_size=None):
+    """Score a model on batches of a split.
+
+    model: from images or features to logits (B, classes, rows, cols). stream: of those and labels
+    (B, tile, tile). Returns the confusion matrix at the labels' resolution (classes, classes), the
+    predictions (N, tile, tile) uint8 on the CPU, or int16 beyond 256 classes, and the mean of the
+    batches' mIoUs at image_size (labels by nearest neighbour), NaN without one. Published numbers
+    of this protocol were very likely made by that mean; it depends on the batch, so the matrix is
+    what to trust.
+    """
+    matrix, predictions, scores = 0, [], []
+    dtype = torch.uint8 if classes <= 256 else torch.int16
+    for x, labels in stream:
+        logits = model(x)
+        prediction = resize(logits, labels.shape[-1]).argmax(1)
+        matrix = matrix + confusion_matrix(prediction, labels, classes, IGNORE)
+        predictions.append(prediction.to(dtype).cpu())
+        if image_size is not None:
+            nearest = F.interpolate(labels[:, None].float(), image_size, mode="nearest-exact")
+            prediction = resize(logits, image_size).argmax(1)
+            small = confusion_matrix(prediction, nearest[:, 0].long(), classes, IGNORE)
+            scores.append(mean_iou(small)[0])
+    mean = float(np.nanmean(scores)) if np.isfinite(scores).any() else math.nan
+    return matrix, torch.cat(predictions), mean
+
+
+# ---- probes without a training loop -----------------------------------------------------------
+
+
+def token_labels(labels, grid, classes):
+    """What each token shows: shares of the classes among its labelled pixels.
+
+    labels: (B, h, w) int64. grid: tokens a side; where that does not divide the pixels, a pixel
+    counts for each token that it touches. Returns shares (B, grid**2, classes) float32, summing to
+    1, and whether a token has a label at all (B, grid**2) bool.
+    """
+    # IGNORE is -1: its column comes first and is left out
+    one_hot = F.one_hot(labels - IGNORE, classes + 1)[..., 1:].movedim(-1, 1).float()
+    share = rearrange(F.adaptive_avg_pool2d(one_hot, grid), "b k r c -> b (r c) k")
+    total = share.sum(2, keepdim=True)
+    return share / torch.where(total > 0, total, 1), total[..., 0] > 0
+
+
+def knn_scores(tokens, bank, votes, k=20, temperature=0.07, rows=1024):
+    """Class scores of tokens by their nearest neighbours in a bank, by cosine.
+
+    tokens: (n, D). bank: (m, D), L2-normalised. votes: (m, classes). The k nearest vote by softmax
+    of cosine / temperature; `rows` tokens are compared at a time. Returns (n, classes).
+    Source: the k-NN evaluation of DINO (arXiv 2104.14294), per token.
+    """
+    scores = []
+    for part in F.normalize(tokens, dim=-1).split(rows):
+        near, index = (part @ bank.T).topk(min(k, len(bank)), dim=1)
+        weight = (near / temperature).softmax(1)
+        scores.append((weight[:, :, None] * votes[index]).sum(1))
+    return torch.cat(scores)
+
+
+def fit_bank(stream, size, seed):
+    """A seeded uniform sample of at most `size` labelled tokens, L2-normalised, with their shares.
+
+    stream: of tokens (n, D) and shares (n, classes). A token stays whose random key is among the
+    smallest so far, so only the sample is ever held.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    key = bank = votes = None
+    for tokens, share in stream:
+        fresh = torch.rand(len(tokens), generator=generator, dtype=torch.float64), tokens, share
+        if key is not None:
+            fresh = [torch.cat(pair) for pair in zip((key, bank, votes), fresh, strict=True)]
+        keep = fresh[0].argsort()[:size]
+        key, bank, votes = fresh[0][keep], *(each[keep.to(each.device)] for each in fresh[1:])
+    return F.normalize(bank, dim=-1), votes
+
+
+def fit_ridge(stream, penalties):
+    """Closed-form ridge regression from standardised tokens to class shares.
+
+    stream: of tokens (n, D) and shares (n, classes), which are summed up in float64, never held.
+    penalties: of the squared weights, for tokens of unit variance and the mean squared error.
+    Returns a list of (weight (classes, D), bias (classes,)) for raw tokens, one for each penalty.
+    """
+    count = x_sum = y_sum = xx = xy = 0
+    for tokens, share in stream:
+        x, y = tokens.double(), share.double()
+        count, x_sum, y_sum = count + len(x), x_sum + x.sum(0), y_sum + y.sum(0)
+        xx, xy = xx + x.T @ x, xy + x.T @ y
+    x_mean, y_mean = x_sum / count, y_sum / count
+    covariance = xx / count - x_mean[:, None] * x_mean
+    spread = covariance.diagonal().clamp(min=0).sqrt()
+    spread = torch.where(spread > 1e-6, spread, 1)  # a channel that never varies tells nothing
+    values, vectors = torch.linalg.eigh(covariance / (spread[:, None] * spread))
+    target = vectors.T @ ((xy / count - x_mean[:, None] * y_mean) / spread[:, None])
+    fits = []
+    for penalty in penalties:
+        weight = vectors @ (target / (values.clamp(min=0) + penalty)[:, None]) / spread[:, None]
+        fits.append((weight.T.float(), (y_mean - x_mean @ weight).float()))
+    return fits
+
+
+@torch.no_grad()
+def probe(
+    encoder, task, protocol, image_size, *, mean=None, std=None, train=None, seed=0, batch=64,
+    bank=20_000, penalties=(1e-4, 1e-3, 1e-2, 1e-1, 1.0),
+):  # fmt: skip
+    """Judge a frozen encoder on a task in one pass, without a training loop.
+
+    protocol: "knn", by the nearest of a seeded sample of `bank` labelled training tokens, or
+    "ridge", by the linear map with the best of `penalties` on the validation split. A token's label
+    is the mix of its pixels' (`token_labels`); predictions are scored at the labels' resolution.
+    mean, std: (bands,), default the task's. train: positions of the training tiles, default all.
+    Draws nothing from torch's global generators. Returns {"miou", "val_miou", "iou" by class name
+    (None where absent), "miou_batchmean", "matrix", "predictions" of the test split as `judge`,
+    "head": (weight, bias) of ridge or None}.
+    """
+    mean, std = task.mean if mean is None else mean, task.std if std is None else std
+    device, classes = next(encoder.parameters()).device, len(task.classes)
+    grid = image_size // encoder.patch_size
+
+    def read(split, index=None):
+        index = np.flatnonzero(task.split == split) if index is None else index
+        stream = batches(task, chunks(index, batch), mean, std, device)
+        steps = math.ceil(len(index) / batch)
+        for images, labels in tqdm(stream, f"{protocol}, {split}", steps, leave=False):
+            yield encode(encoder, images, image_size), labels
+
+    def labelled():
+        for tokens, labels in read("train", train):
+            share, known = token_labels(labels, grid, classes)
+            yield tokens[known], share[known]
+
+    def linear(head):
+        return lambda tokens: rearrange(F.linear(tokens, *head), "b (r c) k -> b k r c", r=grid)
+
+    if protocol == "knn":
+        nearest, head = fit_bank(labelled(), bank, seed), None
+
+        def model(tokens):
+            scores = knn_scores(tokens.flatten(0, 1), *nearest)
+            return rearrange(scores, "(b r c) k -> b k r c", r=grid, c=grid)
+
+        val_miou = mean_iou(judge(model, read("val"), classes)[0])[0]
+    else:
+        fits = fit_ridge(labelled(), penalties)
+        matrices = [0] * len(fits)
+        for tokens, labels in read("val"):
+            for k, fit in enumerate(fits):
+                matrices[k] = matrices[k] + judge(linear(fit), [(tokens, labels)], classes)[0]
+        scores = [mean_iou(matrix)[0] for matrix in matrices]
+        val_miou = max(scores)
+        head = fits[scores.index(val_miou)]
+        model = linear(head)
+    matrix, predictions, batchmean = judge(model, read("test"), classes, image_size)
+    miou, iou = mean_iou(matrix)
+    return {
+        "miou": miou,
+        "val_miou": val_miou,
+        "iou": by_name(iou, task.classes),
+        "miou_batchmean": batchmean,
+        "matrix": matrix,
+        "predictions": predictions,
+        "head": head,
+    }
+
+
+def by_name(iou, classes):
+    """IoU (classes,) -> {class name: value}, None for a class that is absent."""
+    values = zip(classes, iou.tolist(), strict=True)
+    return {name: None if math.isnan(value) else value for name, value in values}

@@ -3,9 +3,11 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import layouts
 import numpy as np
 import pytest
 import torch
@@ -14,8 +16,10 @@ from real_tasks import SETTINGS, write_eolearn, write_ukis
 
 import finetune
 import geotiff
-from finetune import Probe, crop_labels, segmentation_loss
+import segment
+from finetune import balanced_weights, crop_labels, layer_groups, segmentation_loss
 from model import ViT, load_encoder, save_encoder
+from segment import Segmenter, judge, load_segmenter, normalised
 from tasks import IGNORE, confusion_matrix, mean_iou
 
 ROOT = Path(__file__).parent.parent
@@ -53,6 +57,12 @@ def write_scenes(folder, shuffled=False, count=6, side=64):
     return folder
 
 
+@pytest.fixture
+def narrow(monkeypatch):
+    """UPerNet as narrow as the encoders here: its own width takes a second a step."""
+    monkeypatch.setattr(segment, "UperNet", partial(segment.UperNet, width=16))
+
+
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
     return write_scenes(tmp_path_factory.mktemp("scenes") / "plots")
@@ -74,23 +84,6 @@ def run(scenes, encoder, out, *flags):
 
 
 # ---- pieces -----------------------------------------------------------------------------------
-
-
-def test_probe_of_tokens_is_probe_of_images(encoder):
-    probe = Probe(load_encoder(encoder), 3, 24)
-    images = torch.rand(2, 2, 16, 16, generator=torch.Generator().manual_seed(0))
-    logits = probe(images)
-    assert logits.shape == (2, 3, 6, 6)
-    assert torch.equal(logits, probe(probe.tokens(images)))
-    # row 1, column 2 of the grid is token 1 * 6 + 2
-    assert torch.allclose(logits[:, :, 1, 2], probe.head(probe.tokens(images)[:, 8]), atol=1e-6)
-
-
-def test_probe_resizes_by_antialiased_bicubic(encoder):
-    probe = Probe(load_encoder(encoder), 3, 24)
-    images = torch.rand(2, 2, 50, 50, generator=torch.Generator().manual_seed(0))
-    small = F.interpolate(images, (24, 24), mode="bicubic", antialias=True)
-    assert torch.equal(probe(images), probe(small))
 
 
 @pytest.mark.parametrize("size", [7, 16, 40])
@@ -120,27 +113,52 @@ def test_loss_is_the_mean_over_labelled_pixels():
     assert (logits.grad == 0).all()
 
 
-def test_batch_mean_iou_by_hand(encoder):
-    probe = Probe(load_encoder(encoder), 3, 16)
+def test_weighted_loss_and_balanced_weights_are_the_slow_loop():
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randn(5, 16, 32, generator=generator)
-    labels = torch.randint(0, 3, (5, 24, 24), generator=generator)
-    labels[:2] = 1  # so that batches differ in their classes
-    scores = []
-    for part in (slice(0, 2), slice(2, 4), slice(4, 5)):
-        grid = probe.head(tokens[part]).transpose(1, 2).reshape(-1, 3, 4, 4)
-        prediction = F.interpolate(grid, (16, 16), mode="bilinear").argmax(1)
-        small = F.interpolate(labels[part, None].float(), (16, 16), mode="nearest-exact")[:, 0]
-        iou = []
-        for k in range(3):
-            union = ((prediction == k) | (small == k)).sum()
-            iou += [(((prediction == k) & (small == k)).sum() / union).item()] if union else []
-        scores.append(np.mean(iou))
-    found = finetune.batch_mean_iou(probe, tokens, labels, batch=2)
-    assert found == pytest.approx(np.mean(scores), abs=1e-6)
+    logits = torch.randn(2, 4, 8, 8, generator=generator)
+    labels = (torch.rand(2, 8, 8, generator=generator) ** 2 * 3).long()  # few of class 2, no 3
+    labels[0, :3] = IGNORE
+    weights = balanced_weights(labels.numpy(), 4)
+    pixels = [k for k in labels.flatten().tolist() if k != IGNORE]
+    wanted = [(pixels.count(k) / len(pixels)) ** -0.5 for k in range(3)]
+    scale = sum(wanted[k] for k in pixels) / len(pixels)
+    assert weights.tolist() == pytest.approx([w / scale for w in wanted] + [0], rel=1e-5)
+    total = norm = 0
+    for b, row, col in torch.nonzero(labels != IGNORE):
+        k = labels[b, row, col]
+        total -= weights[k] * logits[b, :, row, col].log_softmax(0)[k]
+        norm += weights[k]
+    torch.testing.assert_close(segmentation_loss(logits, labels, weights), total / norm)
+    assert segmentation_loss(logits, torch.full_like(labels, IGNORE), weights) == 0
+    even = segmentation_loss(logits, labels, torch.full((4,), 3.0))
+    torch.testing.assert_close(even, segmentation_loss(logits, labels))
 
-    native = confusion_matrix(finetune.predict(probe, tokens, 24, 2), labels, 3)
-    assert abs(mean_iou(native)[0] - found) > 1e-3  # another resolution and another mean
+
+def test_layer_decay_gives_each_layer_its_rate():
+    vit = ViT(in_channels=2, patch_size=4, dim=32, depth=3, heads=2, class_token=True)
+    segmenter = Segmenter(vit, 3, 16)
+    groups = layer_groups(segmenter, 0.5)
+    scale = {id(weight): group["scale"] for group in groups for weight in group["params"]}
+    found = {name: scale.pop(id(weight)) for name, weight in segmenter.named_parameters()}
+    assert not scale  # each weight once
+    wanted = {"encoder.patch_embed.proj": 1 / 16, "encoder.cls_token": 1 / 16,
+              "encoder.blocks.0": 1 / 8, "encoder.blocks.1": 1 / 4, "encoder.blocks.2": 1 / 2,
+              "encoder.norm": 1, "head": 1}  # fmt: skip
+    for name, value in found.items():
+        assert value == next(wanted[key] for key in wanted if name.startswith(key)), name
+    assert {group["scale"] for group in layer_groups(segmenter, 1.0)} == {1.0}
+
+
+def test_series_are_cropped_date_by_date():
+    series = torch.randn(3, 4, 2, 10, 10, generator=torch.Generator().manual_seed(0))
+    series[1, 2] = torch.nan
+    windows = torch.tensor([[0, 0, 10, 10], [2.5, 1, 7, 6], [1, 2, 5, 8]])
+    found = finetune.resample_series(series, windows, (8, 8))
+    assert found.shape == (3, 4, 2, 8, 8)
+    for date in range(4):
+        wanted = finetune.resample(series[:, date], windows, (8, 8))
+        torch.testing.assert_close(found[:, date], wanted, equal_nan=True)
+    assert found.isnan().flatten(2).all(2).nonzero().tolist() == [[1, 2]]
 
 
 def test_weights_hash_sees_every_weight():
@@ -170,10 +188,10 @@ def test_separable_task_is_learnt_and_shuffled_labels_are_not(scenes, encoder, t
 
 @pytest.mark.parametrize("protocol", ["linear", "finetune"])
 def test_only_finetuning_changes_the_encoder(scenes, encoder, tmp_path, monkeypatch, protocol):
-    probes = []
-    monkeypatch.setattr(finetune, "Probe", lambda *a: probes.append(Probe(*a)) or probes[-1])
+    made = []
+    monkeypatch.setattr(finetune, "Segmenter", lambda *a: made.append(Segmenter(*a)) or made[-1])
     (row,) = run(scenes, encoder, tmp_path, "--protocol", protocol)
-    before, after = load_encoder(encoder).state_dict(), probes[0].encoder.state_dict()
+    before, after = load_encoder(encoder).state_dict(), made[0].encoder.state_dict()
     same = [torch.equal(before[name], after[name]) for name in before]
     assert all(same) if protocol == "linear" else not any(same)
     wanted = {"linear": (1e-3, 0.0), "finetune": (1e-4, 0.05)}[protocol]
@@ -181,12 +199,24 @@ def test_only_finetuning_changes_the_encoder(scenes, encoder, tmp_path, monkeypa
     assert row["encoder_hash"] == finetune.weights_hash(load_encoder(encoder))
 
 
+CLOCK = ("seconds", "finished", "confusion", "model", "commit")  # a commit may come in between
+
+
 def without_time(row):
-    return {k: v for k, v in row.items() if k not in ("seconds", "finished", "confusion")}
+    return {k: row[k] for k in row if k not in CLOCK}
 
 
-@pytest.mark.parametrize("flags", [("--crop",), ("--no-crop",), ("--protocol", "finetune")])
-def test_seeds_repeat_and_differ(scenes, encoder, tmp_path, flags):
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--crop",),
+        ("--no-crop",),
+        ("--protocol", "finetune"),
+        ("--head", "mlp", "--class-weights", "balanced", "--lr", "0.01"),
+        ("--protocol", "finetune", "--head", "upernet", "--layer-decay", "0.7", "--lr", "0.001"),
+    ],
+)
+def test_seeds_repeat_and_differ(narrow, scenes, encoder, tmp_path, flags):
     rows = run(scenes, encoder, tmp_path, *flags, "--seeds", "2")
     again = run(scenes, encoder, tmp_path, *flags, "--seeds", "2")
     assert [*map(without_time, rows)] == [*map(without_time, again)]
@@ -208,15 +238,17 @@ def test_training_crops_show_image_and_label_of_the_same_ground(
     scenes, encoder, tmp_path, monkeypatch, protocol
 ):
     images, labels = [], []
-    tokens, loss = Probe.tokens, finetune.segmentation_loss
+    features, loss = Segmenter.features, finetune.segmentation_loss
 
-    def spy_tokens(self, x):
+    def spy_features(self, x):
         if torch.is_grad_enabled():
             images.append(x)
-        return tokens(self, x)
+        return features(self, x)
 
-    monkeypatch.setattr(Probe, "tokens", spy_tokens)
-    monkeypatch.setattr(finetune, "segmentation_loss", lambda x, y: labels.append(y) or loss(x, y))
+    monkeypatch.setattr(Segmenter, "features", spy_features)
+    monkeypatch.setattr(
+        finetune, "segmentation_loss", lambda x, y, w: labels.append(y) or loss(x, y, w)
+    )
     # 2 x 2 plots to a tile, and as many pixels to the encoder as to the label
     run(scenes, encoder, tmp_path, "--protocol", protocol, "--tile", "32", "--image-size", "32")
     image, label = torch.cat(images), torch.cat(labels)
@@ -248,9 +280,10 @@ def test_label_fraction(scenes, encoder, tmp_path):
 def test_row_and_table(scenes, encoder, tmp_path, capsys):
     (row,) = run(scenes, encoder, tmp_path / "out")
     assert {
-        "encoder", "encoder_hash", "data_hash", "protocol", "seed", "miou", "miou_batchmean",
-        "accuracy", "iou", "val_miou", "best_epoch", "confusion", "tiles", "split_by", "mean",
-        "std", "architecture", "settings", "commit", "versions", "device", "finished", "seconds",
+        "encoder", "encoder_hash", "task", "data_hash", "split_hash", "protocol", "head", "seed",
+        "miou", "miou_batchmean", "accuracy", "iou", "val_miou", "best_epoch", "model",
+        "confusion", "tiles", "split_by", "tile", "mean", "std", "architecture", "settings",
+        "commit", "versions", "device", "finished", "seconds",
     } == {*row}  # fmt: skip
     text = capsys.readouterr().out
     for name in ("field", "forest", "soil", f"{row['miou']:.4f}", f"{row['miou_batchmean']:.4f}"):
@@ -300,6 +333,230 @@ def test_cosine_ends_at_zero(scenes, encoder, tmp_path, monkeypatch):
     rates.clear()
     run(scenes, encoder, tmp_path, "--lr", "0.1")
     assert rates == [0.1] * 6
+
+
+def test_layer_decay_reaches_the_optimizer(scenes, encoder, tmp_path, monkeypatch):
+    rates = []
+    step = torch.optim.AdamW.step
+
+    def spy(self, *args, **options):
+        rates.append([group["lr"] for group in self.param_groups])
+        return step(self, *args, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    flags = ["--protocol", "finetune", "--lr", "0.1", "--layer-decay", "0.5", "--epochs", "1"]
+    run(scenes, encoder, tmp_path, *flags, "--schedule", "cosine")
+    for k, found in enumerate(rates):
+        decay = 0.05 * (1 + np.cos(np.pi * k / len(rates)))
+        assert sorted(found) == pytest.approx([decay / 4, decay / 2, decay])  # depth 1
+
+
+def test_class_weights_are_of_the_training_labels_in_use(scenes, encoder, tmp_path, monkeypatch):
+    seen = []
+
+    def spy(labels, classes):
+        seen.append([*labels])
+        return balanced_weights(seen[-1], classes)
+
+    monkeypatch.setattr(finetune, "balanced_weights", spy)
+    flags = ["--class-weights", "balanced", "--labels", "0.25", "--epochs", "1"]
+    (row,) = run(scenes, encoder, tmp_path, *flags)
+    assert len(seen[0]) == row["tiles"]["train"] == 12
+
+
+@pytest.mark.parametrize("head", ["mlp", "upernet"])
+def test_other_heads_learn(narrow, scenes, encoder, tmp_path, head):
+    flags = ["--head", head, "--epochs", "20", "--lr", "0.01", "--no-crop"]
+    (row,) = run(scenes, encoder, tmp_path / "out", *flags)
+    assert row["miou"] > 0.9 and row["head"] == head
+
+
+@pytest.mark.parametrize("protocol", ["knn", "ridge"])
+def test_probes_without_training(scenes, encoder, tmp_path, capsys, protocol):
+    flags = ["--encoder", str(encoder), "--images", str(scenes / "images"), "--masks",
+             str(scenes / "masks"), "--splits", str(scenes), "--tile", "16", "--image-size", "16",
+             "--device", "cpu", "--protocol", protocol, "--out", str(tmp_path)]  # fmt: skip
+    finetune.main([*flags, "--seeds", "2", "--maps", str(tmp_path.with_suffix(".maps"))])
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [row["miou"] > 0.9 for row in rows] == [True, True]
+    assert rows[0]["protocol"] == protocol and rows[0]["best_epoch"] is None
+    assert (rows[0]["model"] is None) == (protocol == "knn")
+    for flag in (["--head", "upernet"], ["--epochs", "3"], ["--lr", "1"], ["--no-crop"]):
+        with pytest.raises(SystemExit):
+            finetune.main([*flags, *flag])
+        said = capsys.readouterr().err
+        assert f"means nothing to --protocol {protocol}; it trains no head" in said
+
+
+# ---- the saved model --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags", [["--no-crop"], ["--protocol", "finetune", "--head", "mlp"], ["--protocol", "ridge"]]
+)
+def test_the_saved_model_is_the_best_seeds_and_scores_as_its_row(
+    scenes, encoder, tmp_path, capsys, flags
+):
+    named = write_named(scenes, tmp_path / "named", "R", "NIR")
+    common = ["--encoder", str(encoder), "--images", str(named / "images"), "--masks",
+              str(named / "masks"), "--splits", str(scenes), "--tile", "16", "--image-size", "16",
+              "--device", "cpu", "--seeds", "3", "--out", str(tmp_path / "out")]  # fmt: skip
+    if "ridge" not in flags:
+        common += ["--epochs", "1", "--batch", "16", "--lr", "0.005"]
+    finetune.main([*common, *flags])
+    rows = [json.loads(x) for x in (tmp_path / "out/results.jsonl").read_text().splitlines()]
+    (path,) = (tmp_path / "out").glob("model_*")
+    assert [row["model"] for row in rows] == [path.name] * 3
+    assert f"python predict.py --model {path}" in capsys.readouterr().out
+    best = max(rows, key=lambda row: row["val_miou"])
+    model = load_segmenter(path)
+    task = finetune.load_folder(named / "images", named / "masks", tile=16, splits=scenes)
+    images, labels = normalised(
+        task, np.flatnonzero(task.split == "test"), model.meta["mean"], model.meta["std"]
+    )
+    with torch.no_grad():
+        matrix, _, _ = judge(model, [(images, labels)], 3)
+    assert mean_iou(matrix)[0] == pytest.approx(best["miou"])
+    assert model.meta == {
+        "classes": ["0", "1", "2"], "bands": ["R", "NIR"], "positions": [0, 1], "file_bands": 2,
+        "mean": best["mean"], "std": best["std"], "tile": 16, "gsd": 10.0,
+        "encoder": str(encoder), "sources": [], "task": "geotiff", "protocol": best["protocol"],
+        "seed": best["seed"], "val_miou": best["val_miou"], "miou": best["miou"],
+    }  # fmt: skip
+
+
+def test_no_model_where_none_is_wanted(scenes, encoder, tmp_path):
+    (row,) = run(scenes, encoder, tmp_path, "--no-save-model", "--epochs", "1")
+    assert row["model"] is None and not [*tmp_path.glob("model_*")]
+
+
+def test_a_saved_model_is_an_encoder_too(scenes, encoder, tmp_path):
+    (row,) = run(scenes, encoder, tmp_path, "--epochs", "1", "--bands", "1,0")
+    model = load_segmenter(tmp_path)
+    assert model.meta["positions"] == [1, 0] and model.meta["bands"] == []
+    (again,) = run(scenes, tmp_path / row["model"], tmp_path, "--epochs", "1", "--bands", "1,0")
+    assert again["miou"] == row["miou"]
+
+
+# ---- tasks ------------------------------------------------------------------------------------
+
+
+def test_a_root_is_its_folders(scenes, encoder, tmp_path):
+    root = tmp_path / "task"
+    shutil.copytree(scenes / "images", root / "mr")
+    shutil.copytree(scenes / "masks", root / "masks")
+    (root / "splits").mkdir()
+    for name in ("train", "val", "test"):
+        shutil.copy(scenes / f"{name}.txt", root / "splits")
+    shutil.copy(scenes / "classes.txt", root)
+    (wanted,) = run(scenes, encoder, tmp_path / "out", "--epochs", "1")
+    flags = ["--encoder", str(encoder), "--root", str(root), "--tile", "16", "--image-size", "16",
+             "--batch", "16", "--epochs", "1", "--device", "cpu"]  # fmt: skip
+    finetune.main([*flags, "--task", "geotiff", "--out", str(tmp_path / "root")])
+    row = json.loads((tmp_path / "root/results.jsonl").read_text())
+    for key in ("miou", "iou", "data_hash", "split_hash", "mean"):
+        assert row[key] == wanted[key]
+    finetune.main([*flags, "--split-hash", row["split_hash"].upper(), "--out", str(tmp_path / "o")])
+
+
+def test_a_root_without_images(encoder, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        finetune.main(["--encoder", str(encoder), "--root", str(tmp_path)])
+    assert f"--root {tmp_path}: holds no folder images or mr" in capsys.readouterr().err
+
+
+def test_bands_by_name(scenes, encoder, tmp_path, capsys):
+    named = write_named(scenes, tmp_path / "named", "NIR", "R")
+    (row,) = run(named, encoder, tmp_path / "out", "--bands", "R,NIR", "--epochs", "1")
+    (same,) = run(named, encoder, tmp_path / "out", "--bands", "1,0", "--epochs", "1")
+    assert row["miou"] == same["miou"] and row["mean"] == same["mean"]
+    assert load_segmenter(tmp_path / "out").meta["bands"] == ["R", "NIR"]
+    for change, message in [
+        (["--bands", "R,SWIR"], r"--bands R,SWIR: .*s0\.tif has no SWIR; its bands are NIR,R"),
+        (["--bands", "R,NIR"], r"s3\.tif: R,NIR are its bands \(0, 1\), those of other images"),
+    ]:
+        about = geotiff.info(named / "images" / "s3.tif")
+        pixels = geotiff.read(named / "images" / "s3.tif")
+        names = ("R", "NIR") if change[1] == "R,NIR" else ("NIR", "R")
+        path = named / "images" / "s3.tif"
+        geotiff.write(path, pixels, about.transform, about.crs, band_names=names)
+        with pytest.raises(SystemExit):
+            run(named, encoder, tmp_path / "out", *change)
+        assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.fixture(scope="module")
+def bgrn(tmp_path_factory):
+    """A weights file of a ViT for B, G, R, NIR."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("bgrn") / "encoder.safetensors"
+    vit = ViT(in_channels=4, patch_size=8, dim=32, depth=2, heads=2)
+    save_encoder(vit, path, bands=["B", "G", "R", "NIR"], sources=[{"name": "made up"}])
+    return path
+
+
+@pytest.mark.parametrize(
+    "name, flags",
+    [
+        ("mados", ["--tile", "20"]),
+        ("pastis", ["--tile", "16", "--dates", "3", "--pastis-classes", "20"]),
+        ("pastis", ["--tile", "16", "--protocol", "finetune", "--head", "upernet"]),
+        ("pastis", ["--tile", "16", "--protocol", "ridge"]),
+    ],
+)
+def test_published_sets_from_end_to_end(narrow, bgrn, tmp_path, capsys, name, flags):
+    getattr(layouts, name)(tmp_path / name, np.random.default_rng(0))
+    training = [] if "ridge" in flags else ["--epochs", "2"]
+    flags = ["--encoder", str(bgrn), "--task", name, "--root", str(tmp_path / name),
+             "--image-size", "16", "--batch", "4", "--device", "cpu",
+             *training, *flags]  # fmt: skip
+    finetune.main([*flags, "--out", str(tmp_path / "out")])
+    row = json.loads((tmp_path / "out" / "results.jsonl").read_text())
+    assert row["task"] == name and 0 <= row["miou"] <= 1
+    model = load_segmenter(tmp_path / "out")
+    assert model.meta["bands"] == ["B", "G", "R", "NIR"] and model.meta["task"] == name
+    assert model.meta["sources"] == [{"name": "made up"}]
+    assert model.meta["positions"] == ([1, 2, 3, 7] if name == "mados" else [0, 1, 2, 6])
+    for change, message in [
+        (["--bands", "NIR,R,G,B"], f"those of {name} come as NIR,R,G,B; pass --bands B,G,R,NIR"),
+        (["--bands", "B,G"], "reads 4 bands (B,G,R,NIR), the task has 2"),
+        (["--maps", str(tmp_path / "maps")], f"--maps is for --task geotiff; map {name} with"),
+        (["--root", str(tmp_path / "nowhere")], "nowhere"),
+    ]:
+        with pytest.raises(SystemExit):
+            finetune.main([*flags, "--out", str(tmp_path / "out"), *change])
+        assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ([], "no task; name --task with --root"),
+        (["--images", "i"], "no task; name --task with --root"),
+        (["--task", "mados"], "--task mados needs --root"),
+        (
+            ["--task", "mados", "--root", "r", "--block", "2"],
+            "--block is for --task geotiff; mados",
+        ),
+        (["--root", "r", "--images", "i"], "--images and --root both say where"),
+        (["--root", "r", "--dates", "2"], "--dates is for --task pastis"),
+        (["--root", "r", "--pastis-classes", "19"], "--pastis-classes is for --task pastis"),
+        (["--root", "r", "--layer-decay", "0.7"], "--layer-decay is for --protocol finetune"),
+        (["--root", "r", "--head", "mlp", "--protocol", "knn"], "--head means nothing to --protoc"),
+        (["--task", "sea", "--root", "r"], "invalid choice: 'sea'"),
+    ],
+)
+def test_flags_that_do_not_go_together(capsys, flags, message):
+    with pytest.raises(SystemExit) as caught:
+        finetune.parse_args(["--encoder", "e", *flags])
+    assert caught.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_list_tasks(capsys):
+    with pytest.raises(SystemExit) as caught:
+        finetune.main(["--list-tasks"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == finetune.list_tasks() + "\n"
 
 
 def test_statistics(scenes, encoder, tmp_path):
@@ -366,6 +623,11 @@ def test_maps_leave_out_nodata_and_the_ground_of_other_splits(scenes, encoder, t
         (["--classes", "nowhere"], r"nowhere: no such file; --classes"),
         (["--encoder", "nowhere"], r"nowhere: no such"),
         (["--encoder", "random", "--patch", "8", "--stats", "encoder"], r"--stats encoder: random"),
+        (["--bands", "R,NIR"], r"s0\.tif: its bands are unnamed, so --bands R,NIR cannot be found"),
+        (
+            ["--split-hash", "0" * 12],
+            r"--split-hash 0{12}: the splits of geotiff have \w{12}; they",
+        ),
         (["--bands", "0,5"], r"s0\.tif: --bands 0,5 asks for more than its 2 bands"),
         (["--maps", "."], r"--maps \. exists; name a new folder"),
         (["--maps", str(ROOT / "LICENSE" / "x")], r"--maps .*x cannot be written \(.*\); name"),
@@ -385,8 +647,9 @@ def test_bad_input_exits_with_one_sentence(scenes, encoder, tmp_path, capsys, fl
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--epochs", "0"], ["--labels", "1.5"], ["--bands", "a"], ["--epoch", "3"], ["--lr", "nan"],
-        ["--lr", "0"], ["--lr", "inf"], ["--weight-decay", "-1"], ["--weight-decay", "nan"],
+        ["--epochs", "0"], ["--labels", "1.5"], ["--bands", "a,1"], ["--bands", "1,"],
+        ["--epoch", "3"], ["--lr", "nan"], ["--lr", "0"], ["--lr", "inf"],
+        ["--weight-decay", "-1"], ["--weight-decay", "nan"],
         ["--split-seed", "-1"], ["--heads", "4", "--encoder", "random"],
     ],
 )  # fmt: skip
@@ -442,9 +705,13 @@ def test_bands_in_another_order_are_refused(scenes, encoder, tmp_path, capsys):
     run(swapped, encoder, tmp_path / "out", "--bands", "1,0", "--epochs", "1")
     # the order is told in positions of the file, of which two were chosen
     file = SimpleNamespace(path="s0.tif", band_names=("NIR", "B", "R"))
-    task = SimpleNamespace(images=np.zeros((1, 2, 4, 4)), files=[file])
+    task = SimpleNamespace(name="geotiff", bands=("NIR", "R"), positions=(0, 2), files=[file])
     with pytest.raises(ValueError, match=r"s0\.tif come as NIR,R; pass --bands 2,0"):
-        finetune.check_encoder(load_encoder(encoder), "e", task, [0, 2], 16)
+        finetune.check_encoder(load_encoder(encoder), "e", task, 16)
+    # and in names for a published set
+    task.name = "mados"
+    with pytest.raises(ValueError, match=r"those of mados come as NIR,R; pass --bands R,NIR"):
+        finetune.check_encoder(load_encoder(encoder), "e", task, 16)
     # names of another kind tell nothing
     foreign = write_named(scenes, tmp_path / "foreign", "B8", "B4")
     run(foreign, encoder, tmp_path / "out", "--epochs", "1")

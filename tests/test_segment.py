@@ -1,5 +1,6 @@
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,22 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from model import ViT, load_encoder, save_encoder
-from segment import HEADS, Segmenter, UperNet, encode, load_segmenter, save_segmenter
+from segment import (
+    HEADS,
+    Segmenter,
+    UperNet,
+    batches,
+    encode,
+    fit_bank,
+    fit_ridge,
+    judge,
+    knn_scores,
+    load_segmenter,
+    probe,
+    save_segmenter,
+    token_labels,
+)
+from tasks import IGNORE, confusion_matrix, mean_iou
 
 META = {
     "classes": ["field", "forest", "soil"], "bands": ["R", "NIR"], "positions": [2, 3],
@@ -267,3 +283,210 @@ def test_foreign_files_get_one_sentence(saved, tmp_path):
             load_segmenter(tmp_path / name)
         assert str(caught.value).startswith(str(tmp_path / name))
         assert "\n" not in str(caught.value)
+
+
+# ---- reading and scoring a task ---------------------------------------------------------------
+
+
+def toy_task(count=12, side=12, dates=None, seed=0):
+    """Tiles of 4 px plots whose class gives the two bands their levels; some labels are missing."""
+    rng = np.random.default_rng(seed)
+    levels = np.array([[50, 400], [400, 50], [400, 400]], np.float32)
+    label = rng.integers(0, 3, (count, side // 4, side // 4)).repeat(4, 1).repeat(4, 2)
+    series = () if dates is None else (dates,)
+    image = np.broadcast_to(
+        np.expand_dims(levels[label].transpose(0, 3, 1, 2), 1 if dates else ()),
+        (count, *series, 2, side, side),
+    )
+    image = (image + rng.normal(0, 10, image.shape)).astype(np.float32)
+    label = np.where(rng.random(label.shape) < 0.2, IGNORE, label).astype(np.int16)
+    return SimpleNamespace(
+        images=image, labels=label, classes=("field", "forest", "soil"),
+        split=np.array(["train", "val", "test"])[np.arange(count) * 3 // count],
+        mean=np.array([280.0, 280.0]), std=np.array([170.0, 170.0]),
+    )  # fmt: skip
+
+
+def test_batches_are_the_tiles_normalised():
+    task = toy_task(dates=3)
+    task.images[2, 1] = np.nan  # a date that is absent
+    task.images[2, 0, :, :3] = np.nan  # pixels of one that is not
+    parts = [np.array([2, 0]), np.array([5, 3, 1])]
+    found = [*batches(task, parts, task.mean, task.std, torch.device("cpu"))]
+    for (images, labels), index in zip(found, parts, strict=True):
+        assert images.dtype == torch.float32 and labels.dtype == torch.int64
+        assert (labels.numpy() == task.labels[index]).all()
+        wanted = (task.images[index] - 280) / 170
+        wanted[np.isnan(wanted)] = 0
+        if index[0] == 2:
+            wanted[0, 1] = np.nan
+        np.testing.assert_allclose(images, wanted, rtol=1e-6)
+    assert np.isnan(task.images[2, 1]).all()  # the task itself is left alone
+
+
+def test_batches_of_a_memmap_and_errors_of_the_reader(tmp_path):
+    task = toy_task()
+    shape = task.images.shape
+    mapped = np.memmap(tmp_path / "images", np.float32, "w+", shape=shape)
+    mapped[:] = task.images
+    parts = [[0, 1, 2], [7]]
+
+    def read():
+        return [x for x, _ in batches(task, parts, [0, 0], [1, 1], torch.device("cpu"))]
+
+    wanted = read()
+    task.images = mapped
+    assert all(torch.equal(a, b) for a, b in zip(read(), wanted, strict=True))
+    parts.append([99])
+    with pytest.raises(IndexError):
+        read()
+
+
+def test_judge_by_hand():
+    generator = torch.Generator().manual_seed(0)
+    segmenter = Segmenter(small_vit(), 3, 16)
+    tokens = torch.randn(5, 16, 32, generator=generator)
+    labels = torch.randint(0, 3, (5, 24, 24), generator=generator)
+    labels[:2] = 1  # so that batches differ in their classes
+    labels[4, :5] = IGNORE
+    native, scores, wanted = 0, [], []
+    for part in (slice(0, 2), slice(2, 4), slice(4, 5)):
+        grid = segmenter.head(tokens[part]).transpose(1, 2).reshape(-1, 3, 4, 4)
+        prediction = F.interpolate(grid, (24, 24), mode="bilinear").argmax(1)
+        wanted.append(prediction)
+        native = native + confusion_matrix(prediction, labels[part], 3)
+        prediction = F.interpolate(grid, (16, 16), mode="bilinear").argmax(1)
+        small = F.interpolate(labels[part, None].float(), (16, 16), mode="nearest-exact")[:, 0]
+        iou = []
+        for k in range(3):
+            hit = ((prediction == k) & (small == k)).sum()
+            union = (((prediction == k) & (small != IGNORE)) | (small == k)).sum()
+            iou += [(hit / union).item()] if union else []
+        scores.append(np.mean(iou))
+    stream = [*zip(tokens.split(2), labels.split(2), strict=True)]
+    matrix, predictions, batchmean = judge(segmenter, stream, 3, 16)
+    assert torch.equal(matrix, native)
+    assert torch.equal(predictions.long(), torch.cat(wanted))
+    assert batchmean == pytest.approx(np.mean(scores), abs=1e-6)
+    assert abs(mean_iou(native)[0] - batchmean) > 1e-3  # another resolution and another mean
+    assert math.isnan(judge(segmenter, stream, 3)[2])
+
+
+# ---- probes without a training loop -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("side, grid", [(12, 3), (16, 4), (10, 4), (3, 4)])
+def test_token_labels_are_the_slow_loop(side, grid):
+    labels = torch.from_numpy(np.random.default_rng(0).integers(-1, 3, (2, side, side)))
+    labels[0, : side // 2] = IGNORE
+    share, known = token_labels(labels, grid, 3)
+    assert share.shape == (2, grid**2, 3)
+    for b in range(2):
+        for row in range(grid):
+            for col in range(grid):
+                rows, cols = (
+                    slice(math.floor(k * side / grid), math.ceil((k + 1) * side / grid))
+                    for k in (row, col)
+                )
+                pixels = [k for k in labels[b, rows, cols].flatten().tolist() if k != IGNORE]
+                wanted = [pixels.count(k) / max(1, len(pixels)) for k in range(3)]
+                assert share[b, row * grid + col].tolist() == pytest.approx(wanted, abs=1e-6)
+                assert known[b, row * grid + col] == bool(pixels)
+
+
+def test_knn_is_the_slow_loop():
+    tokens, raw, votes = noise(7, 5), noise(11, 5) + 1, noise(11, 3).softmax(1)
+    found = knn_scores(tokens, F.normalize(raw, dim=1), votes, k=4, temperature=0.1, rows=3)
+    for token, scores in zip(tokens, found, strict=True):
+        cosine = [float(token @ other / token.norm() / other.norm()) for other in raw]
+        near = sorted(range(11), key=lambda k: -cosine[k])[:4]
+        weight = [math.exp(cosine[k] / 0.1) for k in near]
+        wanted = sum(w * votes[k] for w, k in zip(weight, near, strict=True)) / sum(weight)
+        torch.testing.assert_close(scores, wanted, atol=1e-5, rtol=1e-4)
+    # fewer in the bank than are asked for
+    assert knn_scores(tokens, F.normalize(raw[:2], dim=1), votes[:2]).isfinite().all()
+
+
+def test_the_bank_is_a_uniform_sample_by_seed():
+    tokens = torch.arange(1.0, 61)[:, None] @ torch.ones(1, 2)
+    tokens[:, 1] = 1  # a direction of its own each
+    share = torch.eye(60)
+    whole, votes = fit_bank(zip(tokens.split(7), share.split(7), strict=True), 1000, 0)
+    order = votes.argmax(1)
+    assert sorted(order.tolist()) == [*range(60)]
+    torch.testing.assert_close(whole, F.normalize(tokens, dim=1)[order])
+    seen = torch.zeros(60)
+    for seed in range(200):
+        parts = zip(tokens.split(7), share.split(7), strict=True)
+        bank, votes = fit_bank(parts, 15, seed)
+        torch.testing.assert_close(bank, F.normalize(tokens, dim=1)[votes.argmax(1)])
+        seen += votes.sum(0)
+    assert len(bank) == 15 and (seen - 50).abs().max() < 5 * math.sqrt(200 * 0.25 * 0.75)
+
+
+def test_ridge_is_the_penalised_least_squares_of_standardised_tokens():
+    x, y = noise(50, 6) * torch.tensor([1.0, 5, 0.1, 1, 2, 0]) + 3, noise(50, 3).softmax(1)
+    fits = fit_ridge(zip(x.split(16), y.split(16), strict=True), (0.01, 1.0))
+    z = x.double() - x.double().mean(0)
+    z[:, :5] /= z[:, :5].std(0, correction=0)
+    z[:, 5] = 0  # a channel without variation
+    for penalty, (weight, bias) in zip((0.01, 1.0), fits, strict=True):
+        # least squares of the rows below each other: |z w - y|^2 / n + penalty |w|^2
+        rows = torch.cat([z / math.sqrt(50), math.sqrt(penalty) * torch.eye(6)])
+        centred = (y.double() - y.double().mean(0)) / math.sqrt(50)
+        solution = torch.linalg.lstsq(rows, torch.cat([centred, torch.zeros(6, 3)])).solution
+        wanted = z @ solution + y.double().mean(0)
+        torch.testing.assert_close(x @ weight.T + bias, wanted.float(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("protocol", ["knn", "ridge"])
+@pytest.mark.parametrize("dates", [None, 3])
+def test_probes_tell_a_separable_task_from_a_shuffled_one(protocol, dates):
+    vit, task = small_vit(), toy_task(150, dates=dates)
+    if dates:
+        task.images[:, 2] = np.nan
+    state = torch.get_rng_state()
+    found = probe(vit, task, protocol, 12, batch=5)
+    assert torch.equal(state, torch.get_rng_state())
+    assert found["miou"] > 0.9 and found["val_miou"] > 0.9  # corners of plots are blurred
+    assert found["iou"].keys() == {"field", "forest", "soil"}
+    assert found["predictions"].shape == (50, 12, 12)
+    assert found["matrix"].sum() == (task.labels[100:] != IGNORE).sum()
+    task.labels = np.random.default_rng(0).permutation(task.labels)
+    assert probe(vit, task, protocol, 12)["miou"] < 0.5
+
+
+@pytest.mark.parametrize("protocol", ["knn", "ridge"])
+def test_probes_repeat_and_read_no_more_than_they_may(protocol):
+    vit, task = small_vit(), toy_task(24)
+    task.images += np.random.default_rng(1).normal(0, 300, task.images.shape).astype(np.float32)
+    first = probe(vit, task, protocol, 12, bank=20)
+    again = probe(vit, task, protocol, 12, bank=20)
+    assert first["iou"] == again["iou"] and first["val_miou"] == again["val_miou"]
+    other = probe(vit, task, protocol, 12, bank=20, seed=1)
+    assert (first["iou"] == other["iou"]) == (protocol == "ridge")
+    task.images[4:8] = 0  # the training tiles that are not chosen, and the test split's labels
+    fewer = probe(vit, task, protocol, 12, train=np.arange(4))
+    task.images[4:8] = 1e6
+    task.labels[16:] = 2 - task.labels[16:]
+    task.labels[16:][task.labels[16:] > 2] = IGNORE
+    changed = probe(vit, task, protocol, 12, train=np.arange(4))
+    assert fewer["val_miou"] == changed["val_miou"]
+    assert torch.equal(fewer["predictions"], changed["predictions"])
+
+
+def test_a_class_that_is_absent_has_no_iou():
+    task = toy_task(24)
+    task.classes = (*task.classes, "water")
+    assert probe(small_vit(), task, "knn", 12)["iou"]["water"] is None
+
+
+def test_the_head_of_ridge_is_a_linear_segmenter():
+    vit, task = small_vit(), toy_task(24)
+    found = probe(vit, task, "ridge", 12)
+    segmenter = Segmenter(vit, 3, 12)
+    weight, bias = found["head"]
+    segmenter.head.load_state_dict({"weight": weight, "bias": bias})
+    stream = batches(task, [np.arange(16, 24)], task.mean, task.std, torch.device("cpu"))
+    assert torch.equal(judge(segmenter, stream, 3)[1], found["predictions"])
+    assert probe(vit, task, "knn", 12)["head"] is None
