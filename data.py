@@ -13,6 +13,7 @@ ratio and any offset of the two grids is exact. Crops are made from that on the 
 import argparse
 import csv
 import functools
+import inspect
 import json
 import shlex
 import sys
@@ -290,7 +291,13 @@ def crop_pairs(batch, crops, meta, mr_size, hr_size=None, mr_from="mr", hr_from=
 
 
 def main():
-    import pack  # which builds on this file
+    import check  # these build on this file
+    import formats
+    import pack
+
+    # what a reader is told, as far as it takes it
+    options = "hr mr_bands hr_bands band_names hr_band_names nodata product level per_site".split()
+    options += "mr_dataset hr_dataset splits".split()
 
     def names(text):
         return [name.strip() for name in text.split(",")]
@@ -298,61 +305,114 @@ def main():
     parser = argparse.ArgumentParser(
         prog="data.py", description="Paired HR and MR imagery for pretraining.", allow_abbrev=False
     )
-    commands = parser.add_subparsers(required=True)
-    p = commands.add_parser(
-        "pack",
-        help="cut paired GeoTIFFs into a store",
-        description=pack.pack.__doc__.split("\n")[0],
-        allow_abbrev=False,
+    commands = parser.add_subparsers(required=True, dest="command")
+    about = "measure shift, likeness, doubles and leaks of the pairs of a store"
+    p = commands.add_parser("check", help=about, description=about, allow_abbrev=False)
+    check.add_flags(p)
+    # fmt: off
+    about = (
+        "Cut pairs of images into a store: a published set as it was downloaded (--format NAME "
+        "ROOT OUT), or images of your own (--mr DIR --hr DIR OUT). After a kill the same command "
+        "continues."
     )
-    p.add_argument("out", metavar="OUT", help="folder of the store, to be made")
+    p = commands.add_parser(
+        "pack", help="cut pairs of images into a store", description=about, allow_abbrev=False
+    )
+    p.add_argument("paths", nargs="+", metavar="[ROOT] OUT",
+                   help="folder of the set, not with --mr; folder of the store, to be made")
     g = p.add_argument_group("input")
-    g.add_argument("--mr", required=True, help="MR GeoTIFFs: folder, file or quoted glob")
-    g.add_argument("--hr", required=True, help="HR GeoTIFFs: folder, file or quoted glob")
+    g.add_argument("--format", choices=formats.FORMATS, default="geotiff",
+                   help="what ROOT holds, as its publisher ships it (default: geotiff)")
+    g.add_argument("--mr", help="in place of ROOT, MR images: folder, file or quoted glob")
+    g.add_argument("--hr", help="HR images: folder, file or quoted glob (default: none, a store "
+                   "of MR alone)")
     choose = "bands of %s files in the order wanted, names or indices from 0 (default: all)"
     g.add_argument("--mr-bands", type=names, metavar="B,..", help=choose % "MR")
     g.add_argument("--hr-bands", type=names, metavar="B,..", help=choose % "HR")
-    g.add_argument(
-        "--band-names",
-        type=names,
-        metavar="B,G,R,NIR",
-        help="what the chosen bands are called (default: as in the first MR file)",
-    )
-    g.add_argument(
-        "--nodata",
-        type=float,
-        help="value of missing pixels in files that declare none (default: none)",
-    )
+    g.add_argument("--band-names", type=names, metavar="B,G,R,NIR",
+                   help="what the chosen bands are called (default: as in the first MR file)")
+    g.add_argument("--hr-band-names", type=names, metavar="B,..",
+                   help="the same of HR, where its bands are others (default: as MR's)")
+    g.add_argument("--nodata", type=float,
+                   help="value of missing pixels in files that declare none (default: none)")
+    g.add_argument("--offset", type=float, metavar="DN",
+                   help="added to MR pixels, of unsigned ones to no less than 0; -1000 for "
+                   "Sentinel-2 from processing baseline 04.00 on (default: what SAFE folders say)")
+    g = p.add_argument_group("options of published sets")
+    g.add_argument("--product", choices=["10m", "20m"],
+                   help="sen2venus: pixels of MR (default: 10m)")
+    g.add_argument("--level", choices=["L2A", "L1C"],
+                   help="worldstrat: of Sentinel-2 (default: L2A)")
+    g.add_argument("--hr-product", dest="hr", choices=["rgbn", "ps"],
+                   help="worldstrat: SPOT as taken or pan-sharpened (default: rgbn)")
+    g.add_argument("--per-site", type=int, metavar="N",
+                   help="rapidai4eo, worldstrat: MR dates of each place (default: 1)")
+    g.add_argument("--mr-dataset", metavar="NAME",
+                   help="hdf5: the MR images (default: as in the known files)")
+    g.add_argument("--hr-dataset", metavar="NAME",
+                   help="hdf5: the HR images (default: as in the known files)")
+    g.add_argument("--splits", metavar="FILE",
+                   help="hdf5: JSON {split: [rows]} (default: the one beside the file)")
+    g = p.add_argument_group("origin, goes into meta.json (of published sets it is known)")
+    g.add_argument("--source-name", metavar="TEXT", help="name of the images (default: none)")
+    g.add_argument("--licence", metavar="TEXT", help="their licence (default: none)")
+    g.add_argument("--attribution", metavar="TEXT", help="who is to be named (default: none)")
+    g.add_argument("--url", metavar="URL", help="where they are from (default: none)")
     g = p.add_argument_group("chips")
-    g.add_argument("--chip", type=int, default=64, help="side in MR pixels (default: 64)")
+    g.add_argument("--chip", type=int,
+                   help="side in MR pixels (default: whole images of published sets, else 64)")
     g.add_argument("--stride", type=int, help="step in MR pixels (default: the chip)")
-    g.add_argument(
-        "--min-valid",
-        type=float,
-        default=1.0,
-        help="least fraction of valid pixels in each chip, above 0 (default: 1.0)",
-    )
-    g = p.add_argument_group("splits")
-    g.add_argument(
-        "--split-block",
-        type=int,
-        default=8,
-        help="side in chips of the blocks of ground that are split (default: 8)",
-    )
+    g.add_argument("--min-valid", type=float, default=1.0,
+                   help="least fraction of valid pixels in each chip, above 0 (default: 1.0)")
+    g.add_argument("--keep-unpaired", action=argparse.BooleanOptionalAction, default=False,
+                   help="keep MR chips without valid HR (default: no; yes without any HR)")
+    g = p.add_argument_group("splits, where the publisher gives none")
+    g.add_argument("--split-block", type=int, default=8,
+                   help="side in chips of the blocks of ground that are dealt, where no sites are "
+                   "known (default: 8)")
     g.add_argument("--val", type=float, default=0.1, help="fraction of chips (default: 0.1)")
     g.add_argument("--test", type=float, default=0.0, help="fraction of chips (default: 0)")
-    g.add_argument("--seed", type=int, default=0, help="of the deal of blocks (default: 0)")
-    p.add_argument(
-        "--overwrite",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="replace a store that is there (default: no)",
-    )
-    args = parser.parse_args()
+    g.add_argument("--seed", type=int, default=0,
+                   help="of the deal, and of what --per-site draws (default: 0)")
+    g = p.add_argument_group("run")
+    g.add_argument("--workers", type=int,
+                   help="threads that read and cut (default: the CPUs, at most 8)")
+    g.add_argument("--overwrite", action=argparse.BooleanOptionalAction, default=False,
+                   help="replace a store that is there, or what another command began to pack "
+                   "(default: no)")
+    # fmt: on
+    args = vars(parser.parse_args())
     try:
-        pack.pack(**vars(args), command=shlex.join(["data.py", *sys.argv[1:]]))
+        if args.pop("command") == "check":
+            check.check(**args)
+            return
+        reader = formats.FORMATS[args["format"]]
+        if len(args["paths"]) != (1 if args["mr"] else 2):
+            raise ValueError(
+                f"{' '.join(args['paths'])}: ROOT and OUT expected, or OUT alone with --mr"
+            )
+        *root, out = args.pop("paths")
+        pack.check_output(Path(out), args["overwrite"])  # before headers are read
+        takes = inspect.signature(reader).parameters
+        given = {key: args.pop(key) for key in options}
+        given = {key: value for key, value in given.items() if value is not None}
+        if wrong := sorted(given.keys() - takes.keys()):
+            known = sorted(takes.keys() & options)
+            raise ValueError(
+                f"--{wrong[0]}: not for --format {args['format']}".replace("_", "-")
+                + f", which takes {', '.join(known) or 'none of them'}"
+            )
+        if "seed" in takes:
+            given["seed"] = args["seed"]
+        listing = reader(args.pop("mr") or root[0], **given)
+        source = {"name": args.pop("source_name")}
+        source |= {key: args.pop(key) for key in ("licence", "attribution", "url")}
+        if any(source.values()):
+            listing = listing._replace(sources=[{k: v or "" for k, v in source.items()}])
+        del args["format"]
+        pack.pack(listing, out, **args, command=shlex.join(["data.py", *sys.argv[1:]]))
     except KeyboardInterrupt:
-        print("data.py: interrupted; nothing was written", file=sys.stderr)
+        print("data.py: interrupted; the same command continues", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)

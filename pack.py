@@ -3,67 +3,164 @@
 Nothing is resampled on the way in: chips are cut on the MR pixel grid, and the HR chip is the
 whole-pixel window around the same ground together with the fractional place of the MR chip in it,
 so any pixel ratio and any offset of the two grids stay exact.
+
+Units of a Listing are opened and cut by threads, a few ahead, and written in their order; nothing
+that grows with the input is held in memory. Until it is complete the store grows in OUT.packing,
+whose journal says how far the files are whole: the same command continues there after a kill.
 """
 
 import csv
+import hashlib
+import io
+import itertools
 import json
 import math
 import os
-import tempfile
-from collections import Counter
+import shutil
+from collections import Counter, deque, namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
+import figures
 import geotiff
-from data import FORMAT, INDEX, SPLITS, VERSION, WINDOW
-from formats import check_band_order, open_sources, pair_up
+from data import FORMAT, INDEX, SPLITS, VERSION, WINDOW, crop_pairs
+from formats import SAME_BAND
 
+ROWS = [name for name in INDEX if name not in ("chip", "hr", "split")]  # known while packing
 SKIPPED = "mr_source row col hr_source valid reason".split()
-BLOCK_BYTES = 2**28  # decoded at a time when packing
-FILES = {"mr.npy", "hr.npy", "index.csv", "meta.json", "skipped.csv", "flags.csv"}
+FILES = {
+    *("mr.npy", "hr.npy", "index.csv", "meta.json", "skipped.csv", "contact.png"),
+    *("flags.csv", "check.csv", "check.png"),  # of data.py check
+}
+# what grows in OUT.packing; only ever appended to, so that it can be cut back to the journal
+GROWING = "store/mr.npy store/hr.npy store/skipped.csv rows.csv chips.bin frames.jsonl".split()
+BLOCK_BYTES = 2**25  # stored pixels of the chips that are cut at a time
+SURVEY = 256  # units whose headers are read first, where the publisher cut all images to one size
 SLACK = 1e-3  # pixels; real georeferences are rounded
+ALIKE = 0.05  # of the pixel ratio and of the pixel size: more is another kind of pair
+PICTURES = 16  # pairs on the contact sheet
+# Sentinel-2 reflectance x 10000 has 1000 added from processing baseline 04.00 on. Then no pixel is
+# darker than a bit below 1000 in any band; without, nearly every chip holds water, shade or plants
+# that are, in blue at least, and only deserts, snow and clouds are not. Beyond 2000 in the darkest
+# band it is another scale.
+DARKEST = 900, 2000
+
+# What all chips of a store share. shape, dtype, gsd, nodata: by sensor, "hr" not in shape where no
+# MR image has HR. ratio: HR pixels to an MR pixel (rows, cols). offsets: by sensor, all that are
+# added to pixels; offset: DN to add to MR, None where the sources tell. unpaired: whether MR chips
+# without HR are kept
+Job = namedtuple(
+    "Job",
+    "chip stride shape dtype ratio gsd nodata crs offsets offset min_valid unpaired",
+    defaults=(None, 1.0, False),
+)
+# Chips to be cut at a time from a Pair. corners: (n, 2); partners: [(hr, ratio, offset)]; reason:
+# why there are none
+Block = namedtuple("Block", "pair corners partners reason")
+# One chip: row, a dict for rows.csv or skipped.csv; images, [(pixels, moments)] of MR and maybe HR,
+# [] of a chip that is skipped; why, "" of a pair, else why it is none
+Chip = namedtuple("Chip", "row images why")
 
 
 def pack(
-    mr,
-    hr,
+    listing,
     out,
     *,
-    chip=64,
+    chip=None,
     stride=None,
-    mr_bands=None,
-    hr_bands=None,
-    band_names=None,
-    nodata=None,
     min_valid=1.0,
+    keep_unpaired=False,
+    offset=None,
     split_block=8,
     val=0.1,
     test=0.0,
     seed=0,
+    workers=None,
     overwrite=False,
     command="",
 ):
-    """Cut paired GeoTIFFs into a store at `out`; the arguments are the flags of `data.py pack`.
+    """Cut the pairs of a Listing into a store at `out`; the arguments are flags of `data.py pack`.
 
-    mr, hr: folder, file or glob. mr_bands, hr_bands: lists of band names or indices, as text.
     Prints a report and returns the store's meta. Raises FileNotFoundError, FileExistsError or
-    ValueError, one sentence that names file or flag and remedy; `out` then stays as it was.
+    ValueError, one sentence that names file or flag and remedy; `out` then stays as it was. What
+    was packed until then is kept in `out`.packing, and the same call continues there.
     """
+    if chip is None:
+        chip = listing.chip or 64
     stride = chip if stride is None else stride
-    if min(chip, stride, split_block) < 1 or seed < 0:
+    workers = min(8, os.cpu_count() or 1) if workers is None else workers
+    if min(chip, stride, split_block, workers) < 1 or seed < 0:
         raise ValueError(
-            f"--chip {chip}, --stride {stride} and --split-block {split_block} must be 1 or more, "
-            f"--seed {seed} 0 or more"
+            f"--chip {chip}, --stride {stride}, --split-block {split_block} and --workers "
+            f"{workers} must be 1 or more, --seed {seed} 0 or more"
         )
     if not (0 < min_valid <= 1 and 0 <= val and 0 <= test and val + test < 1):
         raise ValueError(
             f"--min-valid {min_valid} must be above 0 and at most 1, --val {val} and --test {test} "
             "at least 0 and less than 1 together"
         )
+    names = [name.lower() for name in listing.bands["mr"]]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"--band-names {','.join(listing.bands['mr'])}: a name occurs twice; give each band "
+            "its own"
+        )
     out = Path(out)
+    check_output(out, overwrite)
+    folder = out.with_name(f"{out.name}.packing")
+    pool = ThreadPoolExecutor(workers)
+    try:
+        job = survey(listing, pool, chip, stride)
+        job = job._replace(min_valid=min_valid, unpaired=keep_unpaired or "hr" not in job.shape)
+        if offset is not None:
+            job = job._replace(offsets={**job.offsets, "mr": [offset]}, offset=offset)
+        plan = {
+            "input": fingerprint(listing, job),
+            "--chip": chip,
+            "--stride": stride,
+            "--min-valid": min_valid,
+            "--keep-unpaired": keep_unpaired,
+            "--offset": offset,
+            "--split-block": split_block,
+            "--val": val,
+            "--test": test,
+            "--seed": seed,
+        }
+        state = open_partial(folder, plan, listing, job, overwrite)
+        try:
+            stream(listing, folder, job, state, pool, chip * split_block)
+        except BaseException:
+            if state["units"]:
+                print(
+                    f"{folder}: {state['units']} of {len(listing.units)} units are packed; the "
+                    "same command continues from there"
+                )
+            else:
+                shutil.rmtree(folder)
+            raise
+    finally:
+        pool.shutdown(cancel_futures=True)  # after an error nobody waits for what is queued
+    try:
+        meta, skipped, notes = complete(listing, folder, job, state, plan, command)
+    except ValueError:
+        shutil.rmtree(folder)  # none of its chips is wanted as these flags have it
+        raise
+    if out.exists():
+        os.replace(out, folder / "old")
+    os.replace(folder / "store", out)
+    shutil.rmtree(folder)
+    report(out, meta, skipped, state, notes)
+    return meta
+
+
+def check_output(out, overwrite):
     if out.exists() and not is_store(out):
         raise FileExistsError(f"{out}: exists and is not a store; choose another folder")
     if out.exists() and not overwrite:
@@ -73,122 +170,86 @@ def pack(
             f"{out}: --overwrite would delete {min(foreign)}, which is no part of the store; move "
             "it elsewhere"
         )
-    given = [name.lower() for name in band_names or []]
-    if len(set(given)) < len(given):
-        raise ValueError(
-            f"--band-names {','.join(band_names)}: a name occurs twice; give each band its own"
-        )
-    mr_sources, names = open_sources(mr, "mr", mr_bands, band_names, nodata)
-    hr_sources, _ = open_sources(hr, "hr", hr_bands, names, nodata)
-    check_band_order({"--mr-bands": mr_sources, "--hr-bands": hr_sources}, band_names)
-    pairs = [
-        (m, chip_corners(m.info, chip, stride), [(h, *align(m.info, h.info)) for h in hrs])
-        for m, hrs in pair_up(mr_sources, hr_sources)
-    ]
-    ratio, hr_size = common_geometry(pairs, chip)
-    frames = ground_frames(mr_sources, chip * split_block)
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{out.name}.packing-", dir=out.parent) as scratch:
-        store = Path(scratch) / "store"
-        store.mkdir()
-        kept, skipped, moments, blocks, holes = [], [], [], [], Counter()
-        total = sum(len(corners) for _, corners, partners in pairs if partners)
-        with (
-            (store / "mr.npy").open("wb") as mr_file,
-            (store / "hr.npy").open("wb") as hr_file,
-            tqdm(total=total, desc="pack", unit="chip") as bar,
-        ):
-            shape = {"mr": (len(names), chip, chip), "hr": (len(names), *hr_size)}
-            dtype = {"mr": mr_sources[0].info.dtype, "hr": hr_sources[0].info.dtype}
-            write_header(mr_file, 0, shape["mr"], dtype["mr"])
-            write_header(hr_file, 0, shape["hr"], dtype["hr"])
-            for m, corners, partners in pairs:
-                frame = frames[m.info.path]
-                for row, images in cut_chips(m, corners, partners, chip, hr_size, min_valid, holes):
-                    bar.update("row" in row)
-                    if images is None:
-                        skipped.append(row)
-                        continue
-                    kept.append(row)
-                    blocks.append(ground_blocks(m.info, row["row"], row["col"], chip, frame))
-                    for file, (pixels, valid) in zip((mr_file, hr_file), images, strict=True):
-                        file.write(fill_holes(pixels, valid).tobytes())
-                    moments.append([channel_moments(*image) for image in images])
-        for path, count in holes.items():
-            print(f"warning: {path}: {count} pixels of its chips are NaN or inf, taken as missing")
-        if not kept:
-            remedy = f"lower --min-valid {min_valid} or --chip {chip}"
-            if not any(row.get("valid") for row in skipped):
-                remedy = (
-                    "one of each pair is all nodata; check what the files declare, and --nodata"
+
+def in_order(pool, function, items, ahead):
+    """Yield function(item) of each item in order, computed by the pool, `ahead` of them at most."""
+    pending = deque()
+    for item in items:
+        pending.append(pool.submit(function, item))
+        if len(pending) >= ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+# what the chips have in common
+
+
+def survey(listing, pool, chip, stride):
+    """Read headers to say what all chips share, before any pixel is read: the Job.
+
+    Of all units, or of a sample where the publisher cut the images to one size (Listing.chip).
+    Raises ValueError if the pairs do not fit each other.
+    """
+    units, most = listing.units, None
+    if listing.chip:
+        sample = np.linspace(0, len(units) - 1, min(len(units), SURVEY)).astype(int)
+        units, most = [units[i] for i in sample], 16
+    found, images = [], []  # (ratio, mr, hr, size of a chip's window in hr), MR images
+
+    def headers(unit):
+        return list(itertools.islice(unit.open(), most))
+
+    opened = in_order(pool, headers, units, 2 * SURVEY)
+    for pair in itertools.chain.from_iterable(
+        tqdm(opened, "headers", len(units), leave=False, unit="unit")
+    ):
+        images.append(pair.mr)
+        corners = chip_corners(pair.mr.info, chip, stride).reshape(-1, 2)
+        for hr in pair.hrs:
+            grid = align(pair.mr.info, hr.info)
+            _, low, high, inside = place_chips(corners, chip, hr.info, *grid)
+            found.append((grid[0], pair.mr, hr, (high - low)[inside].max(0, initial=0)))
+    if not images:
+        reasons_ = reasons(Counter(reason for _, reason in listing.skipped))
+        raise ValueError(f"nothing to pack: no image of a pair was found (skipped: {reasons_})")
+    mr, hr, ratio = images[0], None, None
+    shape = {"mr": (len(listing.bands["mr"]), chip, chip)}
+    if listing.bands["hr"]:
+        size = np.zeros(2)
+        if found:
+            middle = np.argsort([ratio[0] for ratio, *_ in found], kind="stable")
+            ratio, mr, hr, _ = found[middle[(len(found) - 1) // 2]]
+            odd = [pair for pair in found if not alike(pair[0], pair[1], ratio, mr.info.gsd)]
+            if odd and not listing.chip:
+                other, of, *_ = odd[0]
+                raise ValueError(
+                    f"{of.info.path}: {other[0]:.6g} HR pixels to an MR pixel of "
+                    f"{of.info.gsd or 1:g}, but {ratio[0]:.6g} to {mr.info.gsd or 1:g} in "
+                    f"{mr.info.path}; pack files of one pixel size at a time"
                 )
-            raise ValueError(f"no chip kept ({reasons(skipped)}); {remedy}")
-
-        # blocks of ground go to splits, chips follow; one that touches two splits goes to neither
-        ground, ids = np.unique(np.reshape(blocks, (-1, 3)), axis=0, return_inverse=True)
-        ids = ids.reshape(-1, 5)
-        sizes = np.bincount(ids[:, 0], minlength=len(ground))
-        split = assign_splits(sizes, {"val": val, "test": test}, seed)[ids]
-        alone = (split == split[:, :1]).all(1)
-        skipped += [
-            r | {"reason": "touches two splits"}
-            for r, ok in zip(kept, alone, strict=True)
-            if not ok
-        ]
-        keep = np.flatnonzero(alone)
-        for sensor in ("mr", "hr"):
-            keep_chips(store / f"{sensor}.npy", keep, len(kept), shape[sensor], dtype[sensor])
-        kept = [kept[i] | {"chip": n, "hr": n, "split": split[i, 0]} for n, i in enumerate(keep)]
-        splits = Counter(row["split"] for row in kept)
-        if not splits["train"]:
+            size = np.max([p[3] for p in found if alike(p[0], p[1], ratio, mr.info.gsd)], 0)
+        if not size.all():
             raise ValueError(
-                f"--split-block {split_block}: no training chip left ({reasons(skipped)}); use "
-                "larger blocks, or a --stride that is not smaller than --chip"
+                f"--chip {chip}: no MR chip of {chip} x {chip} pixels lies wholly on an HR file; "
+                "use smaller chips"
             )
-        moments = np.array(moments)[keep][[row["split"] == "train" for row in kept]]
-        mean, std = statistics(moments)  # (sensor, band)
-
-        meta = {
-            "format": FORMAT,
-            "version": VERSION,
-            "count": {"mr": len(kept), "hr": len(kept)},
-            "bands": {"mr": list(names), "hr": list(names)},
-            "shape": shape,
-            "dtype": {sensor: str(kind) for sensor, kind in dtype.items()},
-            "gsd": {"mr": mr_sources[0].info.gsd, "hr": hr_sources[0].info.gsd},
-            "pixel_ratio": ratio.tolist(),
-            "mean": {"mr": mean[0].tolist(), "hr": mean[1].tolist()},
-            "std": {"mr": std[0].tolist(), "hr": std[1].tolist()},
-            "nodata": {"mr": as_json(mr_sources[0].nodata), "hr": as_json(hr_sources[0].nodata)},
-            "crs": mr_sources[0].info.crs,
-            "splits": dict(splits),
-            "sources": [],
-            "provenance": {
-                "command": command,
-                "mr": str(mr),
-                "hr": str(hr),
-                "files": {"mr": len(mr_sources), "hr": len(hr_sources)},
-                "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            },
-        }
-        (store / "meta.json").write_text(json.dumps(meta, indent=1))
-        for name, columns, rows in (("index", INDEX, kept), ("skipped", SKIPPED, skipped)):
-            with (store / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
-                table = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
-                table.writeheader()
-                table.writerows(rows)
-        if out.exists():
-            os.replace(out, Path(scratch) / "old")
-        os.replace(store, out)
-    report(out, meta, skipped)
-    for name, fraction in (("val", val), ("test", test)):
-        if fraction and not splits[name]:
-            print(
-                f"{name} is empty: the chips lie in {np.count_nonzero(sizes)} blocks of ground of "
-                f"{split_block} x {split_block} chips; try another --split-block"
-            )
-    return meta
+        shape["hr"] = (len(listing.bands["hr"]), *size.tolist())
+    return Job(
+        chip=chip,
+        stride=stride,
+        shape=shape,
+        ratio=None if ratio is None else ratio.tolist(),
+        gsd={"mr": mr.info.gsd, "hr": hr and hr.info.gsd},
+        dtype={"mr": mr.info.dtype, "hr": hr and hr.info.dtype},
+        nodata={"mr": mr.nodata, "hr": hr and hr.nodata},
+        crs=mr.info.crs,
+        offsets={
+            "mr": sorted({image.offset for image in images}),
+            "hr": sorted({image.offset for _, _, image, _ in found}),
+        },
+    )
 
 
 def align(mr, hr):
@@ -222,9 +283,9 @@ def align(mr, hr):
 
 
 def chip_corners(info, chip, stride):
-    """(n, 2) int64 row, col of the top-left corner of every chip of an MR image, row-major."""
+    """(rows, cols, 2) int64 row, col of the top-left corner of every chip of an MR image."""
     rows, cols = (np.arange(0, side - chip + 1, stride) for side in (info.height, info.width))
-    return np.stack(np.meshgrid(rows, cols, indexing="ij"), -1).reshape(-1, 2)
+    return np.stack(np.meshgrid(rows, cols, indexing="ij"), -1)
 
 
 def place_chips(corners, chip, hr, ratio, offset):
@@ -239,93 +300,321 @@ def place_chips(corners, chip, hr, ratio, offset):
     return corner, low, high, ((low >= 0) & (high <= (hr.height, hr.width))).all(1)
 
 
-def common_geometry(pairs, chip):
-    """The pixel ratio that all pairs share and the (rows, cols) that hold any chip's HR window."""
-    seen, size = None, np.zeros(2, np.int64)
-    for mr, corners, partners in pairs:
-        for hr, ratio, offset in partners:
-            seen = seen or (ratio, mr.info)
-            off = np.abs(ratio - seen[0]).max() * chip
-            if off > 0.1 or not np.isclose(mr.info.gsd or 1, seen[1].gsd or 1, rtol=1e-3):
-                raise ValueError(
-                    f"{mr.info.path}: {ratio[0]:.6g} HR pixels to an MR pixel of "
-                    f"{mr.info.gsd or 1:g}, but {seen[0][0]:.6g} to {seen[1].gsd or 1:g} in "
-                    f"{seen[1].path}; pack files of one pixel size at a time"
-                )
-            _, low, high, inside = place_chips(corners, chip, hr.info, ratio, offset)
-            size = np.maximum(size, (high - low)[inside].max(0, initial=0))
-    if not size.all():
-        raise ValueError(
-            f"--chip {chip}: no MR chip of {chip} x {chip} pixels lies wholly on an HR file; use "
-            "smaller chips"
-        )
-    return seen[0], tuple(size.tolist())
+def alike(ratio, mr, nominal, gsd):
+    """Whether a pair is of the kind that the store holds, by its pixel ratio and MR's pixel."""
+    off = np.abs(np.append(ratio / nominal, (mr.info.gsd or 1) / (gsd or 1)) - 1)
+    return off.max() <= ALIKE
 
 
-def cut_chips(mr, corners, partners, chip, hr_size, min_valid, nonfinite):
-    """Cut the chips of one MR file, each with the first HR file that covers it and is valid enough.
+def fingerprint(listing, job):
+    """Text that another input has not: what a partial store is continued by."""
+    digest = hashlib.sha256()
+    for unit in listing.units:
+        digest.update(unit.name.encode() + b"\n")
+    digest.update(repr((listing.bands, job)).encode())
+    return f"{len(listing.units)} units {digest.hexdigest()[:12]}"
 
-    Yields (row, images): row a dict for index.csv, images ((mr pixels, valid), (hr pixels, valid));
-    or a dict for skipped.csv and None. nonfinite: Counter by path, to which NaN and inf are added.
+
+# the partial store
+
+
+def open_partial(folder, plan, listing, job, overwrite):
+    """Make OUT.packing, or take up the one that the same command left; returns its state.
+
+    Raises FileExistsError if another command left it, unless it may be overwritten.
     """
-    name = mr.info.path.as_posix()
-    if not partners or not len(corners):
-        reason = "smaller than a chip" if partners else "no HR file for it"
-        yield {"mr_source": name, "reason": reason}, None
-        return
-    pixels = mr.info.dtype.itemsize + partners[0][0].info.dtype.itemsize * partners[0][1].prod()
-    parts = mr.info.height * mr.info.width * len(mr.bands) * pixels / BLOCK_BYTES
-    for rows in np.array_split(np.unique(corners[:, 0]), math.ceil(parts)):
-        here = corners[np.isin(corners[:, 0], rows)]
-        places = [place_chips(here, chip, hr.info, *grid) for hr, *grid in partners]
-        fate = {k: {"reason": "no HR file covers it"} for k in range(len(here))}
-        waiting = {}  # MR chips that have no HR yet
-        covered = np.flatnonzero(np.any([inside for *_, inside in places], axis=0))
-        for k, image in zip(
-            covered, read_chips(mr, here[covered], (chip, chip), nonfinite), strict=True
-        ):
-            valid = float(image[1].mean())
-            if valid >= min_valid:
-                waiting[k] = image
-            else:
-                fate[k] = {"valid": valid, "reason": "MR not valid enough"}
-        for (hr, ratio, _), (corner, low, _, inside) in zip(partners, places, strict=True):
-            mine = [k for k in waiting if inside[k]]
-            start = np.minimum(
-                low, np.maximum(0, (hr.info.height, hr.info.width) - np.array(hr_size))
+    names = {file.name for file in folder.iterdir()} if folder.exists() else set()
+    if names - {"plan.json.partial"} and "plan.json" not in names:
+        raise FileExistsError(
+            f"{folder}: exists and is no partial store; move it elsewhere, or choose another OUT"
+        )
+    if "plan.json" in names:
+        old = json.loads((folder / "plan.json").read_text("utf-8"))
+        other = [key for key in plan if old.get(key) != plan[key]]
+        if other and not overwrite:
+            was, now = (f"{other[0]} {p.get(other[0])}" for p in (old, plan))
+            raise FileExistsError(
+                f"{folder}: another command was interrupted there ({was}, now {now}); repeat that "
+                "one to continue it, or discard it with --overwrite or by deleting the folder"
             )
-            for k, image in zip(mine, read_chips(hr, start[mine], hr_size, nonfinite), strict=True):
-                valid = float(min(image[1].mean(), waiting[k][1].mean()))
-                fate[k] = {"hr_source": hr.info.path.as_posix(), "valid": valid}
-                if valid < min_valid:
-                    fate[k]["reason"] = "HR not valid enough"
-                    continue
-                window = [*(corner[k] - start[k]), *(ratio * chip)]
-                fate[k] |= zip(WINDOW, map(float, window), strict=True)
-                fate[k]["images"] = waiting.pop(k), image
-        for k, (row, col) in enumerate(here.tolist()):
-            images = fate[k].pop("images", None)
-            yield {"mr_source": name, "row": row, "col": col, **fate[k]}, images
+        if other:
+            shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "plan.json.partial").write_text(json.dumps(plan), "utf-8")
+    os.replace(folder / "plan.json.partial", folder / "plan.json")
+
+    entry, end = read_journal(folder / "journal.jsonl")
+    if entry is None:
+        shutil.rmtree(folder / "store", ignore_errors=True)
+        (folder / "store").mkdir()
+        for name in (*GROWING, "journal.jsonl"):
+            (folder / name).write_bytes(b"")
+        for sensor, shape in job.shape.items():
+            with (folder / "store" / f"{sensor}.npy").open("wb") as file:
+                write_header(file, 0, shape, job.dtype[sensor])
+        with (folder / "store" / "skipped.csv").open("wb") as file:
+            file.write(csv_line(SKIPPED))
+            for name, reason in listing.skipped:
+                file.write(csv_line(fill_row(SKIPPED, {"mr_source": name, "reason": reason})))
+        skipped = Counter(reason for _, reason in listing.skipped)
+        return {
+            "units": 0,
+            "chips": 0,
+            "skipped": skipped,
+            "without": Counter(),
+            "valid": 0.0,  # most of a chip that was skipped
+            "holes": {},
+        }
+    sizes = entry.pop("sizes")
+    done = entry["units"] == len(listing.units)  # then the arrays may have been closed up already
+    for name, size in {**sizes, "journal.jsonl": end}.items():
+        found = (folder / name).stat().st_size if (folder / name).exists() else -1
+        if found < size and not (done and name.endswith(".npy")):
+            raise ValueError(
+                f"{folder / name}: {size} bytes expected, {found} found; delete {folder} and pack "
+                "again"
+            )
+        if found > size:
+            os.truncate(folder / name, size)
+    print(f"{folder}: continuing after {entry['units']} of {len(listing.units)} units")
+    return entry | {key: Counter(entry[key]) for key in ("skipped", "without")}
 
 
-def read_chips(source, corners, size, nonfinite):
-    """Yield (pixels (C, *size), valid (*size)) at (n, 2) whole-pixel corners, by one read."""
+def read_journal(path):
+    """The last whole entry, None without one, and where it ends; a kill may cut a line short."""
+    last, end = None, 0
+    if path.exists():
+        with path.open("rb") as lines:
+            for line in lines:
+                if line.endswith(b"\n"):
+                    last, end = line, end + len(line)
+    return last and json.loads(last), end
+
+
+def stream(listing, folder, job, state, pool, block_pixels):
+    """Cut the units that the journal does not have yet, and append their chips.
+
+    state: what the journal's last entry says; brought up to date with every unit. block_pixels:
+    side of a block of ground.
+    """
+    record = record_of(job)
+    frames = [
+        (frame["crs"], np.array(frame["anchor"]), np.array(frame["side"]))
+        for frame in map(json.loads, (folder / "frames.jsonl").read_text("utf-8").splitlines())
+    ]
+    todo = listing.units[state["units"] :]
+    ahead = pool._max_workers
+
+    def work():
+        lay = partial(lay_out, job)
+        for unit, blocks in zip(todo, in_order(pool, lay, todo, ahead), strict=True):
+            yield from ((unit, k / len(blocks), block) for k, block in enumerate(blocks, 1))
+            yield unit, 1.0, None
+
+    with ExitStack() as stack:
+        files = {name: stack.enter_context((folder / name).open("ab")) for name in GROWING}
+        journal = stack.enter_context((folder / "journal.jsonl").open("ab"))
+        bar = stack.enter_context(
+            tqdm(
+                desc="pack",
+                total=len(listing.units),
+                initial=state["units"],
+                unit="unit",
+                unit_scale=True,
+            )
+        )
+        for unit, share, block, chips, holes in in_order(
+            pool, partial(cut, job), work(), 2 * ahead
+        ):
+            if block is None:
+                state["units"] += 1
+                for file in files.values():
+                    file.flush()
+                sizes = {name: file.tell() for name, file in files.items()}
+                journal.write(json.dumps({"unit": unit.name, **state, "sizes": sizes}).encode())
+                journal.write(b"\n")
+                journal.flush()
+                continue
+            kept = [chip for chip in chips if chip.images]
+            for chip in chips:
+                if not chip.images:
+                    files["store/skipped.csv"].write(csv_line(fill_row(SKIPPED, chip.row)))
+                    state["skipped"][chip.row["reason"]] += 1
+                    state["valid"] = max(state["valid"], chip.row.get("valid", 0.0))
+                elif chip.why:
+                    state["without"][chip.why] += 1
+            known = len(frames)
+            records = np.zeros(len(kept), record)
+            records["keys"] = ground_keys(block.pair, kept, job.chip, block_pixels, frames)
+            records["split"] = SPLITS.index(block.pair.split) if block.pair.split else -1
+            for crs, anchor, side in frames[known:]:
+                frame = {"crs": crs, "anchor": anchor.tolist(), "side": side.tolist()}
+                files["frames.jsonl"].write(json.dumps(frame).encode() + b"\n")
+            for chip, about in zip(kept, records, strict=True):
+                files["rows.csv"].write(csv_line(fill_row(ROWS, chip.row)))
+                about["hr"] = len(chip.images) == 2
+                for sensor, (pixels, moments) in zip(job.shape, chip.images, strict=False):
+                    files[f"store/{sensor}.npy"].write(pixels.tobytes())
+                    about[sensor + "_moments"] = moments
+            files["chips.bin"].write(records.tobytes())
+            for path, count in holes.items():
+                path = path if path in state["holes"] or len(state["holes"]) < 5 else "other files"
+                state["holes"][path] = state["holes"].get(path, 0) + count
+            state["chips"] += len(kept)
+            bar.set_postfix_str(f"{state['chips']:,} chips", refresh=False)
+            bar.n = state["units"] + share
+            bar.update(0)
+
+
+# one unit: from headers to chips
+
+
+def record_of(job):
+    """dtype of what is kept of a chip for the end, in chips.bin."""
+    moments = [(f"{s}_moments", "<f8", (shape[0], 4)) for s, shape in job.shape.items()]
+    return np.dtype([("keys", "<i8", 5), ("split", "i1"), ("hr", "?"), *moments])
+
+
+def lay_out(job, unit):
+    """Open a unit and divide it: [Block]. Raises ValueError for pixels of another type."""
+    blocks = []
+    for pair in unit.open():
+        mr, partners, reason = pair.mr, [], "no HR file for it"
+        for sensor, source in (("mr", mr), *(("hr", hr) for hr in pair.hrs)):
+            if source.info.dtype != job.dtype[sensor]:
+                raise ValueError(
+                    f"{source.info.path}: {source.info.dtype} pixels, but the {sensor.upper()} of "
+                    f"this store is {job.dtype[sensor]}; pack them apart"
+                )
+        for hr in pair.hrs:
+            reason = "another pixel ratio"
+            try:
+                ratio, offset = align(mr.info, hr.info)
+            except ValueError:  # the survey raises it of what it sees
+                continue
+            if alike(ratio, mr, np.array(job.ratio), job.gsd["mr"]):
+                partners.append((hr, ratio, offset))
+        corners = chip_corners(mr.info, job.chip, job.stride)
+        if not corners.size:
+            blocks.append(Block(pair, np.zeros((0, 2), int), [], "smaller than a chip"))
+        elif not partners and not job.unpaired:
+            blocks.append(Block(pair, np.zeros((0, 2), int), [], reason))
+        else:
+            rows, cols = corners.shape[:2]
+            chips = max(1, int(BLOCK_BYTES / chip_bytes(job)))
+            across, down = min(cols, chips), max(1, chips // cols)
+            blocks += [
+                Block(pair, corners[r : r + down, c : c + across].reshape(-1, 2), partners, reason)
+                for r in range(0, rows, down)
+                for c in range(0, cols, across)
+            ]
+    return blocks
+
+
+def chip_bytes(job):
+    """Pixels in bytes that are decoded for a chip, MR and HR together."""
+    spread = (max(job.chip, job.stride) / job.chip) ** 2
+    return spread * sum(math.prod(job.shape[s]) * job.dtype[s].itemsize for s in job.shape)
+
+
+def cut(job, work):
+    """Cut the chips of a block, each with the first HR image that covers it and is valid enough.
+
+    work: (unit, share, Block or None). Returns it with [Chip] and what NaN and inf were found,
+    {path: pixels}.
+    """
+    unit, share, block = work
+    holes = Counter()
+    if block is None:
+        return unit, share, block, [], holes
+    mr, here = block.pair.mr, block.corners
+    row = {"mr_source": mr.info.path.as_posix(), "mr_date": mr.date}
+    if not len(here):
+        return unit, share, block, [Chip(row | {"reason": block.reason}, [], "")], holes
+    places = [place_chips(here, job.chip, hr.info, *grid) for hr, *grid in block.partners]
+    size = np.array(job.shape["hr"][1:]) if places else None
+    fits = [((high - low) <= size).all(1) for _, low, high, _ in places]
+    fate = [{"reason": "no HR file covers it" if places else block.reason} for _ in here]
+    for (*_, inside), fit in zip(places, fits, strict=True):
+        for k in np.flatnonzero(inside & ~fit):
+            fate[k] = {"reason": "another pixel ratio"}
+        inside &= fit
+    wanted = np.arange(len(here))
+    if not job.unpaired:
+        wanted = np.flatnonzero(np.any([inside for *_, inside in places], axis=0))
+
+    waiting, images = {}, {}  # MR chips without HR yet; what is stored
+    offset = mr.offset if job.offset is None else job.offset
+    read = read_chips(mr, here[wanted], job.shape["mr"][1:], offset, holes)
+    for k, image in zip(wanted, read, strict=True):
+        valid = float(image[1].mean())
+        if valid >= job.min_valid:
+            waiting[k] = image
+            fate[k]["valid"] = valid
+        else:
+            fate[k] = {"valid": valid, "reason": "MR not valid enough"}
+    for (hr, ratio, _), (corner, low, _, inside) in zip(block.partners, places, strict=True):
+        mine = [k for k in waiting if inside[k] and k not in images]
+        start = np.minimum(low, np.maximum(0, (hr.info.height, hr.info.width) - size))
+        read = read_chips(hr, start[mine], job.shape["hr"][1:], hr.offset, holes)
+        for k, image in zip(mine, read, strict=True):
+            valid = float(min(image[1].mean(), waiting[k][1].mean()))
+            source = {"hr_source": hr.info.path.as_posix(), "hr_date": hr.date}
+            if valid < job.min_valid:
+                bad = {"reason": "HR not valid enough"}
+                # of a chip that stays, valid is its own
+                fate[k] |= bad if job.unpaired else bad | source | {"valid": valid}
+                continue
+            window = map(float, (*(corner[k] - start[k]), *(ratio * job.chip)))
+            window = dict(zip(WINDOW, window, strict=True))
+            fate[k] = {"valid": valid, **source, **window}
+            images[k] = [waiting[k], image]
+    if job.unpaired:
+        images = {k: images.get(k, [image]) for k, image in waiting.items()}
+    chips = []
+    for k, (top, left) in enumerate(here.tolist()):
+        stored = [(fill_holes(*image), channel_moments(*image)) for image in images.get(k, [])]
+        why = fate[k].get("reason", "") if stored else ""
+        chips.append(Chip(row | {"row": top, "col": left} | fate[k], stored, why))
+    return unit, share, block, chips, holes
+
+
+def read_chips(source, corners, size, offset, holes):
+    """Yield (pixels (C, *size), valid (*size)) at (n, 2) whole-pixel corners, by one read.
+
+    offset: what is added to the valid pixels. holes: Counter by path, for NaN and inf.
+    """
     if not len(corners):
         return
     info = source.info
     low = corners.min(0)
     high = np.minimum(corners.max(0) + size, (info.height, info.width))
-    block = geotiff.read(info.path, (*low.tolist(), *(high - low).tolist()), source.bands)
+    block = source.read((*low.tolist(), *(high - low).tolist()), source.bands)
     # an HR file that ends with its chip, among others whose chips need a pixel more of margin
     margin = np.maximum(0, corners.max(0) + size - high)
-    block = np.pad(block, ((0, 0), (0, margin[0]), (0, margin[1])), mode="edge")
+    if margin.any():
+        block = np.pad(block, ((0, 0), (0, margin[0]), (0, margin[1])), mode="edge")
     valid = geotiff.valid_pixels(block, source.nodata)
+    if offset:
+        block = add_offset(block, offset, source.nodata)
     for row, col in corners - low:
         window = slice(row, row + size[0]), slice(col, col + size[1])
         pixels = block[:, *window]
         if pixels.dtype.kind == "f" and not np.isnan(source.nodata or 0):
-            nonfinite[info.path] += int((~np.isfinite(pixels)).any(0).sum())
+            missing = int((~np.isfinite(pixels)).any(0).sum())
+            if missing:
+                holes[info.path.as_posix()] += missing
         yield pixels, valid[window]
+
+
+def add_offset(pixels, offset, nodata):
+    """pixels + offset in their own dtype, clipped to what it holds; nodata stays nodata."""
+    if pixels.dtype.kind == "f":
+        moved = (pixels + offset).astype(pixels.dtype)
+    else:
+        about = np.iinfo(pixels.dtype)
+        moved = np.clip(np.rint(pixels + float(offset)), about.min, about.max).astype(pixels.dtype)
+    return moved if nodata is None else np.where(pixels == nodata, pixels, moved)
 
 
 def fill_holes(pixels, valid):
@@ -338,58 +627,93 @@ def fill_holes(pixels, valid):
 
 
 def channel_moments(pixels, valid):
-    """(C, 3) float64 per band over the valid pixels: count, mean, sum of squared deviations."""
+    """(C, 4) float64 per band over the valid pixels: count, mean, sum of squared deviations, least.
+
+    Zeros where no pixel is valid.
+    """
     values = pixels[:, valid].astype(np.float64)
-    mean = values.mean(1)
-    return np.stack([np.full(len(mean), values.shape[1]), mean, values.var(1) * values.shape[1]], 1)
+    mean, count = values.mean(1), values.shape[1]
+    return np.stack([np.full(len(mean), count), mean, values.var(1) * count, values.min(1)], 1)
 
 
-def statistics(moments):
-    """Pool (chips, ..., 3) moments to mean and standard deviation (...,); a flat band gets std 1.
+def pool_moments(moments):
+    """(n, C, 4) moments of n sets of pixels to those of all of them together, (C, 4).
 
-    Sums squared deviations within chips and between them: no large squares to cancel.
+    Sums squared deviations within sets and between them: no large squares to cancel.
     """
-    count, mean, squares = np.moveaxis(moments, -1, 0)
-    grand = (count * mean).sum(0) / count.sum(0)
-    std = np.sqrt((squares + count * (mean - grand) ** 2).sum(0) / count.sum(0))
-    return grand, np.where(std > 0, std, 1.0)
+    count, mean, squares, least = np.moveaxis(moments, -1, 0)
+    total = count.sum(0)
+    grand = (count * mean).sum(0) / total
+    squares = (squares + count * (mean - grand) ** 2).sum(0)
+    return np.stack([total, grand, squares, least.min(0)], 1)
 
 
-def ground_frames(sources, pixels):
-    """The block grid that each MR file's ground is counted in: path -> (number, anchor, side).
+def statistics(moments, chips):
+    """Mean and standard deviation per band, lists, over the chips of those numbers; a flat band
+    gets std 1. moments: (N, C, 4), maybe a memory map, read a part at a time."""
+    parts = np.array_split(chips, math.ceil(len(chips) / 2**16))
+    count, mean, squares, _ = pool_moments(np.stack([pool_moments(moments[p]) for p in parts])).T
+    std = np.sqrt(squares / count)
+    return mean.tolist(), np.where(std > 0, std, 1.0).tolist()
 
-    One grid per CRS, anchored at the first file's corner, so that another image of the same ground
-    (another date) falls into the same blocks; blocks have `pixels` MR pixels a side. Without
-    georeference a file is one block. anchor, side: (y, x) in CRS units.
+
+# splits
+
+
+def ground_keys(pair, chips, chip, block_pixels, frames):
+    """What a chip must not be divided from: (n, 5) int64, the block of ground of its centre and of
+    its four corners; one number for all five where the site or the file decides.
+
+    frames: [(crs, anchor, side)], the block grids, to which a new CRS adds one. One per CRS,
+    anchored at the first image's corner, so that another image of the same ground (another date)
+    falls into the same blocks; blocks have `block_pixels` MR pixels a side.
     """
-    grids, frames = [], {}
-    for number, info in enumerate(s.info for s in sources):
-        if info.transform is None:
-            frames[info.path] = number, np.zeros(2), np.full(2, np.inf)
-            continue
-        frame = next((g for crs, g in grids if geotiff.same_crs(crs, info.crs)), None)
-        if frame is None:
-            a, b, c, d, e, f = info.transform
-            side = pixels * np.array([math.hypot(b, e), math.hypot(a, d)])
-            frame = len(grids), np.array([f, c]), side
-            grids.append((info.crs, frame))
-        frames[info.path] = frame
-    return frames
-
-
-def ground_blocks(info, row, col, chip, frame):
-    """The blocks of a chip's centre and of its four corners: (5, 3) int64 grid number, y, x."""
-    number, anchor, side = frame
-    a, b, c, d, e, f = info.transform or (1, 0, 0, 0, 1, 0)
-    rows, cols = row + chip * np.array([0, 0, 1, 1]), col + chip * np.array([0, 1, 0, 1])
-    ground = np.stack([d * cols + e * rows + f, a * cols + b * rows + c], 1)
-    slack = SLACK * np.abs(ground[3] - ground[0]) / chip
-    low, high = ground.min(0) + slack, ground.max(0) - slack
-    (bottom, left), (top, right) = low, high
-    points = [(low + high) / 2, low, high, (bottom, right), (top, left)]
-    return np.column_stack([np.full(5, number), np.floor((points - anchor) / side)]).astype(
-        np.int64
+    info = pair.mr.info
+    if pair.site is not None or info.transform is None:
+        name = info.path.as_posix() if pair.site is None else str(pair.site)
+        digest = hashlib.sha256(name.encode()).digest()
+        return -1 - (int.from_bytes(digest[:8], "little") >> 2)
+    if not chips:
+        return 0
+    a, b, c, d, e, f = info.transform
+    number = next(
+        (n for n, (crs, *_) in enumerate(frames) if geotiff.same_crs(crs, info.crs)), None
     )
+    if number is None:
+        number = len(frames)
+        side = block_pixels * np.array([math.hypot(b, e), math.hypot(a, d)])
+        frames.append((info.crs, np.array([f, c]), side))
+    _, anchor, side = frames[number]
+    corner = np.array([[here.row["row"], here.row["col"]] for here in chips])
+    rows, cols = (corner[:, :1] + [0, 0, chip, chip], corner[:, 1:] + [0, chip, 0, chip])
+    y, x = d * cols + e * rows + f, a * cols + b * rows + c  # (n, 4)
+    slack = SLACK / block_pixels * side
+    south, north = y.min(1) + slack[0], y.max(1) - slack[0]
+    west, east = x.min(1) + slack[1], x.max(1) - slack[1]
+    y = np.stack([(south + north) / 2, south, north, south, north], 1)
+    x = np.stack([(west + east) / 2, west, east, east, west], 1)
+    down, across = np.floor((y - anchor[0]) / side[0]), np.floor((x - anchor[1]) / side[1])
+    # 24 bits for each: the Earth has fewer blocks of a metre a side along its equator
+    return (
+        number * 2**48 + (down.astype(np.int64) + 2**23) * 2**24 + across.astype(np.int64) + 2**23
+    )
+
+
+def deal(records, fractions, seed):
+    """Deal chips to splits: the publisher's where given, else with their site or block of ground.
+
+    Returns split (N,) int8 positions in SPLITS, -1 for a chip that touches two; and how many sites
+    or blocks were dealt.
+    """
+    keys, first, ids = np.unique(records["keys"], return_index=True, return_inverse=True)
+    # numbered as they come, whatever their keys are
+    ids = np.argsort(np.argsort(first))[ids].reshape(-1, 5)
+    given = records["split"]
+    sizes = np.bincount(ids[given < 0, 0], minlength=len(keys))
+    dealt = assign_splits(sizes, fractions, seed)
+    dealt = np.array([SPLITS.index(name) for name in dealt], np.int8)[ids]
+    alone = (dealt == dealt[:, :1]).all(1)
+    return np.where(given >= 0, given, np.where(alone, dealt[:, 0], -1)), np.count_nonzero(sizes)
 
 
 def assign_splits(sizes, fractions, seed):
@@ -417,6 +741,102 @@ def assign_splits(sizes, fractions, seed):
     return split
 
 
+# the store
+
+
+def complete(listing, folder, job, state, plan, command):
+    """Deal the splits, close the arrays up, write tables, meta.json and the contact sheet.
+
+    May be repeated after a kill. Returns meta, skipped (Counter of reasons) and notes to print.
+    Raises ValueError if no chip, or none of the training split, is left.
+    """
+    skipped = Counter(state["skipped"])
+    if not state["chips"]:
+        remedy = f"lower --min-valid {job.min_valid} or --chip {job.chip}"
+        if not state["valid"]:
+            remedy = "one of each pair is all nodata; check what the files declare, and --nodata"
+        raise ValueError(f"no chip kept ({reasons(skipped)}); {remedy}")
+    records = np.memmap(folder / "chips.bin", record_of(job), "r")
+    fractions = {"val": plan["--val"], "test": plan["--test"]}
+    split, dealt = deal(records, fractions, plan["--seed"])
+    keep = split >= 0
+    skipped["touches two splits"] += int((~keep).sum())
+    skipped = +skipped
+    count = {name: int((split == n).sum()) for n, name in enumerate(SPLITS)}
+    if not count["train"]:
+        raise ValueError(
+            f"--split-block {plan['--split-block']}: no training chip left ({reasons(skipped)}); "
+            "use larger blocks, or a --stride that is not smaller than --chip"
+            if dealt
+            else "no training chip left: the publisher's splits have none of these in train; pack "
+            "the whole set"
+        )
+    train = np.flatnonzero(split == 0)
+    # pairs of the other splits only: better their statistics than none
+    pairs = train[records["hr"][train]]
+    pairs = pairs if len(pairs) else np.flatnonzero(keep & records["hr"])
+    place = {"mr": close_up(keep), "hr": close_up(keep[records["hr"]])}
+    here = {"mr": train} | ({"hr": pairs} if len(pairs) else {})
+    stats = {s: statistics(records[f"{s}_moments"], chips) for s, chips in here.items()}
+    for sensor, shape in job.shape.items():
+        move_chips(folder / "store" / f"{sensor}.npy", place[sensor], shape, job.dtype[sensor])
+    if "hr" not in here:
+        (folder / "store" / "hr.npy").unlink(missing_ok=True)
+    meta = {
+        "format": FORMAT,
+        "version": VERSION,
+        "count": {s: int((place[s] >= 0).sum()) for s in ("mr", "hr")},
+        "bands": {s: list(listing.bands[s]) if s in here else [] for s in ("mr", "hr")},
+        "shape": {s: job.shape[s] if s in here else None for s in ("mr", "hr")},
+        "dtype": {s: str(job.dtype[s]) if s in here else None for s in ("mr", "hr")},
+        "gsd": job.gsd,
+        "pixel_ratio": job.ratio,
+        "mean": {s: stats[s][0] if s in here else None for s in ("mr", "hr")},
+        "std": {s: stats[s][1] if s in here else None for s in ("mr", "hr")},
+        "nodata": {s: as_json(value) for s, value in job.nodata.items()},
+        "offset": job.offsets,
+        "crs": job.crs,
+        "splits": {name: n for name, n in count.items() if n},
+        "sources": list(listing.sources),
+        "provenance": {
+            "command": command,
+            "units": len(listing.units),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        },
+    }
+    (folder / "store" / "meta.json").write_text(json.dumps(meta, indent=1))
+    hr_place = np.full(len(keep), -1)
+    hr_place[records["hr"]] = place["hr"]
+    shown = keep & records["hr"] if "hr" in here else keep
+    shown = np.random.default_rng(plan["--seed"]).permutation(place["mr"][shown])[:PICTURES]
+    rows = write_tables(folder, split, place["mr"], hr_place, set(shown.tolist()))
+    draw_contact(folder / "store", meta, rows)
+
+    notes = [
+        f"warning: {path}: {holes} pixels of its chips are NaN or inf, taken as missing"
+        for path, holes in state["holes"].items()
+    ]
+    least = records["mr_moments"][train, :, 3]
+    darkest = np.quantile(least, 0.05, axis=0).min()  # a few chips may hold dead pixels
+    if (
+        job.offsets["mr"] == [0]
+        and job.dtype["mr"].itemsize == 2
+        and DARKEST[0] <= darkest < DARKEST[1]
+    ):
+        notes.append(
+            f"warning: MR has hardly a pixel below {darkest:.0f} in any band, as Sentinel-2 from "
+            "processing baseline 04.00 on, to which 1000 is added; if these are, pack again with "
+            "--offset -1000 --overwrite"
+        )
+    notes += [
+        f"{name} is empty: the chips lie in {dealt} sites or blocks of ground of "
+        f"{plan['--split-block']} x {plan['--split-block']} chips; try another --split-block"
+        for name, fraction in fractions.items()
+        if fraction and dealt and not count[name]
+    ]
+    return meta, skipped, notes
+
+
 def write_header(file, count, shape, dtype):
     """Write a .npy header; numpy pads it, so that one for another count is as long."""
     np.lib.format.write_array_header_1_0(
@@ -429,19 +849,147 @@ def write_header(file, count, shape, dtype):
     )
 
 
-def keep_chips(path, keep, count, shape, dtype):
-    """Move the kept of `count` appended chips to the front of a .npy and end it there."""
+def close_up(keep):
+    """Where n chips go when those of `keep` (n,) bool are to lie without gaps: (n,) int64, -1 for
+    the others. Only chips beyond the new end move, into the gaps: no pixels that are still to be
+    read are overwritten, so the move can be repeated after a kill."""
+    count = np.count_nonzero(keep)
+    place = np.where(keep, np.arange(len(keep)), -1)
+    place[count:][keep[count:]] = np.flatnonzero(~keep[:count])
+    return place
+
+
+def move_chips(path, place, shape, dtype):
+    """Move the chips of a .npy to their `place`, and end the file and its header there."""
+    count = int((place >= 0).sum())
     with path.open("r+b") as file:
-        write_header(file, len(keep), shape, dtype)
+        write_header(file, count, shape, dtype)
         start = file.tell()
-        chips = np.memmap(path, dtype, "r+", start, (count, *shape))
-        for new, old in enumerate(keep):
-            if new != old:
-                chips[new] = chips[old]
-        size = start + len(keep) * chips[0].nbytes
-        chips.flush()
-        del chips  # Windows does not cut a file that is mapped
+        each = math.prod(shape) * dtype.itemsize
+        size = start + count * each
+        if path.stat().st_size == size:
+            return
+        for old in np.flatnonzero((place >= 0) & (place != np.arange(len(place)))):
+            file.seek(start + int(old) * each)
+            pixels = file.read(each)
+            file.seek(start + int(place[old]) * each)
+            file.write(pixels)
         file.truncate(size)
+
+
+def write_tables(folder, split, place, hr_place, pictured):
+    """Write index.csv and the end of skipped.csv; returns the rows of the `pictured` chips."""
+    count = int((place >= 0).sum())
+    source = np.full(count, -1)
+    source[place[place >= 0]] = np.flatnonzero(place >= 0)
+    moved, pictures = {}, {}
+
+    def rows():
+        with (folder / "rows.csv").open(newline="", encoding="utf-8") as lines:
+            for old, row in enumerate(csv.reader(lines)):
+                yield old, dict(zip(ROWS, row, strict=True))
+
+    if (source != np.arange(count)).any():
+        moved = {old: row for old, row in rows() if old >= count and place[old] >= 0}
+    with (
+        (folder / "store" / "index.csv").open("wb") as index,
+        (folder / "store" / "skipped.csv").open("ab") as skipped,
+    ):
+        index.write(csv_line(INDEX))
+        for old, row in rows():
+            if place[old] < 0:
+                row["reason"] = "touches two splits"
+                skipped.write(csv_line(fill_row(SKIPPED, row)))
+            if old < count:
+                here = source[old]
+                row = moved.get(here, row)
+                about = {"chip": old, "split": SPLITS[split[here]]}
+                about["hr"] = hr_place[here] if hr_place[here] >= 0 else ""
+                index.write(csv_line(fill_row(INDEX, row | about)))
+                if old in pictured:
+                    pictures[old] = row | about
+    return pictures
+
+
+def draw_contact(store, meta, rows):
+    """Write contact.png: HR and MR of a few pairs side by side, the same ground in both.
+
+    rows: of index.csv by chip, of chips that all have HR or all have none.
+    """
+    from matplotlib.figure import Figure  # here: it takes a second to import
+
+    pairs = all(row["hr"] != "" for row in rows.values())
+    window = [[float(row[key] or 0) for key in WINDOW] for row in rows.values()]
+    batch = {
+        "has_hr": torch.full((len(rows),), pairs),
+        "hr_window": torch.tensor(window, dtype=torch.float64),
+    }
+    for sensor, chips in (("mr", list(rows)), ("hr", [row["hr"] for row in rows.values()])):
+        if sensor == "mr" or pairs:
+            array = np.load(store / f"{sensor}.npy", mmap_mode="r")
+            batch[sensor] = torch.from_numpy(array[chips])
+    whole = [[0.0, 0.0, 1.0, 1.0]] * len(rows)
+    side = meta["shape"]["mr"][1]
+    hr_side = min(256, round(side * max(meta["pixel_ratio"]))) if pairs else None
+    mr, hr = crop_pairs(batch, whole, meta, min(256, side), hr_side)
+    # Sentinel-2 and Landsat 8 and 9 agree on these; of others the colours are off in the picture
+    colours = SAME_BAND | {"b2": "B", "b3": "G", "b4": "R"}
+    bands = [colours.get(name.lower(), name) for name in meta["bands"]["mr"]]
+    columns = [figures.composite(image, bands) for image in ([hr, mr] if pairs else [mr])]
+    across = min(4, len(rows))
+    down = math.ceil(len(rows) / across)
+    figure = Figure(figsize=(1.7 * across * len(columns), 1.9 * down), layout="constrained")
+    axes = figure.subplots(down, across * len(columns), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    axes = axes.reshape(down * across, len(columns))
+    for k, (chip, row) in enumerate(rows.items()):
+        name = f"{chip}: {Path(row['mr_source']).name}"
+        name = name if len(name) <= 36 else f"{name[:12]}...{name[-21:]}"
+        axes[k, 0].set_title(f"{name}\n{row['row']}, {row['col']}", fontsize=5, loc="left")
+        for axis, pictures in zip(axes[k], columns, strict=True):
+            axis.imshow(pictures[k].numpy(), interpolation="nearest")
+    what = "HR and MR of a pair, the same ground" if pairs else "MR chips"
+    figure.suptitle(f"{what}; chip number, file, row and column", fontsize=7)
+    figures.save_figure(figure, store / "contact.png")
+
+
+def csv_line(values):
+    line = io.StringIO(newline="")
+    csv.writer(line).writerow(values)
+    return line.getvalue().encode()
+
+
+def fill_row(columns, row):
+    return [row.get(name, "") for name in columns]
+
+
+def reasons(counts):
+    return ", ".join(f"{n} {reason}" for reason, n in Counter(counts).most_common()) or "none"
+
+
+def report(out, meta, skipped, state, notes):
+    splits = ", ".join(f"{meta['splits'].get(name, 0)} {name}" for name in SPLITS)
+    chips, pairs = meta["count"]["mr"], meta["count"]["hr"]
+    alone = f"{chips} chips, " if chips > pairs else ""
+    print(f"{out}: {alone}{pairs} pairs kept ({splits}); skipped: {reasons(skipped)} (skipped.csv)")
+    if chips > pairs:
+        print(f"  chips without HR, those that touched two splits too: {reasons(state['without'])}")
+    for sensor, shape in meta["shape"].items():
+        if shape is None:
+            continue
+        gsd = meta["gsd"][sensor]
+        print(
+            f"  {sensor}: chips {shape[0]} x {shape[1]} x {shape[2]} {meta['dtype'][sensor]}, "
+            + (f"gsd {gsd:g}" if gsd else "no georeference")
+        )
+        for band, mean, std in zip(
+            meta["bands"][sensor], meta["mean"][sensor], meta["std"][sensor], strict=True
+        ):
+            print(f"    {band:8} mean {mean:10.4f}  std {std:10.4f}")
+    print(f"  look at {out / 'contact.png'}")
+    for note in notes:
+        print(note)
 
 
 def as_json(number):
@@ -451,27 +999,3 @@ def as_json(number):
 def is_store(path):
     meta = path / "meta.json"
     return meta.is_file() and f'"format": "{FORMAT}"'.encode() in meta.read_bytes()
-
-
-def reasons(skipped):
-    counts = Counter(row["reason"] for row in skipped)
-    return ", ".join(f"{n} {reason}" for reason, n in counts.most_common()) or "none"
-
-
-def report(out, meta, skipped):
-    splits = ", ".join(f"{meta['splits'].get(name, 0)} {name}" for name in SPLITS)
-    print(
-        f"{out}: {meta['count']['hr']} pairs kept ({splits}); skipped: {reasons(skipped)} "
-        "(skipped.csv)"
-    )
-    for sensor in ("mr", "hr"):
-        bands, rows, cols = meta["shape"][sensor]
-        gsd = meta["gsd"][sensor]
-        print(
-            f"  {sensor}: {meta['provenance']['files'][sensor]} files, chips {bands} x {rows} x "
-            f"{cols} {meta['dtype'][sensor]}, " + (f"gsd {gsd:g}" if gsd else "no georeference")
-        )
-        for band, mean, std in zip(
-            meta["bands"][sensor], meta["mean"][sensor], meta["std"][sensor], strict=True
-        ):
-            print(f"    {band:8} mean {mean:10.4f}  std {std:10.4f}")

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
+import formats
 import geotiff
+import pack
 
 RNG = np.random.default_rng(0)
 EAST, NORTH = 400000.0, 5200000.0
@@ -46,6 +48,13 @@ def pair(folder, hr_gsd=5.0, mr_shift=(0, 0), hr_shift=(0, 0), side=64, hr_side=
     write_scene(folder / "mr" / "a.tif", 10.0, mr_shift, side, side, **more)
     write_scene(folder / "hr" / "a.tif", hr_gsd, hr_shift, hr_side, hr_side, **more)
     return str(folder / "mr"), str(folder / "hr")
+
+
+def pack_files(mr, hr, out, **options):
+    """pack.pack of GeoTIFFs; options of the reader and of pack together."""
+    reader = {"mr_bands", "hr_bands", "band_names", "hr_band_names", "nodata"} & options.keys()
+    listing = formats.read_geotiff(mr, hr, **{key: options.pop(key) for key in reader})
+    return pack.pack(listing, out, **options)
 
 
 def rows_of(store, name="index"):
