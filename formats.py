@@ -87,7 +87,8 @@ def read_geotiff(
     pairs, hr_names = [(source, []) for source in mr_sources], []
     if hr is not None:
         if not hr_bands and not hr_band_names:
-            has = [name.lower() for name in describe(*scenes(find_files(hr, "--hr"))[0]).band_names]
+            path, files = scenes(find_files(hr, "--hr"))[0]
+            has = [name.lower() for name in files or describe(path).band_names]
             both = [name for name in names if name.lower() in has]
             if 0 < len(both) < max(len(has), len(names)):
                 hr_bands = hr_band_names = both
@@ -159,7 +160,7 @@ def scenes(files):
         groups.setdefault(scene, {}).setdefault(SAME_BAND.get(band.lower(), band), file)
     listed = []
     for scene, bands in groups.items():
-        if len(bands) > 1:
+        if len(bands) > 1 or "IMG_DATA" in next(iter(bands.values())).parts:
             listed.append((scene, bands))
         else:
             listed += [(file, None) for file in bands.values()]
@@ -226,8 +227,7 @@ def jp2_info(path):
                 height=file.height,
                 bands=file.count,
                 dtype=np.dtype(file.dtypes[0]),
-                # the products' own value of missing pixels, which their files do not declare
-                nodata=0.0 if in_safe(path) else file.nodata,
+                nodata=file.nodata,
                 transform=transform,
                 crs={key: code} if code else None,
                 band_names=(),
@@ -303,7 +303,9 @@ def open_sources(where, sensor, wanted, names, nodata):
             files = {has[band]: files[has[band]] for band in bands}
             bands, info = list(range(len(files))), describe(path, files)
             read = functools.partial(read_scene, list(files.values()))
-            offset = safe_offset(path) if "IMG_DATA" in read.args[0][0].parts else 0
+            if "IMG_DATA" in read.args[0][0].parts:
+                offset = safe_offset(path)
+                info = replace(info, nodata=0.0)  # the product's, which its files do not declare
         names = names or [info.band_names[b] if info.band_names else str(b) for b in bands]
         if len(bands) != len(names):
             raise ValueError(

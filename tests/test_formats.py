@@ -10,8 +10,10 @@ import pair_layouts as layouts
 import pytest
 import torch
 
+import data
 import formats
 import geotiff
+import pack
 
 BGRN = ["B", "G", "R", "NIR"]
 
@@ -427,11 +429,15 @@ def test_a_sentinel_2_product(tmp_path, suffix):
         assert source.info.transform == layouts.place(10.0)
         assert formats.geotiff.crs_name(source.info.crs) == "EPSG:32631"
         assert (source.offset, source.date) == (-1000, "2022-03-01")
-    assert source.nodata == 0 if suffix == ".jp2" else source.nodata is None
+        assert source.nodata == 0
     ((source, *_),) = formats.read_geotiff(tmp_path, mr_bands=["B05", "B07"]).units[0].open()
     assert same(source, np.concatenate([images["B05", 20], images["B07", 20]]))
     with pytest.raises(ValueError, match=r"B05_20m.* 30 x 30 uint16, but .*B02_10m.* is 60 x 60"):
         formats.read_geotiff(tmp_path, mr_bands=["B02", "B05"])
+    ((source, *_),) = formats.read_geotiff(str(tmp_path / "**" / "*_B04_10m*")).units[0].open()
+    assert same(source, images["B04", 10]) and (source.offset, source.nodata) == (-1000, 0)
+    listing = formats.read_geotiff(tmp_path, tmp_path, mr_bands=["B04"])
+    assert listing.bands == {"mr": ["R"], "hr": ["R"]}
     message = r"--mr-bands B11 asked for, the file has 7 bands \(B,G,R,NIR,B05,B06,B07\)"
     with pytest.raises(ValueError, match=message):
         formats.read_geotiff(tmp_path, mr_bands=["B11"])
@@ -575,3 +581,66 @@ def test_real_imagery_by_date(real):
     listing = formats.read_geotiff(folder)
     assert min(pair.mr.date for pair in pairs_of(listing)) == "2009-08-18"
     assert geotiff.info(pairs_of(listing)[0].mr.info.path).bands == 4
+
+
+# from a published folder to a store
+
+
+@pytest.mark.parametrize(
+    "name, write, options, chips, splits",
+    [
+        ("sen2venus", layouts.sen2venus, {"chip": 32}, 6, {"train": 3, "val": 3}),
+        ("sen2venus", layouts.sen2venus_v2, {"chip": 32, "val": 0}, 2, {"train": 2}),
+        ("rapidai4eo", layouts.rapidai4eo, {"val": 0.3}, 3, {"train": 2, "val": 1}),
+        ("worldstrat", layouts.worldstrat, {"chip": 39}, 3, {"train": 1, "val": 1, "test": 1}),
+        ("sen2naip", layouts.sen2naip, {"val": 0.5}, 2, {"train": 1, "val": 1}),
+        ("hdf5", lambda root: layouts.hdf5(root / "sen2venus.hdf5"), {}, 6, None),
+    ],
+)
+def test_a_store_holds_the_pixels(tmp_path, name, write, options, chips, splits):
+    """Chips are whole MR images here, so the whole HR image is theirs, edge to edge."""
+    write(tmp_path / "in")
+    listing = formats.FORMATS[name](tmp_path / "in")
+    meta = pack.pack(listing, tmp_path / "store", **options)
+    assert meta["count"] == {"mr": chips, "hr": chips}
+    assert meta["splits"] == (splits or {"train": 4, "val": 1, "test": 1})
+    assert meta["bands"] == listing.bands
+    assert [source["url"] for source in meta["sources"]] == [s["url"] for s in listing.sources]
+    sources = {}
+    for pair in pairs_of(listing):
+        sources[pair.mr.info.path.as_posix()] = pair
+    store = data.Store(tmp_path / "store")
+    for number, row in enumerate(data.read_csv(tmp_path / "store" / "index.csv")):
+        pair, batch = sources[row["mr_source"]], store.batch([number])
+        top, left, height, width = batch["hr_window"][0].tolist()
+        side = store.meta["shape"]["mr"][1]
+        mr = pair.mr.read((int(row["row"]), int(row["col"]), side, side), pair.mr.bands)
+        assert np.array_equal(batch["mr"][0], mr)
+        whole, found = pixels_of(pair.hrs[0]), batch["hr"][0].numpy()
+        height, width = min(found.shape[1], whole.shape[1]), min(found.shape[2], whole.shape[2])
+        assert np.array_equal(found[:, :height, :width], whole[:, :height, :width])
+        assert (top, left) == (0, 0)
+        assert row["mr_date"] == pair.mr.date and row["hr_date"] == pair.hrs[0].date
+        assert pair.split in (None, row["split"])
+    sites = {}
+    for row in data.read_csv(tmp_path / "store" / "index.csv"):
+        sites.setdefault(sources[row["mr_source"]].site, set()).add(row["split"])
+    assert all(len(found) == 1 for site, found in sites.items() if site is not None)
+
+
+@pytest.mark.parametrize("sensor", ["mr", "hr"])
+def test_a_sentinel_2_product_makes_a_store(tmp_path, sensor):
+    """The offset of its processing baseline is added, and its nodata stays."""
+    images = layouts.safe(tmp_path / "mr", suffix=".tif")
+    if sensor == "hr":
+        layouts.tif(tmp_path / "hr" / "a.tif", layouts.pixels(4, 120, 120), 5.0)
+    listing = formats.read_geotiff(tmp_path)
+    meta = pack.pack(listing, tmp_path / "store", chip=30, split_block=1)
+    assert meta["count"] == {"mr": 4, "hr": 4 if sensor == "hr" else 0}
+    assert meta["bands"] == {"mr": BGRN, "hr": BGRN if sensor == "hr" else []}
+    store = data.Store(tmp_path / "store")
+    whole = np.concatenate([images[band, 10] for band in ("B02", "B03", "B04", "B08")])
+    for number, row in enumerate(data.read_csv(tmp_path / "store" / "index.csv")):
+        r, c = int(row["row"]), int(row["col"])
+        expected = whole[:, r : r + 30, c : c + 30].astype(int) - 1000
+        assert np.array_equal(store.batch([number], ["mr"])["mr"][0], np.maximum(expected, 0))
