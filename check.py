@@ -8,10 +8,12 @@ Writes check.csv, one row a chip with all figures, and check.png, their histogra
 
 import csv
 import hashlib
+import io
 import math
 import os
 import tempfile
 from collections import Counter
+from contextlib import redirect_stdout
 from datetime import datetime
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from tqdm import tqdm
 import geotiff
 from data import SPLITS, Store, resample, usable
 from figures import save_figure
+from formats import read_geotiff
 
 BATCH_BYTES = 2**26  # stored pixels read at a time
 REACH = 8  # MR pixels up to which shifts are searched, along rows and columns
@@ -48,11 +51,14 @@ def check(path, out=None, max_shift=None, min_correlation=None):
     """Measure every chip of a store, print a summary, write check.csv and check.png.
 
     path: a store, or a folder with mr/ and hr/ of GeoTIFFs, which is packed for the while and needs
-    `out`. max_shift: MR pixels. min_correlation: mean over the shared bands. With either, flags.csv
-    is written too: the pairs beyond it, and the training chips that leak, see `find_leaks`.
+    `out`; pack's contact.png and skipped.csv are left there too. max_shift: MR pixels.
+    min_correlation: mean over the shared bands. With either, flags.csv is written: the pairs beyond
+    it and the training chips that leak, see `find_leaks`.
     Returns the figures, a dict of (N,) or (N, bands) arrays, NaN where there is none. Raises
     FileNotFoundError, OSError or ValueError, one sentence.
     """
+    import pack  # which builds on data.py, whose command this is
+
     path, flagging = Path(path), max_shift is not None or min_correlation is not None
     if max_shift is not None and not 0 < max_shift < REACH:
         raise ValueError(
@@ -80,18 +86,18 @@ def check(path, out=None, max_shift=None, min_correlation=None):
         with tempfile.TemporaryDirectory(
             prefix="check-", dir=out, ignore_cleanup_errors=True
         ) as scratch:
-            return examine(pack_folder(path, Path(scratch) / "store"), path, out)
+            store = Path(scratch) / "store"
+            with redirect_stdout(io.StringIO()) as said:
+                # half of a chip's pixels are enough for what check asks, and tell of the nodata
+                pack.pack(read_geotiff(path), store, min_valid=0.5, val=0)
+            print(said.getvalue().replace(str(store), str(out)), end="")
+            for name in ("contact.png", "skipped.csv"):  # of which it speaks
+                os.replace(store / name, out / name)
+            return examine(store, path, out)
     figures = examine(path, path, out)
     if flagging:
         write_flags(path, figures, max_shift, min_correlation)
     return figures
-
-
-def pack_folder(folder, store):
-    import pack  # which builds on data.py, as this file does
-
-    pack.pack(folder / "mr", folder / "hr", store, val=0)
-    return store
 
 
 def examine(path, name, out):
@@ -238,8 +244,8 @@ def measure_shift(mr, hr, window):
 
     mr: (B, C, h, w). hr: (B, C, H, W), the same bands. window: (B, 4), MR's ground in pixels of HR.
     Returns shift (B, 2) float64, rows and columns in MR pixels, positive where HR's content lies
-    further down and right, NaN where the two have too little in common to tell; confidence (B,) the
-    share of the cross power that is in phase at that shift, 0 to 1.
+    further down and right, NaN where the two have too little in common to tell or are less alike
+    when moved by it; confidence (B,) the share of the cross power that is in phase there, 0 to 1.
 
     The cross power is of image gradients and summed over the bands, so that frequencies in which
     the bands disagree count less. It is whitened softly: R / (|R| + 4 mean|R|). Whitened fully,
@@ -264,13 +270,15 @@ def measure_shift(mr, hr, window):
         images = images / images.square().mean((2, 3), keepdim=True).sqrt().clamp_min(1e-12)
         return torch.fft.fft2(images * hann)
 
-    fixed = spectrum(mr[:, :, margin : chip[0] - margin, margin : chip[1] - margin].float())
-    shift = torch.zeros(len(mr), 2, dtype=torch.float64)
+    mr = mr[:, :, margin : chip[0] - margin, margin : chip[1] - margin].float()
+    fixed = spectrum(mr)
+    shift, alike = torch.zeros(len(mr), 2, dtype=torch.float64), []
     for span, step in ((reach, 0.5), (0.75, 0.05), (0.75, 0.05)):
         moved = shift.clamp(-margin, margin)
         ground = torch.cat([window[:, :2] + (margin + moved) * pixel, pixel * size], 1)
-        cross = spectrum(resample(hr, ground, size.tolist())) * fixed.conj()
-        cross = cross.sum(1) * weight
+        near = resample(hr, ground, size.tolist())
+        alike.append(correlate(mr, near).nanmean(1))
+        cross = (spectrum(near) * fixed.conj()).sum(1) * weight
         power = cross.abs()
         cross = cross / (power + 4 * power.mean((1, 2), keepdim=True)).clamp_min(1e-20)
         ticks = torch.arange(-span, span + step / 2, step, dtype=torch.float64)
@@ -290,7 +298,8 @@ def measure_shift(mr, hr, window):
     # Gaussian log likelihood ratio, of as many frequencies as carry the power
     frequencies = total.square() / power.square().sum((1, 2)).clamp_min(1e-20)
     evidence = -frequencies * torch.log1p(-confidence.square().clamp_max(1 - 1e-6))
-    shift[evidence < EVIDENCE] = math.nan
+    # shadows that wander over a ridge have a peak of their own, far from where the ground lies
+    shift[(evidence < EVIDENCE) | (alike[-1] < alike[0] - 0.01)] = math.nan
     return shift, confidence
 
 

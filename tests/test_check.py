@@ -3,6 +3,7 @@
 import argparse
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -266,6 +267,10 @@ def test_leaks_by_ground(tmp_path, capsys):
     assert "1 val chips have ground of test chips" in out
     assert "1 train chips have ground of val chips" in out
     assert not (store / "flags.csv").exists()
+    check.check(store, min_correlation=-1)
+    assert [[*row.values()] for row in rows_of(store / "flags.csv")] == [
+        ["2", "same ground as val chip 0"]  # and not chip 0: what is held out stays
+    ]
 
 
 def test_leaks_by_ground_are_a_loop():
@@ -455,3 +460,20 @@ def test_real_pairs_have_their_known_shift(real):
     wanted = np.array(tries)[np.argmax(best, 0)] / 2
     apart = np.abs(found[some].numpy() - wanted)
     assert np.median(apart) < 0.25 and (apart <= 0.5).mean() > 0.9
+
+
+def test_real_files_have_their_known_shift(real, tmp_path, capsys):
+    """The pairs as GeoTIFFs, packed for the while: grids with an offset, holes, four HR files."""
+    source = real("homonim_ngi_s2_l8/mr/sentinel2_b432_byte.tif").parent.parent
+    (tmp_path / "mr").mkdir()
+    shutil.copy(source / "mr/sentinel2_b432_byte.tif", tmp_path / "mr")
+    shutil.copytree(source / "hr_ngi_5m_rgb", tmp_path / "hr")
+    out = tmp_path / "out"
+    figures = run(tmp_path, "--out", out)
+    length = np.hypot(*figures["shift"].T)
+    assert np.isfinite(length).mean() > 0.9 and len(length) > 100
+    assert 0.5 < np.nanmedian(length) < 0.75 and 0.9 < np.nanquantile(length, 0.95) < 1.2
+    assert (length > 1.5).sum() <= 2 and (figures["valid"] < 1).any()  # shadows that wandered
+    assert {p.name for p in out.iterdir()} == {"check.csv", "contact.png", "skipped.csv"}
+    assert f"look at {out / 'contact.png'}" in (text := capsys.readouterr().out)
+    assert "MR pixels; median +0.5" in text and "largest: chip" in text
