@@ -1,4 +1,4 @@
-"""The whole road in one command, without a download: scenes, pairs, pretraining, probe, picture.
+"""The whole road in one command, without a download: scenes, pairs, pretraining, probe, map.
 
     python demo.py                          as `make demo`: Latent MIM, 6 minutes on 2 CPU cores
     python demo.py --objective ijepa --out out/demo-ijepa
@@ -202,10 +202,14 @@ def main():
         lines = (results / "results.jsonl").read_text().splitlines()
         rows[name] = [json.loads(line) for line in lines]
 
+    # a scene that the probe has not seen
+    run([python, "predict.py", "--model", out / "results_sa", "--png",
+         out / "pairs/mr/scene_000.tif", out / "map.tif"])  # fmt: skip
     draw(out, ENCODERS)
     print_table(rows)
     print("\n" + meaning(rows, steps))
     print("A larger budget: python demo.py --steps 20000 --out out/demo-long")
+    print(f"{args.out / 'map.tif'} opens in any GIS, {args.out / 'map.png'} shows it")
     print(f"Look at {args.out / 'figure.png'} ({time.perf_counter() - start:.0f} s in all)")
 
 

@@ -44,6 +44,8 @@ from model import (
     take_patches,
     vit,
 )
+from segment import probe
+from tasks import load_task
 
 # What the paper uses where the two frameworks differ; any flag overrides it.
 PAPER = {
@@ -657,10 +659,8 @@ def main(args):
     encoder = objective.student
     affinity = build_affinity(args, objective.teacher)
     draw_step(args, objective, 0)  # masks that cannot be drawn say so now
-    if args.probe_task:
-        from segment import probe
-        from tasks import load_task
-    task = args.probe_task and load_task(*args.probe_task)
+    if args.probe_task and rank == 0:
+        task = load_task(*args.probe_task, bands=bands)
     probe_size = objective.grid[0] * encoder.patch_size
 
     # Optimiser: two groups, with and without weight decay.
@@ -758,10 +758,9 @@ def main(args):
             ready.append((parts, pin({k: v[part] for k, v in masks.items() if k != "crop"})))
         return ready, int(has_hr[order].sum())
 
+    # has_hr stays on the CPU: it decides shapes, and a GPU's answer would have to be waited for
     def pin(tensors):
-        # has_hr stays on the CPU: it decides shapes
-        keep = {"has_hr"} if cuda else tensors
-        return {k: v if k in keep else v.pin_memory() for k, v in tensors.items()}
+        return {k: v.pin_memory() if cuda and k != "has_hr" else v for k, v in tensors.items()}
 
     def to_device(tensors):
         return {
@@ -782,7 +781,7 @@ def main(args):
             group["lr"] = lr
             group["weight_decay"] = weight_decay if group["decay"] else 0.0
         saving = (step + 1) % args.save_every == 0 or step + 1 == stop
-        probing = task and (step + 1 == stop or (step + 1) % args.probe_every == 0)
+        probing = args.probe_task and (step + 1 == stop or (step + 1) % args.probe_every == 0)
         logging = saving or probing or step == 0 or (step + 1) % args.log_every == 0
 
         ready, pairs = coming.result()

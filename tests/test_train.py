@@ -15,6 +15,7 @@ from stores import write_store
 import train
 from data import Store, read_chips
 from model import ViT, load_encoder, save_encoder
+from scenes import write_scenes
 
 TINY = (
     "--dim 16 --depth 1 --heads 2 --patch 4 --predictor-dim 16 --predictor-depth 1 --targets 2 "
@@ -460,6 +461,27 @@ def test_resume_notices_other_chips(tmp_path):
     (path / "flags.csv").unlink()
     run(path, tmp_path / "run", steps=3, resume=True, skip_flagged=True)
     assert len(log_of(tmp_path / "run")) == 3
+
+
+# ---- a probe on the way
+
+
+def test_probe_during_training_changes_no_step(store, tmp_path):
+    write_scenes(tmp_path / "scenes", scenes=8, size=64, seed=0)
+    task = ["geotiff", tmp_path / "scenes"]
+    run(store, tmp_path / "plain", steps=5)
+    run(store, tmp_path / "run", steps=5, probe_task=task, probe_every=2)
+    plain, log = log_of(tmp_path / "plain"), log_of(tmp_path / "run")
+    assert [entry["step"] for entry in log if "probe_miou" in entry] == [2, 4, 5]
+    assert all(0 < entry["probe_miou"] < 1 for entry in log if "probe_miou" in entry)
+    assert [entry["loss"] for entry in plain] == [entry["loss"] for entry in log]
+    same_weights(weights_of(tmp_path / "plain"), weights_of(tmp_path / "run"))
+    done = spawn(command(store, tmp_path / "two", steps=5, probe_task=task, probe_every=5), 2)
+    assert done.returncode == 0 and done.stdout.count("probe 0.") == 1, done.stderr
+    found = log_of(tmp_path / "two")[-1]["probe_miou"]
+    assert found == pytest.approx(log[-1]["probe_miou"], abs=0.02)
+    refused("--task potatoes: no such task", store, tmp_path / "no", probe_task=["potatoes", "x"])
+    assert not (tmp_path / "no").exists()
 
 
 # ---- starting from other weights
