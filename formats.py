@@ -429,7 +429,12 @@ def unlike(mr, hr):
 
 
 def days_between(a, b):
-    return abs((datetime.date.fromisoformat(a) - datetime.date.fromisoformat(b)).days)
+    return abs(day_number(a) - day_number(b))
+
+
+@functools.lru_cache
+def day_number(date):
+    return datetime.date.fromisoformat(date).toordinal()
 
 
 # What is published: where, under which terms, how large (bytes as the publisher gives them, or
@@ -528,8 +533,8 @@ def read_sen2venus(root, *, product="10m"):
     keys, names, chip = SEN2VENUS[product]
     part = re.compile(r"(?<![0-9a-z])(05m|5m|10m|20m)(?![0-9a-z])")
     found = {}  # path without its gsd -> {sensor: path}
-    for path in walk(root, (".pt", ".tif", ".tiff")):
-        name = Path(path).relative_to(root).as_posix().lower()
+    for path, name in walk(root, (".pt", ".tif", ".tiff")):
+        name = name.lower()
         gsd = part.findall(name)
         if gsd and any(re.search(rf"(?<![0-9a-z]){key}(?![0-9a-z])", name) for key in keys):
             sensor = "mr" if gsd[-1] == product else "hr" if gsd[-1] in ("05m", "5m") else None
@@ -602,8 +607,7 @@ def read_rapidai4eo(root, *, per_site=1, seed=0):
 
 def rapidai4eo_images(root):
     """Yield (place, "PF" or "S2", date, path)."""
-    for path in walk(root, (".tif", ".tiff")):
-        name = Path(path).relative_to(root).as_posix()
+    for path, name in walk(root, (".tif", ".tiff")):
         sensors, stem = PLANET_OR_S2.findall(name), name.rpartition("/")[2]
         month = MONTH.search(stem)
         middle = f"{month[1]}-{month[2]}-15" if month else ""
@@ -628,8 +632,8 @@ def read_worldstrat(root, *, level="L2A", hr="rgbn", per_site=1):
     hr_file = re.compile(rf"(.+)_{hr}\.tiff?", re.IGNORECASE)
     mr_file = re.compile(rf"(.+)-(\d+)-{level}_data\.tiff?", re.IGNORECASE)
     hrs, mrs, tables = {}, {}, {}
-    for path in walk(root, (".tif", ".tiff", ".csv")):
-        name = Path(path).name
+    for path, name in walk(root, (".tif", ".tiff", ".csv")):
+        name = name.rpartition("/")[2]
         if match := hr_file.fullmatch(name):
             hrs[match[1]] = path
         elif match := mr_file.fullmatch(name):
@@ -674,10 +678,10 @@ def read_sen2naip(root):
     folder (ROI_0000) is the site.
     """
     found = {}
-    for path in walk(root, (".tif",)):
-        sensor = {"lr.tif": "mr", "hr.tif": "hr"}.get(Path(path).name.lower())
-        if sensor:
-            found.setdefault(Path(path).parent.relative_to(root).as_posix(), {})[sensor] = path
+    for path, name in walk(root, (".tif",)):
+        folder, _, file = name.rpartition("/")
+        if sensor := {"lr.tif": "mr", "hr.tif": "hr"}.get(file.lower()):
+            found.setdefault(folder, {})[sensor] = path
     pairs, skipped = complete(found)
     if not pairs:
         wanted = "no ROI_*/lr.tif with hr.tif"
@@ -705,7 +709,9 @@ def read_hdf5(root, *, mr_dataset=None, hr_dataset=None, band_names=BGRN, splits
     the *split*.json beside it, if there is one; rows in no split are skipped. Without splits
     `sample_ids`, where the file has them, say which rows are of one tile.
     """
-    files = list(walk(root, (".h5", ".hdf5"))) if Path(root).is_dir() else [str(root)]
+    files = [str(root)]
+    if Path(root).is_dir():
+        files = [path for path, _ in walk(root, (".h5", ".hdf5"))]
     if len(files) != 1:
         raise missing(root, f"one .h5 or .hdf5 file expected, {len(files)} found")
     path = files[0]
@@ -929,14 +935,15 @@ def opened_hdf5(path):
 
 
 def walk(root, suffixes):
-    """Yield the paths of the files under a folder that end in one of the suffixes, sorted."""
+    """Yield (path, name under root, by "/") of the files with one of the suffixes, sorted."""
     if not Path(root).is_dir():
         raise FileNotFoundError(f"{root}: no such folder")
     for folder, folders, files in os.walk(root):
         folders.sort()
+        under = "" if folder == str(root) else Path(folder).relative_to(root).as_posix() + "/"
         for name in sorted(files):
             if name.lower().endswith(suffixes) and not name.startswith("."):
-                yield os.path.join(folder, name)
+                yield os.path.join(folder, name), under + name
 
 
 def complete(found):

@@ -186,15 +186,15 @@ def test_rapidai4eo_with_the_sensors_at_the_top(tmp_path):
 
 
 def test_listing_opens_no_file(tmp_path):
-    """Thousands of names are listed although there is nothing in the files."""
-    for k in range(1000):
+    """Names are listed although there is nothing in the files."""
+    for k in range(200):
         folder = tmp_path / f"33N_15E-{k // 100:03d}N_{k % 100:02d}_00"
         for part in ("S2-SR/2018-05.tif", "S2-SR/2018-06.tif", "PF-SR/2018-05-13.tif"):
             (folder / part).parent.mkdir(parents=True, exist_ok=True)
             (folder / part).touch()
     listing = formats.read_rapidai4eo(tmp_path)
-    assert len(listing.units) == 1000
-    assert len(pickle.dumps(listing.units)) < 400_000
+    assert len(listing.units) == 200
+    assert len(pickle.dumps(listing.units)) < 80_000
     with pytest.raises(ValueError, match="not a TIFF"):
         list(listing.units[0].open())
 
@@ -606,9 +606,7 @@ def test_a_store_holds_the_pixels(tmp_path, name, write, options, chips, splits)
     assert meta["splits"] == (splits or {"train": 4, "val": 1, "test": 1})
     assert meta["bands"] == listing.bands
     assert [source["url"] for source in meta["sources"]] == [s["url"] for s in listing.sources]
-    sources = {}
-    for pair in pairs_of(listing):
-        sources[pair.mr.info.path.as_posix()] = pair
+    sources = {pair.mr.info.path.as_posix(): pair for pair in pairs_of(listing)}
     store = data.Store(tmp_path / "store")
     for number, row in enumerate(data.read_csv(tmp_path / "store" / "index.csv")):
         pair, batch = sources[row["mr_source"]], store.batch([number])
