@@ -303,7 +303,7 @@ class Blend:
         count = ends[row] - self.rows[row]
         finished, rest = self.sums[:, :count], self.sums[:, count:]
         self.sums = torch.nn.functional.pad(rest, (0, 0, 0, count))
-        return finished.cpu().numpy()
+        return finished
 
 
 def window_rows(parts, height, width, starts, tile):
@@ -325,10 +325,10 @@ def window_rows(parts, height, width, starts, tile):
 def predict(
     model, scene, bands, mean, std, *, overlap=None, batch=32, features=False, scale=1.0, offset=0.0
 ):
-    """Classify a scene: yields finished rows from top to bottom, as a dict of
-    "valid" (n, width) bool, "logits" (classes, n, width) float32 unless the model is an encoder
-    alone, and, if `features`, "tokens" (D, m, token columns) float32, NaN where there is no data.
+    """Classify a scene: yields finished rows from top to bottom, as a dict of tensors.
 
+    "valid" (n, width) bool; "logits" (classes, n, width) float32 unless the model is an encoder
+    alone; if `features`, "tokens" (D, m, token columns) float32, NaN where there is no data.
     scene: path. bands: positions, in the model's order. mean, std: (bands,), in its units.
     overlap: px; default half a window and half a token. A token covers tile / grid px, the first
     one begins at the scene's corner; n and m differ from row to row of windows.
@@ -378,7 +378,7 @@ def predict(
                 bar.update(len(some))
 
             end = rows[row + 1] if row + 1 < len(rows) else about.height
-            out = {"valid": valid[: end - rows[row], : about.width].cpu().numpy()}
+            out = {"valid": valid[: end - rows[row], : about.width]}
             if channels:
                 out["logits"] = logits.done(row)[:, : end - rows[row], : about.width]
             if features:
@@ -386,8 +386,8 @@ def predict(
                 ready = tokens.done(row)[:, : max(0, token_rows - begin), :token_cols]
                 size = (grid, on_grid[1][-1] + grid)
                 known = torch.nn.functional.adaptive_max_pool2d(valid[None].float(), size)[0] > 0
-                known = known[: ready.shape[1], :token_cols].cpu().numpy()
-                out["tokens"] = np.where(known, ready, np.float32(np.nan))
+                known = known[: ready.shape[1], :token_cols]
+                out["tokens"] = ready.masked_fill(~known, float("nan"))
             yield out
 
 
@@ -431,72 +431,60 @@ def output_paths(scenes, out, model, args):
 
 
 def map_scene(scene, model, bands, mean, std, picture, paths, args):
-    """Predict one scene and write what was asked for; returns one line on it."""
+    """Predict one scene and write what was asked for; returns one line on it.
+
+    picture: of `survey`. paths: kind -> path, of `output_paths`.
+    """
     start, about, classes = time.perf_counter(), geotiff.info(scene), model.classes
-    height, width, colours = about.height, about.width, palette(len(model.classes))
-    counts, preview, step = np.zeros(256, np.int64), [], -(-max(height, width) // PREVIEW)
+    size, place, crs = (about.height, about.width), about.transform, about.crs
+    side = model.tile / model.grid  # px of the scene that a token covers
+    token_size = [math.ceil(n / side) for n in size]
+    token_place = place and [v * k for v, k in zip(place, [side, side, 1] * 2, strict=True)]
+    colours, nan = palette(len(classes)), float("nan")
+    layouts = {
+        "map": ((1, *size), np.uint8, place, crs, NO_CLASS, ("class",), classes, colours),
+        "probabilities": ((len(classes), *size), np.float32, place, crs, nan, classes),
+        "features": ((model.encoder.dim, *token_size), np.float32, token_place, crs, nan),
+    }
+    counts, preview, step, row = np.zeros(256, np.int64), [], -(-max(size) // PREVIEW), 0
     with ExitStack() as stack:
-
-        def open_output(kind, shape, dtype, transform, nodata, names, **more):
-            return stack.enter_context(
-                geotiff.writer(
-                    paths[kind], shape, dtype, transform, about.crs, nodata, names, **more
-                )
-            )
-
-        nan, write = float("nan"), {}
-        if "map" in paths:
-            write["map"] = open_output(
-                "map", (1, height, width), np.uint8, about.transform, NO_CLASS, ("class",),
-                classes=classes, colours=colours,
-            )  # fmt: skip
-        if "probabilities" in paths:
-            shape = (len(classes), height, width)
-            write["probabilities"] = open_output(
-                "probabilities", shape, np.float32, about.transform, nan, classes
-            )
-        if "features" in paths:
-            side = model.tile / model.grid  # px of the scene that a token covers
-            shape = (model.encoder.dim, *(math.ceil(n / side) for n in (height, width)))
-            a, b, c, d, e, f = about.transform or (1, 0, 0, 0, 1, 0)
-            place = about.transform and (a * side, b * side, c, d * side, e * side, f)
-            write["features"] = open_output("features", shape, np.float32, place, nan, ())
-
-        row = 0
+        write = {
+            kind: stack.enter_context(geotiff.writer(paths[kind], *layout))
+            for kind, layout in layouts.items()
+            if kind in paths
+        }
         for part in predict(
             model, scene, bands, mean, std, overlap=args.overlap, batch=args.batch,
             features=args.features, scale=args.scale, offset=args.offset,
         ):  # fmt: skip
-            if "features" in paths:
-                write["features"](rounded(part["tokens"]))
-            valid = part["valid"]
-            if classes:
-                logits = torch.from_numpy(part["logits"])
-                ids = np.where(valid, logits.argmax(0).numpy(), NO_CLASS).astype(np.uint8)
+            if "map" in write:
+                ids = part["logits"].argmax(0).masked_fill(~part["valid"], NO_CLASS)
+                ids = ids.byte().cpu().numpy()
                 write["map"](ids[None])
                 counts += np.bincount(ids.ravel(), minlength=256)
                 preview.append(ids[-row % step :: step, ::step])
                 row += len(ids)
-            if "probabilities" in paths:
-                shares = logits.softmax(0).numpy()
-                write["probabilities"](rounded(np.where(valid, shares, np.float32(nan))))
-        if "png" in paths:
-            ids = np.concatenate(preview)
-            draw_map(paths["png"], picture, model.meta.get("bands"), ids, classes, colours, counts)
-    seconds = time.perf_counter() - start
-    shares = [f"{name} {100 * counts[k] / max(1, counts[:NO_CLASS].sum()):.1f} %"
-              for k, name in enumerate(classes) if counts[k]]  # fmt: skip
-    return (
-        f"{next(iter(paths.values()))}: {height} x {width} px in {seconds:.1f} s "
-        f"({height * width / seconds:,.0f} px/s)"
-        + "".join(f"; {share}" for share in shares)
-        + (f"; {100 * counts[NO_CLASS] / counts.sum():.1f} % without data" if classes else "")
-    )
+            if "probabilities" in write:
+                shares = part["logits"].softmax(0).masked_fill(~part["valid"], nan)
+                write["probabilities"](rounded(shares))
+            if "features" in write:
+                write["features"](rounded(part["tokens"]))
+    if "png" in paths:
+        ids = np.concatenate(preview)
+        draw_map(paths["png"], picture, model.meta.get("bands"), ids, classes, colours, counts)
+
+    seconds, known = time.perf_counter() - start, max(1, counts[:NO_CLASS].sum())
+    line = f"{next(iter(paths.values()))}: {size[0]} x {size[1]} px in {seconds:.1f} s "
+    line += f"({size[0] * size[1] / seconds:,.0f} px/s)"
+    if classes:
+        shares = [f"{name} {100 * counts[k] / known:.1f} %" for k, name in enumerate(classes)]
+        line += f"; {', '.join(shares)}; {100 * counts[NO_CLASS] / counts.sum():.1f} % without data"
+    return line
 
 
 def rounded(values):
-    """float32 of 11 significant bits, which deflate to half the size."""
-    return values.astype(np.float16).astype(np.float32)
+    """float32 array of 11 significant bits, which deflate to half the size."""
+    return values.half().float().cpu().numpy()
 
 
 def draw_map(path, picture, bands, ids, classes, colours, counts):

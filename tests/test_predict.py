@@ -123,7 +123,8 @@ def slow_maps(model, array, nodata, overlap, unit):
 
 @pytest.mark.parametrize("shape, overlap, head", [
     ((31, 40), 6, "linear"), ((25, 13), 9, "linear"), ((5, 30), 6, "linear"),
-    ((12, 12), 6, "linear"), ((4, 7), 0, "linear"), ((29, 24), 0, "linear"), ((14, 20), 6, "upernet"),
+    ((12, 12), 6, "linear"), ((4, 7), 0, "linear"), ((29, 24), 0, "linear"),
+    ((14, 20), 6, "upernet"),
 ])  # fmt: skip
 def test_blending_equals_a_slow_loop(tmp_path, shape, overlap, head):
     model = as_model(segmenter(head))
