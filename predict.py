@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import geotiff
@@ -117,6 +118,11 @@ class Model:
     def grid(self):
         return self.image_size // self.encoder.patch_size
 
+    @property
+    def unit(self):
+        """The fewest px that are whole tokens."""
+        return self.tile // math.gcd(self.tile, self.grid)
+
     def __call__(self, images):
         """Normalised (B, C, tile, tile) -> logits (B, classes, tile, tile) or None, and tokens
         (B, D, grid, grid), float32."""
@@ -187,22 +193,15 @@ def choose_bands(about, model, flag=None):
                      f"--bands {','.join(map(str, range(count)))}")  # fmt: skip
 
 
-def ground_side(gsd, crs, bounds):
-    """A pixel's side in metres, of a gsd in CRS units: degrees are turned into metres."""
-    if not crs or crs.get("GTModelTypeGeoKey") != 2:
-        return gsd
-    latitude = math.radians((bounds[1] + bounds[3]) / 2)
-    return gsd * 111_320 * math.sqrt(abs(math.cos(latitude)))
-
-
 def gsd_warning(about, model):
     """A sentence if pixels are over 20 % larger or smaller than those of the training, or None."""
-    trained = model.meta.get("gsd")
-    if not trained or not about.gsd:
+    trained, found = model.meta.get("gsd"), about.gsd
+    if not trained or not found:
         return None
-    found = about.gsd
-    if trained > 0.01:  # else degrees, too
-        found = ground_side(about.gsd, about.crs, about.bounds)
+    if (about.crs or {}).get("GTModelTypeGeoKey") == 2 and trained > 0.01:
+        # degrees, but the model's are metres: as of a square with the pixel's area
+        latitude = math.radians((about.bounds[1] + about.bounds[3]) / 2)
+        found *= 111_320 * math.sqrt(math.cos(latitude))
     if 1 / 1.2 <= found / trained <= 1.2:
         return None
     fit = max(1, round(model.tile * trained / found))
@@ -215,8 +214,8 @@ def gsd_warning(about, model):
 def survey(path, bands, scale, offset):
     """Read a scene once, so that a damaged tile is found before the work.
 
-    Returns mean and std (bands,) of its valid pixels in the model's units, and a small picture
-    (bands, h, w) float32, NaN in holes.
+    Returns mean and std (bands,) of its valid pixels in the model's units, NaN if it has none, and
+    a small picture (bands, h, w) float32, NaN in holes.
     """
     about = geotiff.info(path)
     step = -(-max(about.height, about.width) // PREVIEW)
@@ -227,9 +226,9 @@ def survey(path, bands, scale, offset):
         row += part.shape[1]
     picture = np.concatenate(parts, axis=1)
     seen = picture[:, ~np.isnan(picture[0])].astype(np.float64)
-    mean = seen.mean(1) if seen.size else np.zeros(len(bands))
-    std = seen.std(1) if seen.size else np.ones(len(bands))
-    return mean, std, picture
+    if not seen.size:
+        return *np.full((2, len(bands)), np.nan), picture
+    return seen.mean(1), seen.std(1), picture
 
 
 def pixels_of(part, nodata, scale, offset):
@@ -302,7 +301,7 @@ class Blend:
         ends = [*self.rows[1:], self.rows[-1] + self.side]
         count = ends[row] - self.rows[row]
         finished, rest = self.sums[:, :count], self.sums[:, count:]
-        self.sums = torch.nn.functional.pad(rest, (0, 0, 0, count))
+        self.sums = F.pad(rest, (0, 0, 0, count))
         return finished
 
 
@@ -340,13 +339,7 @@ def predict(
         overlap = min(3 * tile // 4, math.ceil((tile + tile / grid) / 2))
     device = next(model.encoder.parameters()).device
     # tokens of different windows must lie on one grid, so windows move by whole tokens
-    unit = tile // math.gcd(tile, grid) if features else 1
-    if features and unit > tile // 2 and max(about.height, about.width) > tile:
-        fit = max(1, round(tile / grid)) * grid
-        raise ValueError(
-            f"--features: {grid} x {grid} tokens of windows of {tile} px do not lie on one grid; "
-            f"pass --tile {fit}"
-        )
+    unit = model.unit if features else 1
     rows, cols = (window_starts(n, tile, overlap, unit) for n in (about.height, about.width))
     width, channels = cols[-1] + tile, len(model.classes)
     logits = Blend(channels, tile, rows, cols, device) if channels else None
@@ -357,9 +350,7 @@ def predict(
 
     mean, std = (torch.tensor(x).float().to(device)[:, None, None] for x in (mean, std))
     parts = window_rows(geotiff.read_rows(scene, bands), about.height, width, rows, tile)
-    total = len(rows) * len(cols)
-    bar = tqdm(total=total, desc=about.path.name, unit=" windows", smoothing=0.05)
-    with bar:
+    with tqdm(total=len(rows) * len(cols), desc=about.path.name, unit=" windows") as bar:
         for row, part in enumerate(parts):
             strip = torch.from_numpy(pixels_of(part, about.nodata, scale, offset)).to(device)
             valid = ~strip[0].isnan()
@@ -385,7 +376,7 @@ def predict(
                 begin = on_grid[0][row]
                 ready = tokens.done(row)[:, : max(0, token_rows - begin), :token_cols]
                 size = (grid, on_grid[1][-1] + grid)
-                known = torch.nn.functional.adaptive_max_pool2d(valid[None].float(), size)[0] > 0
+                known = F.adaptive_max_pool2d(valid[None].float(), size)[0] > 0
                 known = known[: ready.shape[1], :token_cols]
                 out["tokens"] = ready.masked_fill(~known, float("nan"))
             yield out
@@ -498,18 +489,14 @@ def draw_map(path, picture, bands, ids, classes, colours, counts):
     table = np.full((256, 3), 255, np.uint8)
     table[: len(colours)] = colours
     height, width = ids.shape
-    figure = Figure(figsize=(12, 1 + 6 * height / width), layout="constrained")
+    figure = Figure(figsize=(12, 1 + min(6 * height / width, 60)), layout="constrained")
     for axis, image in zip(figure.subplots(1, 2), (scene, table[ids]), strict=True):
         axis.imshow(image, interpolation="nearest")
         axis.axis("off")
     total = max(1, counts[:NO_CLASS].sum())
     order = [k for k in np.argsort(-counts[: len(classes)], kind="stable") if counts[k]]
-    handles = [
-        Patch(
-            color=np.array(colours[k]) / 255, label=f"{classes[k]} {100 * counts[k] / total:.1f} %"
-        )
-        for k in order
-    ]
+    labels = {k: f"{classes[k]} {100 * counts[k] / total:.1f} %" for k in order}
+    handles = [Patch(color=np.array(colours[k]) / 255, label=labels[k]) for k in order]
     figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False)
     save_figure(figure, path)
 
@@ -537,6 +524,11 @@ def run(args):
         raise ValueError(f"a map holds {NO_CLASS} classes, --model has {len(model.classes)}")
     if args.overlap is not None and args.overlap >= model.tile:
         raise ValueError(f"--overlap {args.overlap} is not below the window of {model.tile} px")
+    if args.features and model.tile % model.grid and model.unit > model.tile // 2:
+        raise ValueError(
+            f"--features: {model.grid} x {model.grid} tokens in windows of {model.tile} px share "
+            f"no grid; pass --tile {max(1, round(model.tile / model.grid)) * model.grid}"
+        )
     outputs = output_paths(scenes, args.out, model, args)
     chosen = {}
     for scene in scenes:

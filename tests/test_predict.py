@@ -11,6 +11,7 @@ import tifffile
 import torch
 import torch.nn.functional as F
 
+import finetune
 import geotiff
 import predict
 import scenes
@@ -196,6 +197,16 @@ def test_memory_does_not_grow_with_the_height(tmp_path, monkeypatch):
     ):
         assert part["logits"].shape[1] <= 12
     assert seen == {(5, 12, 30), (16, 4, 10)}
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp", "upernet"])
+def test_logits_and_tokens_are_those_of_the_segmenter(head):
+    made, images = segmenter(head), torch.randn(2, 4, 12, 12)
+    with torch.no_grad():
+        logits, tokens = as_model(made)(images)
+        expected = F.interpolate(made(images), (12, 12), mode="bilinear")
+        assert torch.allclose(logits, expected, atol=1e-6)
+        assert torch.allclose(tokens.flatten(2).mT, made.tokens(images), atol=1e-6)
 
 
 def test_windows_without_data_are_not_encoded(tmp_path, monkeypatch):
@@ -399,6 +410,39 @@ def test_an_encoder_alone_gives_features(tmp_path, capsys):
     assert geotiff.info(tmp_path / "g.tif").height == 3  # 48 px of 16 px tokens
 
 
+def test_a_model_of_finetune_knows_the_scenes_of_its_task(tmp_path, capsys):
+    rasterio = pytest.importorskip("rasterio")
+    land, results = tmp_path / "land", tmp_path / "results"
+    scenes.write_scenes(land, 4, 64, 0)
+    encoder = ViT(in_channels=4, patch_size=4, dim=16, depth=1, heads=2)
+    save_encoder(encoder, tmp_path / "encoder.safetensors", bands=BANDS)
+    finetune.main([
+        "--encoder", str(tmp_path / "encoder.safetensors"), "--images", str(land / "mr"),
+        "--masks", str(land / "masks"), "--classes", str(land / "classes.txt"), "--tile", "32",
+        "--image-size", "32", "--block", "1", "--no-crop", "--epochs", "1", "--device", "cpu",
+        "--out", str(results),
+    ])  # fmt: skip
+    main("--model", results, land / "mr/scene_000.tif", tmp_path / "map.tif")
+    printed = capsys.readouterr()
+    assert "bands 0,1,2,3 (by name)" in printed.out and "warning" not in printed.err
+    with (
+        rasterio.open(tmp_path / "map.tif") as made,
+        rasterio.open(land / "mr/scene_000.tif") as src,
+    ):
+        assert (made.bounds, made.crs, made.shape) == (src.bounds, src.crs, src.shape)
+        assert [made.tags(1)[f"CLASS_{k}"] for k in range(8)] == list(scenes.CLASSES)
+
+
+def test_a_scene_without_any_data(tmp_path, trained, capsys):
+    write(tmp_path / "a.tif", np.zeros((4, 30, 20), np.uint16))
+    main("--model", trained, tmp_path / "a.tif", tmp_path / "m.tif", "--png", "--features",
+         "--probabilities")  # fmt: skip
+    assert (geotiff.read(tmp_path / "m.tif") == NO_CLASS).all()
+    assert np.isnan(geotiff.read(tmp_path / "m_features.tif")).all()
+    printed = capsys.readouterr()
+    assert "100.0 % without data" in printed.out and "warning" not in printed.err
+
+
 # ---- what does not fit ------------------------------------------------------------------------
 
 
@@ -497,7 +541,9 @@ def test_what_is_refused_before_any_work(tmp_path, trained, capsys):
         capsys, *model, scene, out, "--overlap", 12
     )
     assert "says its own; leave them out" in refused(capsys, *model, scene, out, "--image-size", 32)
-    assert "pass --tile 12" in refused(capsys, *model, scene, out, "--features", "--tile", 11)
+    assert "4 x 4 tokens in windows of 11 px share no grid; pass --tile 12" in refused(
+        capsys, *model, scene, out, "--features", "--tile", 11
+    )
     assert "make no pixel values" in refused(capsys, *model, scene, out, "--scale", 0)
     if not torch.cuda.is_available():
         with pytest.raises(SystemExit):
