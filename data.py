@@ -70,21 +70,23 @@ class Store:
         self.mr = self._open(path / "mr.npy")
         self.hr = self._open(path / "hr.npy") if "hr" in sensors else None
         with usable(path / "index.csv") as file:
-            rows = read_csv(file)
-            if len(rows) != len(self):
-                raise ValueError(f"{len(self)} rows expected, one a chip, {len(rows)} found")
-            self._split = np.array([row["split"] for row in rows])
-            hr = [row["hr"] for row in rows]
-            self.has_hr = np.array([place != "" for place in hr])
-            self._hr = np.array([int(place or -1) for place in hr])  # row in hr.npy
-            self._window = np.array(
-                [[float(row[key] or 0) for key in WINDOW] for row in rows], np.float64
-            )
-            valid = np.array([float(row["valid"]) for row in rows])
+            self._split = np.empty(len(self), "U5")
+            self._hr = np.empty(len(self), np.int64)  # row in hr.npy, or -1
+            self._window = np.empty((len(self), 4))
+            valid, row = np.empty(len(self)), -1
+            for row, cells in enumerate(read_csv(file)):
+                if row < len(self):
+                    self._split[row] = cells["split"]
+                    self._hr[row] = int(cells["hr"] or -1)
+                    self._window[row] = [float(cells[key] or 0) for key in WINDOW]
+                    valid[row] = float(cells["valid"])
+            if row + 1 != len(self):
+                raise ValueError(f"{len(self)} rows expected, one a chip, {row + 1} found")
             if not np.isfinite([*self._window.T, valid]).all() or not set(self._split) <= {*SPLITS}:
                 raise ValueError("a row that is not whole")
+            self.has_hr = self._hr >= 0
             count = 0 if self.hr is None else len(self.hr)
-            if sorted(self._hr[self.has_hr]) != list(range(count)):
+            if not np.array_equal(np.sort(self._hr[self.has_hr]), np.arange(count)):
                 raise ValueError(f"rows that do not fit the {count} chips of hr.npy")
         self.flagged = np.zeros(len(self), bool)
         if (path / "flags.csv").is_file():
@@ -139,8 +141,9 @@ def read_rows(array, rows):
 
 
 def read_csv(path):
+    """The rows of a table, one after the other: an index may have millions."""
     with path.open(newline="", encoding="utf-8") as lines:
-        return list(csv.DictReader(lines))
+        yield from csv.DictReader(lines)
 
 
 def read_chips(stores, chips, sensors=("mr", "hr")):

@@ -15,6 +15,7 @@ from stores import write_store
 
 import data
 import pack
+from formats import read_geotiff
 
 SHARED = Path(os.environ.get("CROSSSCALE_SHARED", Path(__file__).parents[2] / "shared")) / "data"
 
@@ -137,7 +138,7 @@ def test_sample_order_walks_one_permutation_an_epoch(count, batch):
 def test_crops_show_the_same_ground(tmp_path, hr_gsd, hr_shift):
     """For grids that are offset by any fraction of a pixel and any ratio of pixel sizes."""
     mr, hr = pair(tmp_path, hr_gsd, (0, 0), hr_shift, side=96, hr_side=int(980 / hr_gsd))
-    meta = pack.pack(mr, hr, tmp_path / "store", chip=32, val=0)
+    meta = pack.pack(read_geotiff(mr, hr), tmp_path / "store", chip=32, val=0)
     assert np.allclose(meta["pixel_ratio"], 10 / hr_gsd, rtol=1e-12)
     store = data.Store(tmp_path / "store")
     assert len(store) == 9
@@ -158,7 +159,7 @@ def test_crops_show_the_same_ground(tmp_path, hr_gsd, hr_shift):
 
 def test_crops_of_either_sensor_stand_in_for_the_other(tmp_path):
     mr, hr = pair(tmp_path, side=64)
-    meta = pack.pack(mr, hr, tmp_path / "store", chip=32, val=0)
+    meta = pack.pack(read_geotiff(mr, hr), tmp_path / "store", chip=32, val=0)
     batch = data.Store(tmp_path / "store").batch([0, 3])
     whole = np.array([[0, 0, 1, 1.0]] * 2)
 
@@ -180,7 +181,7 @@ def test_crops_of_either_sensor_stand_in_for_the_other(tmp_path):
 
 def test_batch_keeps_order_and_repeats(tmp_path):
     mr, hr = pair(tmp_path)
-    pack.pack(mr, hr, tmp_path / "store", chip=16, val=0)
+    pack.pack(read_geotiff(mr, hr), tmp_path / "store", chip=16, val=0)
     store = data.Store(tmp_path / "store")
     batch = store.batch(np.array([5, 0, 5, 12]))
     assert batch["mr"].dtype == torch.uint16
@@ -195,7 +196,7 @@ def test_batch_keeps_order_and_repeats(tmp_path):
 @pytest.fixture(scope="module")
 def whole_store(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    pack.pack(*pair(folder), folder / "store", chip=16, val=0)
+    pack.pack(read_geotiff(*pair(folder)), folder / "store", chip=16, val=0)
     return folder / "store"
 
 
