@@ -175,6 +175,10 @@ def parse_args(argv):
         if args.root is None:
             parser.error(f"--task {args.task} needs --root, the folder of the set as published; "
                          "--list-tasks says where to get it")
+        if args.task != "pastis":
+            refuse(["dates", "pastis_classes"], "is for --task pastis")
+        if args.bands and isinstance(args.bands[0], int):
+            parser.error(f"--bands of --task {args.task} are names (see --list-tasks)")
     if args.protocol in ("knn", "ridge"):
         refuse(["head", "crop", "epochs", "lr", "schedule", "weight_decay", "layer_decay",
                 "class_weights"], f"means nothing to --protocol {args.protocol}; it trains no head")

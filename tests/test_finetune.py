@@ -161,6 +161,15 @@ def test_series_are_cropped_date_by_date():
     assert found.isnan().flatten(2).all(2).nonzero().tolist() == [[1, 2]]
 
 
+def test_large_token_caches_are_said(capsys):
+    segmenter = Segmenter(ViT(in_channels=2, patch_size=4, dim=32, depth=1, heads=2), 3, 16)
+    cpu = torch.device("cpu")
+    assert finetune.token_home(2**21, segmenter, cpu) == cpu  # 16 tokens x 32 x 4 bytes each
+    assert capsys.readouterr().out == ""
+    assert finetune.token_home(2**22, segmenter, cpu) == cpu
+    assert capsys.readouterr().out == "tokens kept in memory: 8.0 GiB\n"
+
+
 def test_weights_hash_sees_every_weight():
     vit = ViT(in_channels=2, patch_size=4, dim=32, depth=1, heads=2)
     first = finetune.weights_hash(vit)
@@ -381,6 +390,9 @@ def test_probes_without_training(scenes, encoder, tmp_path, capsys, protocol):
     assert [row["miou"] > 0.9 for row in rows] == [True, True]
     assert rows[0]["protocol"] == protocol and rows[0]["best_epoch"] is None
     assert (rows[0]["model"] is None) == (protocol == "knn")
+    finetune.main([*flags, "--labels", "0.05"])  # 2 of 48 tiles
+    fewer = json.loads((tmp_path / "results.jsonl").read_text().splitlines()[-1])
+    assert fewer["tiles"]["train"] == 2 and fewer["iou"] != rows[0]["iou"]
     for flag in (["--head", "upernet"], ["--epochs", "3"], ["--lr", "1"], ["--no-crop"]):
         with pytest.raises(SystemExit):
             finetune.main([*flags, *flag])
@@ -538,6 +550,8 @@ def test_published_sets_from_end_to_end(narrow, bgrn, tmp_path, capsys, name, fl
             ["--task", "mados", "--root", "r", "--block", "2"],
             "--block is for --task geotiff; mados",
         ),
+        (["--task", "mados", "--root", "r", "--bands", "1,2"], "--bands of --task mados are names"),
+        (["--task", "mados", "--root", "r", "--dates", "2"], "--dates is for --task pastis"),
         (["--root", "r", "--images", "i"], "--images and --root both say where"),
         (["--root", "r", "--dates", "2"], "--dates is for --task pastis"),
         (["--root", "r", "--pastis-classes", "19"], "--pastis-classes is for --task pastis"),

@@ -105,7 +105,7 @@ def test_upernet_reads_its_four_levels_and_no_neighbour_in_the_batch():
 
 
 def test_quarters_of_the_depth():
-    for depth, wanted in ((12, [3, 6, 9, 12]), (24, [6, 12, 18, 24]), (1, 4 * [1])):
+    for depth, wanted in ((12, [3, 6, 9, 12]), (5, [2, 3, 4, 5]), (1, [1, 1, 1, 1])):
         assert Segmenter(small_vit(depth), 3, 24, "upernet").depths == wanted
 
 
@@ -342,6 +342,23 @@ def test_batches_of_a_memmap_and_errors_of_the_reader(tmp_path):
         read()
 
 
+def test_one_batch_is_read_ahead_and_no_more():
+    task, reads = toy_task(), []
+
+    class Images:
+        def __getitem__(self, index):
+            reads.append(index)
+            return images[index]
+
+    images, task.images = task.images, Images()
+    stream = batches(task, [[k] for k in range(12)], [0, 0], [1, 1], torch.device("cpu"))
+    for k in range(10):
+        next(stream)
+        assert len(reads) <= k + 2
+    stream.close()
+    assert len(reads) <= 12
+
+
 def test_judge_by_hand():
     generator = torch.Generator().manual_seed(0)
     segmenter = Segmenter(small_vit(), 3, 16)
@@ -473,6 +490,16 @@ def test_probes_repeat_and_read_no_more_than_they_may(protocol):
     changed = probe(vit, task, protocol, 12, train=np.arange(4))
     assert fewer["val_miou"] == changed["val_miou"]
     assert torch.equal(fewer["predictions"], changed["predictions"])
+
+
+def test_the_penalty_is_chosen_on_the_validation_split():
+    vit, task = small_vit(), toy_task(24)
+    best = probe(vit, task, "ridge", 12, penalties=(1e-3,))
+    useless = probe(vit, task, "ridge", 12, penalties=(1e6,))
+    assert best["val_miou"] > useless["val_miou"] + 0.1
+    for penalties in ((1e6, 1e-3), (1e-3, 1e6)):
+        chosen = probe(vit, task, "ridge", 12, penalties=penalties)
+        assert chosen["val_miou"] == best["val_miou"] and chosen["iou"] == best["iou"]
 
 
 def test_a_class_that_is_absent_has_no_iou():
