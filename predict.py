@@ -123,6 +123,12 @@ class Model:
         """The fewest px that are whole tokens."""
         return self.tile // math.gcd(self.tile, self.grid)
 
+    @property
+    def overlap(self):
+        """Half a window and half a token, px: where one window has the border of a token, the next
+        has its centre, and the kinks that bilinear logits have there even out."""
+        return min(3 * self.tile // 4, math.ceil((self.tile + self.tile / self.grid) / 2))
+
     def __call__(self, images):
         """Normalised (B, C, tile, tile) -> logits (B, classes, tile, tile) or None, and tokens
         (B, D, grid, grid), float32."""
@@ -329,14 +335,11 @@ def predict(
     "valid" (n, width) bool; "logits" (classes, n, width) float32 unless the model is an encoder
     alone; if `features`, "tokens" (D, m, token columns) float32, NaN where there is no data.
     scene: path. bands: positions, in the model's order. mean, std: (bands,), in its units.
-    overlap: px; default half a window and half a token. A token covers tile / grid px, the first
+    overlap: px, default `Model.overlap`. A token covers tile / grid px, the first
     one begins at the scene's corner; n and m differ from row to row of windows.
     """
     about, tile, grid = geotiff.info(scene), model.tile, model.grid
-    if overlap is None:
-        # half a token more than half: where one window has the border of a token, the next has its
-        # centre, and the kinks that bilinear logits have there even out
-        overlap = min(3 * tile // 4, math.ceil((tile + tile / grid) / 2))
+    overlap = model.overlap if overlap is None else overlap
     device = next(model.encoder.parameters()).device
     # tokens of different windows must lie on one grid, so windows move by whole tokens
     unit = model.unit if features else 1

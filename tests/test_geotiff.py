@@ -337,6 +337,8 @@ def test_rasterio_reads_what_we_write(tmp_path, kind):
         tags = src.tags(1)
         assert [tags[f"CLASS_{i}"] for i in range(3)] == list(CLASSES)
         assert np.array_equal(src.read(), ids)
+    with tifffile.TiffFile(path) as tif:  # colours are 0..65535 in a TIFF
+        assert [page.colormap[:, 0].tolist() for page in tif.pages] == [[0, 0, 65535]] * 3
     with rasterio.open(path, overview_level=0) as src:
         assert np.array_equal(src.read(), halved(ids, 255, False))
 

@@ -213,12 +213,12 @@ def test_windows_without_data_are_not_encoded(tmp_path, monkeypatch):
     count, call = [], Model.__call__
     monkeypatch.setattr(Model, "__call__", lambda self, x: (count.append(len(x)), call(self, x))[1])
     array = image(48, 48)
-    array[:, :, 12:] = 0
+    array[:, :, :30] = 0  # the third of four columns of windows has data on its right
     path = write(tmp_path / "a.tif", array)
     list(predict.predict(
         as_model(segmenter()), path, [0, 1, 2, 3], META["mean"], META["std"], overlap=0
     ))  # fmt: skip
-    assert sum(count) == 4
+    assert sum(count) == 8
 
 
 @pytest.fixture(scope="module")
@@ -261,9 +261,9 @@ def class_changes(ids, step):
 def test_no_seams(tmp_path, landscape):
     made, mr, mask = landscape
     path = write(tmp_path / "a.tif", mr)
-    # the default overlap of 32 px windows of 4 px tokens is 18
+    assert as_model(made).overlap == 18  # of 32 px windows of 4 px tokens
     ratio = {}
-    for overlap, step in ((None, 14), (0, 32)):
+    for overlap, step in ((None, 32 - 18), (0, 32)):
         parts = predict.predict(
             as_model(made), path, [0, 1, 2, 3], made.meta["mean"], made.meta["std"], overlap=overlap
         )
@@ -321,6 +321,20 @@ def test_a_map_keeps_place_and_holes_and_names_its_classes(tmp_path, trained, ca
     assert "map.tif: 530 x 70 px in " in line and f"{100 * hole.mean():.1f} % without data" in line
     most = np.bincount(ids[~hole]).argmax()
     assert f"{CLASSES[most]} {100 * (ids[~hole] == most).mean():.1f} %" in line
+
+
+def test_the_picture_shows_scene_and_map_pixel_by_pixel(tmp_path, trained, monkeypatch):
+    shown = []
+    monkeypatch.setattr(predict, "PREVIEW", 100)
+    monkeypatch.setattr(predict, "draw_map", lambda path, *parts: shown.extend(parts))
+    array = image(530, 70)
+    write(tmp_path / "a.tif", array)
+    main("--model", trained, tmp_path / "a.tif", tmp_path / "m.tif", "--png")
+    picture, _, ids, *_, counts = shown
+    assert np.array_equal(picture, array[:, ::6, ::6])
+    whole = geotiff.read(tmp_path / "m.tif")[0]
+    assert np.array_equal(ids, whole[::6, ::6])
+    assert np.array_equal(counts, np.bincount(whole.ravel(), minlength=256))
 
 
 @pytest.mark.parametrize("kind", [1, 2])
