@@ -37,7 +37,6 @@ from tqdm import tqdm
 import geotiff
 from data import draw_crops, resample
 from model import ViT, load_encoder, vit
-from published import find_bands
 from segment import (
     HEADS,
     Segmenter,
@@ -55,10 +54,10 @@ from tasks import (
     TASKS,
     fingerprint,
     list_tasks,
-    list_tiffs,
     load_folder,
     load_task,
     mean_iou,
+    own_folder,
 )
 
 UNPREDICTED = 255  # in the class maps; so they hold at most 255 classes
@@ -388,44 +387,12 @@ def load(args):
             args.task, args.root, bands=args.bands, tile=args.tile, dates=args.dates,
             pastis_classes=args.pastis_classes, split_seed=args.split_seed,
         )  # fmt: skip
-    images, masks, classes, splits = args.images, args.masks, args.classes, args.splits
-    if args.root:
-        folders = [args.root / name for name in ("images", "mr")]
-        images = next((folder for folder in folders if folder.is_dir()), None)
-        if images is None:
-            raise FileNotFoundError(f"--root {args.root}: holds no folder images or mr")
-        masks = args.root / "masks"
-        listed, named = args.root / "splits", args.root / "classes.txt"
-        splits = splits or (listed if listed.is_dir() else None)
-        classes = classes or (named if named.is_file() else None)
-    bands = args.bands
-    if bands and isinstance(bands[0], str):
-        bands = same_bands(list_tiffs(images).values(), bands)
+    folder = own_folder(args.root) if args.root else {"images": args.images, "masks": args.masks}
+    folder |= {k: v for k in ("classes", "splits") if (v := getattr(args, k)) is not None}
     return load_folder(
-        images, masks, classes=classes, bands=bands, ignore_index=args.ignore_index,
-        tile=args.tile, splits=splits, block=args.block, val=args.val, test=args.test,
-        split_seed=args.split_seed,
+        **folder, bands=args.bands, ignore_index=args.ignore_index, tile=args.tile,
+        block=args.block, val=args.val, test=args.test, split_seed=args.split_seed,
     )  # fmt: skip
-
-
-def same_bands(paths, names):
-    """The 0-based positions of named bands, the same in all GeoTIFFs, or ValueError."""
-    positions = None
-    for path in paths:
-        held = geotiff.info(path).band_names
-        if not held:
-            raise ValueError(
-                f"{path}: its bands are unnamed, so --bands {','.join(names)} cannot be found; "
-                "give 0-based positions"
-            )
-        here = find_bands(names, held, path)
-        if here != (positions or here):
-            raise ValueError(
-                f"{path}: {','.join(names)} are its bands {here}, those of other images "
-                f"{positions}; bring all to one order"
-            )
-        positions = here
-    return positions
 
 
 def check_encoder(encoder, name, task, image_size):

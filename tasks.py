@@ -77,9 +77,9 @@ def load_folder(
     """Read a task from GeoTIFF images and masks that are paired by file name without extension.
 
     images, masks: a folder, or a glob pattern. classes: text file, one name per line, the line
-    number from 0 being the class id; without it ids name themselves. bands: 0-based positions, in
-    the order wanted; default all. ignore_index: the mask value that is no label, beside the nodata
-    that a mask declares. tile: pixels.
+    number from 0 being the class id; without it ids name themselves. bands: 0-based positions or
+    names, in the order wanted; default all. ignore_index: the mask value that is no label, beside
+    the nodata that a mask declares. tile: pixels.
 
     splits: a folder with train.txt, val.txt and test.txt of file names without extension; images
     in none of them are left out. Without it the fractions `val` and `test` are held out: by
@@ -89,6 +89,8 @@ def load_folder(
     Tiles without a single label are dropped. Raises ValueError or FileNotFoundError naming the
     file or flag, what was found and the remedy; headers are all checked before pixels are read.
     """
+    if bands and isinstance(bands[0], str):
+        bands = named_bands(images, bands)
     listed = None if splits is None else read_splits(splits)
     pairs = pair_files(images, masks, listed)
     names = None if classes is None else read_classes(classes)
@@ -156,7 +158,7 @@ def load_folder(
 def load_task(name, root, *, bands=None, tile=None, dates=None, pastis_classes=18, split_seed=0):
     """Read a labelled set as its publisher ships it -> Task, with its splits and statistics.
 
-    name: a key of TASKS, or "geotiff" for a folder of one's own (`load_own`). root: the set's
+    name: a key of TASKS, or "geotiff" for a folder of one's own (`own_folder`). root: the set's
     folder, or the one it lies in. bands: names as in `published`, default B, G, R, NIR. tile:
     pixels, default that of the protocol which scores are compared by. dates: of a time series, how
     many, spread evenly; default all. pastis_classes: 18 (without background and void), 19 (without
@@ -166,7 +168,7 @@ def load_task(name, root, *, bands=None, tile=None, dates=None, pastis_classes=1
     sentence; a split whose size is not the published one is only told, on stderr.
     """
     if name == "geotiff":
-        return load_own(root, bands, tile, split_seed)
+        return load_folder(**own_folder(root), bands=bands, tile=tile or 64, split_seed=split_seed)
     if name not in TASKS:
         raise ValueError(f"--task {name}: no such task; choose from {', '.join(TASKS)}, geotiff")
     about = TASKS[name]
@@ -243,28 +245,42 @@ def load_task(name, root, *, bands=None, tile=None, dates=None, pastis_classes=1
     )  # fmt: skip
 
 
-def load_own(root, bands, tile, split_seed):
-    """`load_folder` of root/images (or root/mr) and root/masks, with root/classes.txt and the lists
-    in root/splits where they are there. bands: names that the files give, or positions; default
-    all. Raises as `load_folder` does."""
+def own_folder(root):
+    """What `load_folder` takes, of a folder of one's own: root/images (or root/mr) and root/masks,
+    root/classes.txt and the lists in root/splits where they are there -> dict."""
     root = Path(root)
     images = next((root / f for f in ("images", "mr") if (root / f).is_dir()), None)
     if images is None or not (root / "masks").is_dir():
         raise FileNotFoundError(
             f"--root {root}: --task geotiff wants the folders images (or mr) and masks in it"
         )
-    if bands is not None and not all(str(band).isdecimal() for band in bands):
-        first = geotiff.info(next(iter(list_tiffs(images).values())))
-        bands = find_bands(bands, first.band_names, first.path)
-    return load_folder(
-        images,
-        root / "masks",
-        classes=root / "classes.txt" if (root / "classes.txt").is_file() else None,
-        bands=None if bands is None else [int(band) for band in bands],
-        tile=tile or 64,
-        splits=root / "splits" if (root / "splits").is_dir() else None,
-        split_seed=split_seed,
-    )
+    there = {name: root / name for name in ("classes.txt", "splits") if (root / name).exists()}
+    return {
+        "images": images,
+        "masks": root / "masks",
+        "classes": there.get("classes.txt"),
+        "splits": there.get("splits"),
+    }
+
+
+def named_bands(images, names):
+    """The 0-based positions of named bands, the same in all GeoTIFFs of a folder, or ValueError."""
+    positions = None
+    for path in list_tiffs(images).values():
+        held = geotiff.info(path).band_names
+        if not held:
+            raise ValueError(
+                f"{path}: its bands are unnamed, so {','.join(names)} cannot be found; name them, "
+                "or give 0-based positions to --bands"
+            )
+        here = find_bands(names, held, path)
+        if here != (positions or here):
+            raise ValueError(
+                f"{path}: {','.join(names)} are its bands {here}, those of other images "
+                f"{positions}; bring all to one order"
+            )
+        positions = here
+    return positions
 
 
 def class_ids(raw, ids, path):

@@ -474,7 +474,10 @@ def test_a_root_is_its_folders(scenes, encoder, tmp_path):
 def test_a_root_without_images(encoder, tmp_path, capsys):
     with pytest.raises(SystemExit):
         finetune.main(["--encoder", str(encoder), "--root", str(tmp_path)])
-    assert f"--root {tmp_path}: holds no folder images or mr" in capsys.readouterr().err
+    assert (
+        f"--root {tmp_path}: --task geotiff wants the folders images (or mr) and masks in it"
+        in capsys.readouterr().err
+    )
 
 
 def test_bands_by_name(scenes, encoder, tmp_path, capsys):
@@ -637,7 +640,7 @@ def test_maps_leave_out_nodata_and_the_ground_of_other_splits(scenes, encoder, t
         (["--classes", "nowhere"], r"nowhere: no such file; --classes"),
         (["--encoder", "nowhere"], r"nowhere: no such"),
         (["--encoder", "random", "--patch", "8", "--stats", "encoder"], r"--stats encoder: random"),
-        (["--bands", "R,NIR"], r"s0\.tif: its bands are unnamed, so --bands R,NIR cannot be found"),
+        (["--bands", "R,NIR"], r"s0\.tif: its bands are unnamed, so R,NIR cannot be found"),
         (
             ["--split-hash", "0" * 12],
             r"--split-hash 0{12}: the splits of geotiff have \w{12}; they",

@@ -601,9 +601,7 @@ def test_own_folder(own):
     assert task.classes == ("x", "y") and task.split_by == "file lists" and task.name == "geotiff"
     assert (task.bands, task.positions, task.file_bands) == (("B4", "B3", "NIR"), (0, 1, 2), 3)
     assert task.mean == pytest.approx(task.images[task.split == "train"].mean((0, 2, 3)))
-    named, numbered = (
-        load_task("geotiff", own, tile=8, bands=b) for b in (["NIR", "R"], ["2", "0"])
-    )
+    named, numbered = (load_task("geotiff", own, tile=8, bands=b) for b in (["NIR", "R"], [2, 0]))
     assert tasks.fingerprint(named) == tasks.fingerprint(numbered)
     assert np.array_equal(named.images, task.images[:, [2, 0]])
     assert named.positions == (2, 0) and named.bands == ("NIR", "B4")
@@ -613,7 +611,7 @@ def test_own_folder(own):
         load_task("geotiff", own, bands=["B8A"])
     for path in (own / "mr").iterdir():
         geotiff.write(path, geotiff.read(path))
-    with pytest.raises(ValueError, match=r"--bands R: .* has no R; its bands are unnamed"):
+    with pytest.raises(ValueError, match="its bands are unnamed, so R cannot be found; name them"):
         load_task("geotiff", own, bands=["R"])
     assert load_task("geotiff", own, tile=8, bands=["2"]).bands == ("",)
 
