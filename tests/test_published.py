@@ -613,7 +613,7 @@ def test_own_folder(own):
         geotiff.write(path, geotiff.read(path))
     with pytest.raises(ValueError, match="its bands are unnamed, so R cannot be found; name them"):
         load_task("geotiff", own, bands=["R"])
-    assert load_task("geotiff", own, tile=8, bands=["2"]).bands == ("",)
+    assert load_task("geotiff", own, tile=8, bands=[2]).bands == ("",)
 
 
 def test_own_folder_in_short(own):
