@@ -6,9 +6,10 @@
 
 The model says which bands it reads, their statistics and its classes. Windows of --tile px are
 resized to what the encoder sees and overlap; their logits are blended with smooth weights whose sum
-is 1 everywhere, and so are the encoder's tokens for --features. The scene is read, blended and
-written by rows of windows: memory depends on its width, not on its height. Beyond its edges windows
-see its mirror image. Pixels without data stay without: 255 in class maps, NaN in the others.
+is 1 everywhere. So are the encoder's tokens for --features, from windows that move by whole tokens.
+The scene is read, blended and written by rows of windows: memory depends on its width, not on its
+height. Beyond its edges windows see its mirror image. Pixels without data stay without: 255 in
+class maps, NaN in the others.
 """
 
 import argparse
@@ -76,8 +77,8 @@ def parse_args(argv=None):
     flag("--probabilities", action="store_true", help="also write OUT_probabilities.tif: a float32 "
          "band per class, rounded to 11 bits")
     flag("--features", action="store_true", help="also write OUT_features.tif: the encoder's "
-         "tokens, a float32 band per channel, rounded to 11 bits, a pixel per token (windows "
-         "then move by whole tokens); OUT itself for an encoder alone")
+         "tokens, a float32 band per channel, rounded to 11 bits, a pixel per token (in a pass of "
+         "its own); OUT itself for an encoder alone")
     flag("--png", action="store_true", help="also write OUT.png: scene and map side by side, with "
          f"legend, at most {PREVIEW} px a side")
     flag("--overwrite", action="store_true", help="replace outputs that exist (default: refuse)")
@@ -129,16 +130,14 @@ class Model:
         has its centre, and the kinks that bilinear logits have there even out."""
         return min(3 * self.tile // 4, math.ceil((self.tile + self.tile / self.grid) / 2))
 
-    def __call__(self, images):
-        """Normalised (B, C, tile, tile) -> logits (B, classes, tile, tile) or None, and tokens
-        (B, D, grid, grid), float32."""
-        if self.segmenter:
-            features = self.segmenter.features(images)
-            logits = resize(self.segmenter(features), (self.tile, self.tile))
-        else:
-            features, logits = encode(self.encoder, images, self.image_size), None
-        tokens = features[..., -self.encoder.dim :]  # upernet's features end with the last tokens
-        return logits, tokens.mT.unflatten(2, (self.grid, self.grid))
+    def logits(self, images):
+        """Normalised (B, C, tile, tile) -> (B, classes, tile, tile) float32."""
+        return resize(self.segmenter(images), (self.tile, self.tile))
+
+    def tokens(self, images):
+        """Normalised (B, C, tile, tile) -> (B, D, grid, grid) float32."""
+        tokens = encode(self.encoder, images, self.image_size)
+        return tokens.mT.unflatten(2, (self.grid, self.grid))
 
 
 def load_model(path, tile, image_size, heads, device):
@@ -328,32 +327,32 @@ def window_rows(parts, height, width, starts, tile):
 
 @torch.inference_mode()
 def predict(
-    model, scene, bands, mean, std, *, overlap=None, batch=32, features=False, scale=1.0, offset=0.0
+    model, scene, bands, mean, std, *, tokens=False, overlap=None, batch=32, scale=1.0, offset=0.0
 ):
-    """Classify a scene: yields finished rows from top to bottom, as a dict of tensors.
+    """Classify or encode a scene: yields finished rows, top to bottom, on the model's device.
 
-    "valid" (n, width) bool; "logits" (classes, n, width) float32 unless the model is an encoder
-    alone; if `features`, "tokens" (D, m, token columns) float32, NaN where there is no data.
-    scene: path. bands: positions, in the model's order. mean, std: (bands,), in its units.
-    overlap: px, default `Model.overlap`. A token covers tile / grid px, the first
-    one begins at the scene's corner; n and m differ from row to row of windows.
+    Rows are (values, valid): logits (classes, n, width) float32 or, if `tokens`, the encoder's
+    (D, n, token columns), and where there is data, bool (n, width or token columns). A token covers
+    tile / grid px, the first one begins at the scene's corner; n differs between rows and may be 0.
+    scene: path. bands: positions, in the model's order. mean, std: (bands,), in its units. overlap:
+    px, default `Model.overlap`.
     """
-    about, tile, grid = geotiff.info(scene), model.tile, model.grid
-    overlap = model.overlap if overlap is None else overlap
+    about, tile = geotiff.info(scene), model.tile
     device = next(model.encoder.parameters()).device
+    overlap = model.overlap if overlap is None else overlap
     # tokens of different windows must lie on one grid, so windows move by whole tokens
-    unit = model.unit if features else 1
+    side, unit = (model.grid, model.unit) if tokens else (tile, 1)
     rows, cols = (window_starts(n, tile, overlap, unit) for n in (about.height, about.width))
-    width, channels = cols[-1] + tile, len(model.classes)
-    logits = Blend(channels, tile, rows, cols, device) if channels else None
-    if features:
-        on_grid = [[start * grid // tile for start in starts] for starts in (rows, cols)]
-        tokens = Blend(model.encoder.dim, grid, *on_grid, device)
-        token_rows, token_cols = (-(-n * grid // tile) for n in (about.height, about.width))
+    height, width = (-(-n * side // tile) for n in (about.height, about.width))
+    down, across = ([start * side // tile for start in starts] for starts in (rows, cols))
+    channels = model.encoder.dim if tokens else len(model.classes)
+    blend = Blend(channels, side, down, across, device)
 
     mean, std = (torch.tensor(x).float().to(device)[:, None, None] for x in (mean, std))
-    parts = window_rows(geotiff.read_rows(scene, bands), about.height, width, rows, tile)
-    with tqdm(total=len(rows) * len(cols), desc=about.path.name, unit=" windows") as bar:
+    parts = geotiff.read_rows(scene, bands)
+    parts = window_rows(parts, about.height, cols[-1] + tile, rows, tile)
+    label = f"{about.path.name}, {'tokens' if tokens else 'classes'}"
+    with tqdm(total=len(rows) * len(cols), desc=label, unit=" windows") as bar:
         for row, part in enumerate(parts):
             strip = torch.from_numpy(pixels_of(part, about.nodata, scale, offset)).to(device)
             valid = ~strip[0].isnan()
@@ -363,26 +362,14 @@ def predict(
             bar.update(len(cols) - len(filled))
             for some in (filled[k : k + batch] for k in range(0, len(filled), batch)):
                 images = torch.stack([strip[..., cols[k] : cols[k] + tile] for k in some])
-                scores, encoded = model(images)
-                for place, k in enumerate(some):
-                    if channels:
-                        logits.add(row, k, scores[place])
-                    if features:
-                        tokens.add(row, k, encoded[place])
+                windows = model.tokens(images) if tokens else model.logits(images)
+                for k, window in zip(some, windows, strict=True):
+                    blend.add(row, k, window)
                 bar.update(len(some))
-
-            end = rows[row + 1] if row + 1 < len(rows) else about.height
-            out = {"valid": valid[: end - rows[row], : about.width]}
-            if channels:
-                out["logits"] = logits.done(row)[:, : end - rows[row], : about.width]
-            if features:
-                begin = on_grid[0][row]
-                ready = tokens.done(row)[:, : max(0, token_rows - begin), :token_cols]
-                size = (grid, on_grid[1][-1] + grid)
-                known = F.adaptive_max_pool2d(valid[None].float(), size)[0] > 0
-                known = known[: ready.shape[1], :token_cols]
-                out["tokens"] = ready.masked_fill(~known, float("nan"))
-            yield out
+            done = blend.done(row)[:, : max(0, height - down[row]), :width]
+            # a token has data where any of its pixels has
+            valid = F.adaptive_max_pool2d(valid[None].float(), (side, across[-1] + side))[0] > 0
+            yield done, valid[: done.shape[1], :width]
 
 
 # ---- outputs ----------------------------------------------------------------------------------
@@ -434,35 +421,32 @@ def map_scene(scene, model, bands, mean, std, picture, paths, args):
     side = model.tile / model.grid  # px of the scene that a token covers
     token_size = [math.ceil(n / side) for n in size]
     token_place = place and [v * k for v, k in zip(place, [side, side, 1] * 2, strict=True)]
-    colours, nan = palette(len(classes)), float("nan")
+    colours, nan = palette(len(classes)), math.nan
     layouts = {
         "map": ((1, *size), np.uint8, place, crs, NO_CLASS, ("class",), classes, colours),
         "probabilities": ((len(classes), *size), np.float32, place, crs, nan, classes),
         "features": ((model.encoder.dim, *token_size), np.float32, token_place, crs, nan),
     }
     counts, preview, step, row = np.zeros(256, np.int64), [], -(-max(size) // PREVIEW), 0
+    options = dict(overlap=args.overlap, batch=args.batch, scale=args.scale, offset=args.offset)
     with ExitStack() as stack:
         write = {
             kind: stack.enter_context(geotiff.writer(paths[kind], *layout))
             for kind, layout in layouts.items()
             if kind in paths
         }
-        for part in predict(
-            model, scene, bands, mean, std, overlap=args.overlap, batch=args.batch,
-            features=args.features, scale=args.scale, offset=args.offset,
-        ):  # fmt: skip
-            if "map" in write:
-                ids = part["logits"].argmax(0).masked_fill(~part["valid"], NO_CLASS)
-                ids = ids.byte().cpu().numpy()
+        if "map" in write:
+            for logits, valid in predict(model, scene, bands, mean, std, **options):
+                ids = logits.argmax(0).masked_fill(~valid, NO_CLASS).byte().cpu().numpy()
                 write["map"](ids[None])
                 counts += np.bincount(ids.ravel(), minlength=256)
                 preview.append(ids[-row % step :: step, ::step])
                 row += len(ids)
-            if "probabilities" in write:
-                shares = part["logits"].softmax(0).masked_fill(~part["valid"], nan)
-                write["probabilities"](rounded(shares))
-            if "features" in write:
-                write["features"](rounded(part["tokens"]))
+                if "probabilities" in write:
+                    write["probabilities"](rounded(logits.softmax(0), valid))
+        if "features" in write:
+            for tokens, valid in predict(model, scene, bands, mean, std, tokens=True, **options):
+                write["features"](rounded(tokens, valid))
     if "png" in paths:
         ids = np.concatenate(preview)
         draw_map(paths["png"], picture, model.meta.get("bands"), ids, classes, colours, counts)
@@ -476,9 +460,9 @@ def map_scene(scene, model, bands, mean, std, picture, paths, args):
     return line
 
 
-def rounded(values):
-    """float32 array of 11 significant bits, which deflate to half the size."""
-    return values.half().float().cpu().numpy()
+def rounded(values, valid):
+    """float32 array of 11 significant bits, which deflate to half the size; NaN where not valid."""
+    return values.masked_fill(~valid, float("nan")).half().float().cpu().numpy()
 
 
 def draw_map(path, picture, bands, ids, classes, colours, counts):

@@ -93,9 +93,10 @@ def test_windows_cover_a_side_and_their_weights_sum_to_1(size, tile, overlap, un
     assert torch.allclose(total, torch.ones_like(total), atol=1e-6)
 
 
-def slow_maps(model, array, nodata, overlap, unit):
-    """Logits and tokens of a scene with whole maps of sums and weights, window by window."""
-    tile, grid, (height, width) = model.tile, model.grid, array.shape[1:]
+def slow_map(model, array, nodata, overlap, tokens):
+    """Logits or tokens with whole maps of sums and weights, window by window, cell by cell."""
+    tile, (height, width) = model.tile, array.shape[1:]
+    side, unit = (model.grid, 3) if tokens else (tile, 1)  # tokens of 3 px
     rows, cols = (window_starts(n, tile, overlap, unit) for n in (height, width))
     pad = [(0, 0), (0, max(0, rows[-1] + tile - height)), (0, max(0, cols[-1] + tile - width))]
     valid = (array != nodata).any(0)
@@ -103,23 +104,27 @@ def slow_maps(model, array, nodata, overlap, unit):
     scene = np.where(valid, (array - mean) / std, 0)
     scene = torch.from_numpy(np.pad(scene, pad, mode="symmetric")).float()
     known = np.pad(valid, pad[1:], mode="symmetric")
-    maps = []
-    for side, depth in ((tile, len(model.classes)), (grid, model.encoder.dim)):
-        size = [n * side // tile for n in scene.shape[1:]]
-        maps.append((torch.zeros(depth, *size).double(), torch.zeros(size).double(), side))
+    size = [n * side // tile for n in scene.shape[1:]]
+    total = torch.zeros(model.encoder.dim if tokens else len(model.classes), *size).double()
+    weights, bell = torch.zeros(size).double(), np.sin(np.pi * (np.arange(side) + 0.5) / side) ** 2
     for row in rows:
         for col in cols:
-            if not known[row : row + tile, col : col + tile].any():
-                continue
-            with torch.no_grad():
-                results = model(scene[None, :, row : row + tile, col : col + tile])
-            for (total, weights, side), result in zip(maps, results, strict=True):
-                y, x = row * side // tile, col * side // tile
-                bell = np.sin(np.pi * (np.arange(side) + 0.5) / side) ** 2
+            window = scene[None, :, row : row + tile, col : col + tile]
+            if known[row : row + tile, col : col + tile].any():
+                with torch.no_grad():
+                    result = model.tokens(window) if tokens else model.logits(window)
                 for i, j in np.ndindex(side, side):
-                    total[:, y + i, x + j] += bell[i] * bell[j] * result[0, :, i, j]
-                    weights[y + i, x + j] += bell[i] * bell[j]
-    return [total / weights for total, weights, _ in maps], valid
+                    y, x = row * side // tile + i, col * side // tile + j
+                    total[:, y, x] += bell[i] * bell[j] * result[0, :, i, j]
+                    weights[y, x] += bell[i] * bell[j]
+    return (total / weights).numpy(), valid
+
+
+def predicted(model, path, **options):
+    """All rows of predict.predict together: values, valid."""
+    parts = list(predict.predict(model, path, [0, 1, 2, 3], model.meta["mean"], model.meta["std"],
+                                 **options))  # fmt: skip
+    return np.concatenate([p[0] for p in parts], 1), np.concatenate([p[1] for p in parts])
 
 
 @pytest.mark.parametrize("shape, overlap, head", [
@@ -132,34 +137,21 @@ def test_blending_equals_a_slow_loop(tmp_path, shape, overlap, head):
     array = image(*shape)
     array[:, 3:17, 5:30] = 0
     path = write(tmp_path / "a.tif", array)
-    parts = list(
-        predict.predict(
-            model,
-            path,
-            [0, 1, 2, 3],
-            META["mean"],
-            META["std"],
-            overlap=overlap,
-            batch=3,
-            features=True,
-        )
-    )
-    logits, tokens = (np.concatenate([p[k] for p in parts], 1) for k in ("logits", "tokens"))
-    # tokens of 4 to 3 px: windows move by 3
-    (slow_logits, slow_tokens), valid = slow_maps(model, array, 0, overlap, 3)
-    assert np.array_equal(np.concatenate([p["valid"] for p in parts]), valid)
-    assert logits.shape == (5, *shape)
-    slow_logits = slow_logits[:, : shape[0], : shape[1]].numpy()
-    assert np.allclose(logits[:, valid], slow_logits[:, valid], atol=1e-4)
+    logits, known = predicted(model, path, overlap=overlap, batch=3)
+    slow, valid = slow_map(model, array, 0, overlap, tokens=False)
+    assert logits.shape == (5, *shape) and np.array_equal(known, valid)
+    slow = slow[:, : shape[0], : shape[1]]
+    assert np.allclose(logits[:, valid], slow[:, valid], atol=1e-4)
+
+    tokens, known = predicted(model, path, overlap=overlap, tokens=True)
+    slow, _ = slow_map(model, array, 0, overlap, tokens=True)
     rows, cols = (-(-n // 3) for n in shape)
-    assert tokens.shape == (16, rows, cols)
-    for y in range(rows):
-        for x in range(cols):
-            ground = (slice(3 * y, 3 * y + 3), slice(3 * x, 3 * x + 3))
-            if valid[ground].any():
-                assert np.allclose(tokens[:, y, x], slow_tokens[:, y, x], atol=1e-4)
-            elif 3 * y + 3 <= shape[0] and 3 * x + 3 <= shape[1]:
-                assert np.isnan(tokens[:, y, x]).all()
+    assert tokens.shape == (16, rows, cols) and known.shape == (rows, cols)
+    for y, x in np.ndindex(rows, cols):
+        if y < shape[0] // 3 and x < shape[1] // 3:
+            assert known[y, x] == valid[3 * y : 3 * y + 3, 3 * x : 3 * x + 3].any()
+        if known[y, x]:
+            assert np.allclose(tokens[:, y, x], slow[:, y, x], atol=1e-4)
 
 
 def test_a_scene_gives_the_same_however_its_file_is_cut(tmp_path):
@@ -171,10 +163,7 @@ def test_a_scene_gives_the_same_however_its_file_is_cut(tmp_path):
             extratags=[(geotiff.GDAL_NODATA, 2, 0, "0", True)], metadata=None, **layout,
         )  # fmt: skip
     for name in "abc":
-        parts = predict.predict(
-            model, tmp_path / f"{name}.tif", [0, 1, 2, 3], META["mean"], META["std"]
-        )
-        found.append(np.concatenate([part["logits"] for part in parts], axis=1))
+        found.append(predicted(model, tmp_path / f"{name}.tif")[0])
         assert np.array_equal(found[0], found[-1])
 
 
@@ -186,39 +175,30 @@ def test_memory_does_not_grow_with_the_height(tmp_path, monkeypatch):
         predict.Blend, "done", lambda self, row: (seen.add(self.sums.shape), done(self, row))[1]
     )
     path = write(tmp_path / "a.tif", image(200, 30))
-    for part in predict.predict(
-        as_model(segmenter()),
-        path,
-        [0, 1, 2, 3],
-        META["mean"],
-        META["std"],
-        overlap=6,
-        features=True,
-    ):
-        assert part["logits"].shape[1] <= 12
-    assert seen == {(5, 12, 30), (16, 4, 10)}
+    for tokens, shape in ((False, (5, 12, 30)), (True, (16, 4, 10))):
+        predicted(as_model(segmenter()), path, tokens=tokens)
+        assert seen == {shape}
+        seen.clear()
 
 
 @pytest.mark.parametrize("head", ["linear", "mlp", "upernet"])
 def test_logits_and_tokens_are_those_of_the_segmenter(head):
     made, images = segmenter(head), torch.randn(2, 4, 12, 12)
     with torch.no_grad():
-        logits, tokens = as_model(made)(images)
         expected = F.interpolate(made(images), (12, 12), mode="bilinear")
-        assert torch.allclose(logits, expected, atol=1e-6)
-        assert torch.allclose(tokens.flatten(2).mT, made.tokens(images), atol=1e-6)
+        assert torch.equal(as_model(made).logits(images), expected)
+        tokens = as_model(made).tokens(images)
+        assert torch.equal(tokens.flatten(2).mT, made.tokens(images))
 
 
 def test_windows_without_data_are_not_encoded(tmp_path, monkeypatch):
-    count, call = [], Model.__call__
-    monkeypatch.setattr(Model, "__call__", lambda self, x: (count.append(len(x)), call(self, x))[1])
+    count, logits = [], Model.logits
+    monkeypatch.setattr(Model, "logits", lambda self, x: (count.append(len(x)), logits(self, x))[1])
     array = image(48, 48)
     array[:, :, :30] = 0  # the third of four columns of windows has data on its right
     path = write(tmp_path / "a.tif", array)
-    list(predict.predict(
-        as_model(segmenter()), path, [0, 1, 2, 3], META["mean"], META["std"], overlap=0
-    ))  # fmt: skip
-    assert sum(count) == 8
+    _, valid = predicted(as_model(segmenter()), path, overlap=0)
+    assert sum(count) == 8 and np.array_equal(valid, array[0] > 0)
 
 
 @pytest.fixture(scope="module")
@@ -264,10 +244,7 @@ def test_no_seams(tmp_path, landscape):
     assert as_model(made).overlap == 18  # of 32 px windows of 4 px tokens
     ratio = {}
     for overlap, step in ((None, 32 - 18), (0, 32)):
-        parts = predict.predict(
-            as_model(made), path, [0, 1, 2, 3], made.meta["mean"], made.meta["std"], overlap=overlap
-        )
-        ids = np.concatenate([part["logits"] for part in parts], 1).argmax(0)
+        ids = predicted(as_model(made), path, overlap=overlap)[0].argmax(0)
         border, elsewhere = class_changes(ids, step)
         ratio[overlap] = border / elsewhere
         assert (ids == mask).mean() > 0.6
@@ -581,15 +558,15 @@ def test_a_damaged_tile_is_found_before_the_work(tmp_path, trained, capsys):
 @pytest.mark.parametrize("error, code", [(KeyboardInterrupt, 130), (OSError("disk full"), 2)])
 def test_an_interrupted_run_leaves_nothing(tmp_path, trained, monkeypatch, capsys, error, code):
     scene = write(tmp_path / "a.tif", image(60, 20))
-    calls, call = [], Model.__call__
+    calls, logits = [], Model.logits
 
     def fail(self, images):
         calls.append(1)
         if len(calls) > 3:
             raise error
-        return call(self, images)
+        return logits(self, images)
 
-    monkeypatch.setattr(Model, "__call__", fail)
+    monkeypatch.setattr(Model, "logits", fail)
     with pytest.raises(SystemExit) as stopped:
         main("--model", trained, scene, tmp_path / "m.tif", "--features", "--png",
              "--probabilities")  # fmt: skip
