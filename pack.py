@@ -135,7 +135,7 @@ def pack(
         }
         state = open_partial(folder, plan, listing, job, overwrite)
         try:
-            stream(listing, folder, job, state, pool, chip * split_block)
+            stream(listing, folder, job, state, pool, workers, chip * split_block)
         except BaseException:
             if state["units"]:
                 print(
@@ -332,12 +332,12 @@ def open_partial(folder, plan, listing, job, overwrite):
         old = json.loads((folder / "plan.json").read_text("utf-8"))
         other = [key for key in plan if old.get(key) != plan[key]]
         if other and not overwrite:
-            was, now = (f"{other[0]} {p.get(other[0])}" for p in (old, plan))
+            was, now = f"{other[0]} {old.get(other[0])}", plan[other[0]]
             raise FileExistsError(
                 f"{folder}: another command was interrupted there ({was}, now {now}); repeat that "
                 "one to continue it, or discard it with --overwrite or by deleting the folder"
             )
-        if other:
+        if other or not (folder / "store").exists():  # it went to OUT, and the rest stayed
             shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "plan.json.partial").write_text(json.dumps(plan), "utf-8")
@@ -391,11 +391,11 @@ def read_journal(path):
     return last and json.loads(last), end
 
 
-def stream(listing, folder, job, state, pool, block_pixels):
+def stream(listing, folder, job, state, pool, ahead, block_pixels):
     """Cut the units that the journal does not have yet, and append their chips.
 
-    state: what the journal's last entry says; brought up to date with every unit. block_pixels:
-    side of a block of ground.
+    state: what the journal's last entry says; brought up to date with every unit. ahead: units
+    that are open at a time. block_pixels: side of a block of ground.
     """
     record = record_of(job)
     frames = [
@@ -403,7 +403,6 @@ def stream(listing, folder, job, state, pool, block_pixels):
         for frame in map(json.loads, (folder / "frames.jsonl").read_text("utf-8").splitlines())
     ]
     todo = listing.units[state["units"] :]
-    ahead = pool._max_workers
 
     def work():
         lay = partial(lay_out, job)
@@ -817,7 +816,7 @@ def complete(listing, folder, job, state, plan, command):
         for path, holes in state["holes"].items()
     ]
     least = records["mr_moments"][train, :, 3]
-    darkest = np.quantile(least, 0.05, axis=0).min()  # a few chips may hold dead pixels
+    darkest = np.quantile(least, 0.05, axis=0, method="higher").min()  # a few have dead pixels
     if (
         job.offsets["mr"] == [0]
         and job.dtype["mr"].itemsize == 2
@@ -912,7 +911,7 @@ def write_tables(folder, split, place, hr_place, pictured):
 
 
 def draw_contact(store, meta, rows):
-    """Write contact.png: HR and MR of a few pairs side by side, the same ground in both.
+    """Write contact.png: HR (left) and MR of a few pairs side by side, the same ground in both.
 
     rows: of index.csv by chip, of chips that all have HR or all have none.
     """
@@ -938,19 +937,19 @@ def draw_contact(store, meta, rows):
     columns = [figures.composite(image, bands) for image in ([hr, mr] if pairs else [mr])]
     across = min(4, len(rows))
     down = math.ceil(len(rows) / across)
-    figure = Figure(figsize=(1.7 * across * len(columns), 1.9 * down), layout="constrained")
-    axes = figure.subplots(down, across * len(columns), squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    axes = axes.reshape(down * across, len(columns))
+    width = 1.05 * len(columns) + 0.1  # of a pair, in pictures; an Axes for each would take seconds
+    figure = Figure(figsize=(1.7 * width * across, 1.7 * 1.2 * down))
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.axis("off")
     for k, (chip, row) in enumerate(rows.items()):
+        left, top = k % across * width, k // across * 1.2
         name = f"{chip}: {Path(row['mr_source']).name}"
         name = name if len(name) <= 36 else f"{name[:12]}...{name[-21:]}"
-        axes[k, 0].set_title(f"{name}\n{row['row']}, {row['col']}", fontsize=5, loc="left")
-        for axis, pictures in zip(axes[k], columns, strict=True):
-            axis.imshow(pictures[k].numpy(), interpolation="nearest")
-    what = "HR and MR of a pair, the same ground" if pairs else "MR chips"
-    figure.suptitle(f"{what}; chip number, file, row and column", fontsize=7)
+        axis.text(left, top + 0.17, f"{name} ({row['row']}, {row['col']})", fontsize=5)
+        for n, pictures in enumerate(columns):
+            extent = (left + 1.05 * n, left + 1.05 * n + 1, top + 1.2, top + 0.2)
+            axis.imshow(pictures[k].numpy(), extent=extent, aspect="auto", interpolation="nearest")
+    axis.set(xlim=(0, width * across), ylim=(1.2 * down, 0))  # imshow changes them
     figures.save_figure(figure, store / "contact.png")
 
 

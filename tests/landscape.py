@@ -42,6 +42,19 @@ def write_scene(path, gsd, shift, height, width, bands=2, crs=32631, **more):
     return array
 
 
+def image(name, array, transform=None, nodata=None, **more):
+    """A formats.Source of an array (bands, rows, cols) in memory; more: date, offset."""
+    bands, height, width = array.shape
+    crs = {"ProjectedCSTypeGeoKey": 32631} if transform else None
+    about = (Path(name), width, height, bands, array.dtype, nodata, transform, crs, ())
+
+    def read(window, bands):
+        row, col, height, width = window
+        return array[bands, row : row + height, col : col + width]
+
+    return formats.Source(geotiff.Info(*about), list(range(bands)), nodata, read, **more)
+
+
 def pair(folder, hr_gsd=5.0, mr_shift=(0, 0), hr_shift=(0, 0), side=64, hr_side=None, **more):
     """One MR and one HR scene; returns the two folders as strings."""
     hr_side = hr_side or int(side * 10 / hr_gsd)

@@ -1,7 +1,10 @@
 """pack.py: packing keeps the ground, splits share none; every message."""
 
+import json
 import os
 import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from landscape import (
     EAST,
     NORTH,
     RNG,
+    image,
     landscape,
     pack_files,
     pair,
@@ -21,10 +25,50 @@ from landscape import (
 )
 
 import data
+import formats
 import geotiff
 import pack
 
 SHARED = Path(os.environ.get("CROSSSCALE_SHARED", Path(__file__).parents[2] / "shared")) / "data"
+
+
+draw_contact = pack.draw_contact
+
+
+@pytest.fixture(autouse=True)
+def no_picture(monkeypatch):
+    """A contact sheet costs more than all the rest of a small store."""
+    monkeypatch.setattr(pack, "draw_contact", lambda store, *_: (store / "contact.png").touch())
+
+
+def content(store):
+    """The files of a store by name, without the date of packing and the command."""
+    files = {path.name: path.read_bytes() for path in sorted(store.iterdir())}
+    meta = json.loads(files.pop("meta.json"))
+    del meta["provenance"]
+    return files | {"meta": meta}
+
+
+def patches(count=6, chips=2, ratio=2, bands=3, site=None, split=None, hr=True, name="u{}"):
+    """Units of `chips` pairs without georeference, whole images of 16 MR pixels; each its own."""
+    rng = np.random.default_rng(3)
+
+    def unit(n):
+        pairs = []
+        for k in range(chips):
+            arrays = [
+                rng.integers(1, 999, (bands, side, side), dtype="uint16")
+                for side in (16, 16 * ratio)
+            ]
+            mr = image(f"{n}.pt#{k}", arrays[0], date="2020-01-02")
+            hrs = [image(f"{n}_hr.pt#{k}", arrays[1], date="2020-01-05")] if hr else []
+            pairs.append(formats.Pair(mr, hrs, split and split(n), site and site(n)))
+        return formats.Unit(name.format(n), lambda: iter(pairs))
+
+    names = ["R", "G", "B", "NIR", "S1", "S2"][:bands]
+    return formats.Listing(
+        [unit(n) for n in range(count)], {"mr": names, "hr": names if hr else []}, 16
+    )
 
 
 def test_chips_are_the_pixels_of_the_files(tmp_path):
@@ -564,17 +608,562 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert error == [f"data.py: {out}: a store is there; add --overwrite to replace it"]
 
 
-def test_interrupted(tmp_path, monkeypatch, capsys):
-    mr, hr = pair(tmp_path)
+def set_argv(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["data.py", "pack", *map(str, words)])
 
-    def stop(*_):
-        raise KeyboardInterrupt
 
-    monkeypatch.setattr(pack, "cut", stop)
-    monkeypatch.setattr(sys, "argv", ["data.py", "pack", "--mr", mr, "--hr", hr, mr + "/../store"])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["a", "b", "c"], "a b c: ROOT and OUT expected, or OUT alone with --mr"),
+        (["a", "--hr", "b"], "a: ROOT and OUT expected"),
+        (["a", "b", "--mr", "c"], "a b: ROOT and OUT expected"),
+        (
+            ["a", "b", "--format", "sen2naip", "--product", "20m"],
+            "--product: not for --format sen2naip, which takes none of them",
+        ),
+        (["a", "b", "--mr-dataset", "x"], "--mr-dataset: not for --format geotiff, which takes "),
+    ],
+)
+def test_flags_that_do_not_fit(monkeypatch, capsys, words, message):
+    set_argv(monkeypatch, *words)
     with pytest.raises(SystemExit) as exit_:
         data.main()
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err.startswith("data.py: " + message)
+
+
+def test_where_images_are_from_goes_into_the_store(tmp_path, monkeypatch):
+    pair(tmp_path)
+    origin = ["--source-name", "Mine", "--licence", "CC0", "--url", "x.org"]
+    set_argv(monkeypatch, tmp_path, tmp_path / "store", "--chip", 32, "--val", 0, *origin)
+    data.main()  # a ROOT with mr/ and hr/
+    source = {"name": "Mine", "licence": "CC0", "attribution": "", "url": "x.org"}
+    assert data.Store(tmp_path / "store").meta["sources"] == [source]
+
+
+def test_what_a_listing_says_of_itself_goes_into_the_store(tmp_path):
+    sources = [{"name": "S", "licence": "CC0", "attribution": "A", "url": "u"}]
+    listing = patches()._replace(sources=sources, skipped=[("x/y.pt", "no HR of its date")])
+    meta = pack.pack(listing, tmp_path / "store", val=0)
+    assert meta["sources"] == sources and meta["count"] == {"mr": 12, "hr": 12}
+    assert meta["shape"] == {"mr": (3, 16, 16), "hr": (3, 32, 32)}  # whole images
+    row = rows_of(tmp_path / "store")[3]
+    assert (row["mr_source"], row["mr_date"], row["hr_date"]) == (
+        "1.pt#1", "2020-01-02", "2020-01-05"
+    )  # fmt: skip
+    (skipped,) = rows_of(tmp_path / "store", "skipped")
+    assert (skipped["mr_source"], skipped["reason"]) == ("x/y.pt", "no HR of its date")
+    with pytest.raises(ValueError, match=r"nothing to pack: no image .* \(skipped: 1 no HR of its"):
+        pack.pack(listing._replace(units=[]), tmp_path / "none")
+
+
+# resuming
+
+
+def break_at(monkeypatch, calls, error=KeyboardInterrupt):
+    """Raise where the block of that number would be cut."""
+    cut, seen = pack.cut, iter(range(10**6))
+
+    def stop(job, work):
+        if next(seen) == calls:
+            raise error("stop")
+        return cut(job, work)
+
+    monkeypatch.setattr(pack, "cut", stop)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("calls", [5, 9])
+def test_a_stopped_command_continues_to_the_same_store(tmp_path, monkeypatch, workers, calls):
+    listing = patches()
+    pack.pack(listing, tmp_path / "whole", val=0.2, workers=2)
+    with monkeypatch.context() as patch:
+        break_at(patch, calls)
+        with pytest.raises(KeyboardInterrupt):
+            pack.pack(listing, tmp_path / "store", val=0.2, workers=workers)
+    assert sorted(os.listdir(tmp_path)) == ["store.packing", "whole"]
+    pack.pack(listing, tmp_path / "store", val=0.2, workers=workers)
+    assert content(tmp_path / "store") == content(tmp_path / "whole")
+    assert sorted(os.listdir(tmp_path)) == ["store", "whole"]
+
+
+def test_a_killed_process_continues_to_the_same_store(tmp_path):
+    """Killed in the second file, with blocks of the third written by nobody; several CRS."""
+    for k in range(4):
+        crs = 32631 + k // 2
+        write_scene(tmp_path / f"mr/{k}.tif", 10.0, (k * 900, 0), 48, 48, crs=crs)
+        write_scene(tmp_path / f"hr/{k}.tif", 5.0, (k * 900, 0), 96, 96, crs=crs)
+    options = "chip=16, stride=12, split_block=2, val=0.3"
+    code = (
+        "import os, signal, sys, formats, pack\n"
+        "cut, seen = pack.cut, []\n"
+        "def stop(job, work):\n"
+        "    seen.append(work)\n"
+        "    if len(seen) == int(sys.argv[1]):\n"
+        "        os.kill(os.getpid(), getattr(signal, 'SIGKILL', signal.SIGTERM))\n"
+        "    return cut(job, work)\n"
+        "pack.cut = stop\n"
+        "listing = formats.read_geotiff('mr', 'hr')\n"
+        f"pack.pack(listing, sys.argv[2], {options}, workers=1)\n"
+    )
+    env = os.environ | {"PYTHONPATH": str(Path(pack.__file__).parent)}
+    done = [
+        subprocess.run([sys.executable, "-c", code, stop, out], cwd=tmp_path, env=env).returncode
+        for stop, out in (("6", "store"), ("99", "store"), ("99", "whole"))
+    ]
+    assert done == [-getattr(signal, "SIGKILL", signal.SIGTERM), 0, 0]
+    one, two = content(tmp_path / "store"), content(tmp_path / "whole")
+    assert one == two and len(one) == 6
+
+
+@pytest.mark.parametrize("stage", ["move_chips", "draw_contact", "rmtree"])
+def test_a_kill_while_the_store_is_completed(tmp_path, monkeypatch, stage):
+    write_scene(tmp_path / "mr/a.tif", 10.0, (0, 0), 80, 80)
+    write_scene(tmp_path / "hr/a.tif", 5.0, (0, 0), 160, 160)
+    listing = formats.read_geotiff(tmp_path / "mr", tmp_path / "hr")
+    options = {"chip": 16, "stride": 9, "split_block": 2, "val": 0.3}
+    pack.pack(listing, tmp_path / "whole", **options)
+    where = pack.shutil if stage == "rmtree" else pack
+    real = getattr(where, stage)
+    calls = []
+
+    def stop(*args, **more):
+        calls.append(args)
+        if more or (stage == "move_chips" and len(calls) == 1):
+            return real(*args, **more)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, stage, stop)
+        with pytest.raises(KeyboardInterrupt):
+            pack.pack(listing, tmp_path / "store", **options)
+    pack.pack(listing, tmp_path / "store", **options, overwrite=stage == "rmtree")
+    assert content(tmp_path / "store") == content(tmp_path / "whole")
+    assert sorted(os.listdir(tmp_path)) == ["hr", "mr", "store", "whole"]
+    reasons = [row["reason"] for row in rows_of(tmp_path / "store", "skipped")]
+    assert reasons.count("touches two splits") == len(reasons) > 0
+
+
+def stopped(tmp_path, monkeypatch, **options):
+    with monkeypatch.context() as patch:
+        break_at(patch, 7)
+        with pytest.raises(KeyboardInterrupt):
+            pack.pack(patches(), tmp_path / "store", **options)
+    return tmp_path / "store.packing"
+
+
+def test_another_command_does_not_continue(tmp_path, monkeypatch):
+    stopped(tmp_path, monkeypatch, val=0)
+    message = r"packing: another command was interrupted there \(--val 0, now 0\.1\); repeat that "
+    with pytest.raises(FileExistsError, match=message + "one .* or discard it with --overwrite or"):
+        pack.pack(patches(), tmp_path / "store")
+    with pytest.raises(FileExistsError, match=r"\(input 6 units .*, now 5 units"):
+        pack.pack(patches(5), tmp_path / "store", val=0)
+    meta = pack.pack(patches(5), tmp_path / "store", val=0, overwrite=True)
+    assert meta["count"]["mr"] == 10 and os.listdir(tmp_path) == ["store"]
+
+
+def test_what_is_no_partial_store_is_left_alone(tmp_path, monkeypatch):
+    (tmp_path / "store.packing").mkdir()
+    (tmp_path / "store.packing" / "mine.txt").write_text("x")
+    with pytest.raises(FileExistsError, match=r"store\.packing: exists and is no partial store"):
+        pack.pack(patches(), tmp_path / "store", overwrite=True)
+    assert os.listdir(tmp_path / "store.packing") == ["mine.txt"]
+
+
+def test_a_partial_store_that_lost_data_and_one_with_half_a_line(tmp_path, monkeypatch):
+    pack.pack(patches(), tmp_path / "whole", val=0)
+    folder = stopped(tmp_path, monkeypatch, val=0)
+    with (folder / "journal.jsonl").open("ab") as journal:
+        journal.write(b'{"unit": "u')
+    pack.pack(patches(), tmp_path / "store", val=0)
+    assert content(tmp_path / "store") == content(tmp_path / "whole")
+    shutil.rmtree(tmp_path / "store")
+    folder = stopped(tmp_path, monkeypatch, val=0)
+    os.truncate(folder / "store" / "mr.npy", 200)
+    with pytest.raises(ValueError, match=r"mr\.npy: \d+ bytes expected, 200 found; delete .*ing"):
+        pack.pack(patches(), tmp_path / "store", val=0)
+
+
+def test_interrupted(tmp_path, monkeypatch, capsys):
+    mr, hr = pair(tmp_path)
+    set_argv(monkeypatch, "--mr", mr, "--hr", hr, tmp_path / "store")
+    with monkeypatch.context() as patch:
+        break_at(patch, 0)
+        with pytest.raises(SystemExit) as exit_:
+            data.main()
     assert exit_.value.code == 130
     error = capsys.readouterr().err.strip().splitlines()
     assert error[-1] == "data.py: interrupted; the same command continues"
-    assert sorted(os.listdir(tmp_path)) == ["hr", "mr"]
+    assert sorted(os.listdir(tmp_path)) == ["hr", "mr"]  # no unit was done
+
+
+def test_an_error_late_says_that_work_is_kept(tmp_path, monkeypatch, capsys):
+    break_at(monkeypatch, 7, ValueError)
+    with pytest.raises(ValueError, match="stop"):
+        pack.pack(patches(), tmp_path / "store", workers=1)
+    said = "store.packing: 2 of 6 units are packed; the same command continues from there"
+    assert said in capsys.readouterr().out
+
+
+# memory
+
+
+def test_no_read_is_larger_than_a_block(tmp_path, monkeypatch):
+    """Neither rows of chips nor whole images: a scene may be larger than memory."""
+    sizes = []
+    arrays = {"mr": np.ones((2, 256, 512), "uint16"), "hr": np.ones((2, 512, 1024), "uint16")}
+
+    def spy(array):
+        source = image("x", array)
+
+        def read(window, bands):
+            sizes.append(array.itemsize * len(bands) * window[2] * window[3])
+            return source.read(window, bands)
+
+        return source._replace(read=read)
+
+    pairs = [formats.Pair(spy(arrays["mr"]), [spy(arrays["hr"])])]
+    listing = formats.Listing(
+        [formats.Unit("x", lambda: iter(pairs))], {s: ["a", "b"] for s in arrays}
+    )
+    monkeypatch.setattr(pack, "BLOCK_BYTES", 2**17)
+    assert pack.pack(listing, tmp_path / "store", chip=32, val=0)["count"]["mr"] == 128
+    assert max(sizes) <= 2**17 and len(sizes) > 20
+
+
+def test_only_a_few_units_are_open_at_a_time(tmp_path, monkeypatch):
+    listing, opened, done = patches(30), [], []
+    units = [formats.Unit(u.name, lambda u=u: opened.append(u) or u.open()) for u in listing.units]
+    lay_out, cut, most = pack.lay_out, pack.cut, []
+
+    def watch(job, work):
+        most.append(len(opened) - len(units) - len(done))  # the survey opens all of them once
+        done.extend([work] if work[2] is None else [])
+        return cut(job, work)
+
+    monkeypatch.setattr(pack, "cut", watch)
+    pack.pack(listing._replace(units=units), tmp_path / "store", val=0, workers=2)
+    assert len(opened) == 60 and max(most) <= 2 + 2 * 2 + 1 and lay_out is pack.lay_out
+
+
+# splits
+
+
+def test_the_publishers_splits_are_kept(tmp_path):
+    listing = patches(split=lambda n: ["train", "val", "test"][n % 3])
+    meta = pack.pack(listing, tmp_path / "store", val=0.9)
+    assert meta["splits"] == {"train": 4, "val": 4, "test": 4}
+    for row in rows_of(tmp_path / "store"):
+        assert row["split"] == ["train", "val", "test"][int(row["mr_source"].split(".")[0]) % 3]
+    message = "no training chip left: the publisher's splits have none of these in train; pack the"
+    with pytest.raises(ValueError, match=message):
+        pack.pack(patches(split=lambda n: "val"), tmp_path / "none")
+    assert not (tmp_path / "none.packing").exists()
+
+
+def test_some_chips_have_a_split_and_the_others_are_dealt(tmp_path):
+    pack.pack(patches(split=lambda n: "test" if n < 3 else None), tmp_path / "store", val=0.4)
+    split = {row["mr_source"]: row["split"] for row in rows_of(tmp_path / "store")}
+    assert {split[f"{n}.pt#0"] for n in range(3)} == {"test"}
+    assert {split[f"{n}.pt#0"] for n in range(3, 6)} == {"train", "val"}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_site_is_never_divided(tmp_path, seed):
+    meta = pack.pack(
+        patches(12, site=lambda n: f"site {n % 4}"), tmp_path / "store", val=0.25, seed=seed
+    )
+    assert meta["splits"] == {"train": 18, "val": 6}
+    sites = {}
+    for row in rows_of(tmp_path / "store"):
+        sites.setdefault(int(row["mr_source"].split(".")[0]) % 4, set()).add(row["split"])
+    assert all(len(splits) == 1 for splits in sites.values())
+
+
+def test_sites_decide_although_there_is_ground(tmp_path):
+    """Two sites whose images overlap in ground that says nothing, as of simulated georeferences."""
+    array = RNG.integers(1, 99, (1, 32, 32), dtype="uint8")
+    pairs = [
+        formats.Pair(image(f"{n}.tif", array, (10.0, 0, 0, 0, -10.0, 0)), [], None, f"s{n}")
+        for n in range(4)
+    ]
+    unit = formats.Unit("u", lambda: iter(pairs))
+    listing = formats.Listing([unit], {"mr": ["a"], "hr": []})
+    meta = pack.pack(listing, tmp_path / "store", chip=16, stride=8, val=0.25)
+    assert meta["splits"] == {"train": 27, "val": 9}
+
+
+# partial pairing
+
+
+def test_mr_without_any_hr(tmp_path, capsys):
+    meta = pack.pack(patches(hr=False), tmp_path / "store", val=0)
+    assert meta["count"] == {"mr": 12, "hr": 0} and meta["pixel_ratio"] is None
+    assert meta["shape"]["hr"] is None and meta["mean"]["hr"] is None and meta["bands"]["hr"] == []
+    assert not (tmp_path / "store" / "hr.npy").exists()
+    store = data.Store(tmp_path / "store")
+    assert len(store) == 12 and not store.has_hr.any()
+    assert "12 chips, 0 pairs kept" in capsys.readouterr().out
+
+
+def test_chips_without_hr_are_kept_or_skipped(tmp_path, capsys):
+    """HR covers the upper half and has holes on the right."""
+    mr, hr = pair(tmp_path)
+    array = geotiff.read(hr + "/a.tif")[:, :64]
+    array[:, 3, 100] = 0
+    write_scene(tmp_path / "hr/a.tif", 5.0, (0, 0), 64, 128, array=array, nodata=0)
+    write_scene(tmp_path / "mr/b.tif", 10.0, (9000, 0), 32, 32)
+    pack_files(mr, hr, tmp_path / "pairs", chip=32, val=0)
+    assert len(data.Store(tmp_path / "pairs")) == 1
+    reasons = [row["reason"] for row in rows_of(tmp_path / "pairs", "skipped")]
+    assert reasons == [
+        "HR not valid enough", "no HR file covers it", "no HR file covers it", "no HR file for it"
+    ]  # fmt: skip
+    capsys.readouterr()
+    meta = pack_files(mr, hr, tmp_path / "all", chip=32, val=0, keep_unpaired=True)
+    assert meta["count"] == {"mr": 5, "hr": 1} and not rows_of(tmp_path / "all", "skipped")
+    out = capsys.readouterr().out
+    assert "5 chips, 1 pairs kept (5 train" in out
+    assert "2 no HR file covers it, 1 HR not valid enough, 1 no HR file for it" in out
+    store = data.Store(tmp_path / "all")
+    assert store.has_hr.tolist() == [True, False, False, False, False]
+    rows = rows_of(tmp_path / "all")
+    assert [row["valid"] for row in rows] == ["1.0"] * 5
+    assert all(row["hr_source"] == row["hr_row"] == row["hr_width"] == "" for row in rows[1:])
+    scene = geotiff.read(mr + "/a.tif")
+    assert np.array_equal(store.mr[3], scene[:, 32:, 32:])
+    assert np.allclose(meta["mean"]["hr"], store.hr[0].mean((1, 2)))
+
+
+def test_arrays_close_up_when_chips_without_hr_are_among_them(tmp_path):
+    """Dropped chips, moved chips, and some without HR: still each its own pixels."""
+    write_scene(tmp_path / "mr/a.tif", 10.0, (0, 0), 100, 100)
+    write_scene(tmp_path / "hr/a.tif", 5.0, (0, -300), 120, 200)
+    options = {"chip": 16, "stride": 9, "split_block": 2, "val": 0.3, "keep_unpaired": True}
+    meta = pack_files(tmp_path / "mr", tmp_path / "hr", tmp_path / "store", **options)
+    assert 0 < meta["count"]["hr"] < meta["count"]["mr"] and meta["splits"]["val"] > 0
+    store, rows = data.Store(tmp_path / "store"), rows_of(tmp_path / "store")
+    mr, hr = (geotiff.read(tmp_path / s / "a.tif") for s in ("mr", "hr"))
+    for n, row in enumerate(rows):
+        r, c = int(row["row"]), int(row["col"])
+        assert np.array_equal(store.mr[n], mr[:, r : r + 16, c : c + 16])
+        if row["hr"]:
+            top, left = 2 * r - 60, 2 * c
+            assert np.array_equal(store.hr[int(row["hr"])], hr[:, top : top + 32, left : left + 32])
+    assert len(rows) + len(rows_of(tmp_path / "store", "skipped")) == 100
+
+
+def test_pairs_in_val_alone_still_have_statistics(tmp_path):
+    listing = patches(split=lambda n: "val" if n == 0 else "train")
+    units = [
+        u if n == 0 else formats.Unit(u.name, lambda u=u: (p._replace(hrs=[]) for p in u.open()))
+        for n, u in enumerate(listing.units)
+    ]
+    meta = pack.pack(listing._replace(units=units), tmp_path / "store", keep_unpaired=True)
+    store = data.Store(tmp_path / "store")
+    assert meta["count"] == {"mr": 12, "hr": 2}
+    assert np.allclose(meta["mean"]["hr"], store.hr.astype(float).mean((0, 2, 3)))
+
+
+# ratios
+
+
+def sized(*sides, chip=16):
+    """A published set whose HR images have those sides, of MR images of 16."""
+
+    def unit(n, side):
+        arrays = [RNG.integers(1, 99, (1, s, s), dtype="uint8") for s in (16, side)]
+        pairs = [formats.Pair(image(f"{n}", arrays[0]), [image(f"{n}h", arrays[1])])]
+        return formats.Unit(str(n), lambda: iter(pairs))
+
+    units = [unit(n, side) for n, side in enumerate(sides)]
+    return formats.Listing(units, {"mr": ["a"], "hr": ["a"]}, chip)
+
+
+def test_ratios_that_differ_a_little_share_a_store(tmp_path):
+    meta = pack.pack(sized(106, 105, 107), tmp_path / "store", val=0)
+    assert meta["shape"]["hr"] == (1, 107, 107) and meta["pixel_ratio"] == [106 / 16] * 2
+    heights = [float(row["hr_height"]) for row in rows_of(tmp_path / "store")]
+    assert heights == [106, 105, 107]
+
+
+def test_another_ratio_is_skipped_in_a_published_set_and_refused_in_a_folder(tmp_path):
+    pack.pack(sized(32, 32, 48), tmp_path / "store", val=0)
+    (skipped,) = rows_of(tmp_path / "store", "skipped")
+    assert (skipped["mr_source"], skipped["reason"]) == ("2", "another pixel ratio")
+    with pytest.raises(ValueError, match="2: 3 HR pixels to an MR pixel of 1, but 2 to 1 in 1; pa"):
+        pack.pack(sized(32, 32, 48, chip=None), tmp_path / "other", chip=16)
+
+
+def test_pairs_that_the_survey_did_not_see(tmp_path, monkeypatch):
+    """A window larger than what the headers of the sample led to, and HR coarser than MR."""
+    monkeypatch.setattr(pack, "SURVEY", 2)
+    pack.pack(sized(100, 101, 8, 99, 100), tmp_path / "store", val=0)
+    skipped = [(r["mr_source"], r["reason"]) for r in rows_of(tmp_path / "store", "skipped")]
+    assert skipped == [("1", "another pixel ratio"), ("2", "another pixel ratio")]
+    listing = sized(32, 32, 32)
+    odd = image("odd", np.ones((1, 16, 16), "float32"))
+    units = [*listing.units]
+    units[1] = formats.Unit("1", lambda: iter([formats.Pair(odd, [])]))
+    with pytest.raises(ValueError, match="odd: float32 pixels, but the MR of this store is uint8"):
+        pack.pack(listing._replace(units=units), tmp_path / "other")
+
+
+# bands
+
+
+def test_hr_has_some_of_many_bands(tmp_path):
+    listing = patches(bands=6)
+    units = [
+        formats.Unit(
+            u.name,
+            lambda u=u: (
+                p._replace(hrs=[hr._replace(bands=[2, 0]) for hr in p.hrs]) for p in u.open()
+            ),
+        )
+        for u in listing.units
+    ]
+    listing = listing._replace(units=units, bands={"mr": listing.bands["mr"], "hr": ["R", "B"]})
+    meta = pack.pack(listing, tmp_path / "store", val=0)
+    assert meta["bands"] == {"mr": ["R", "G", "B", "NIR", "S1", "S2"], "hr": ["R", "B"]}
+    store = data.Store(tmp_path / "store")
+    assert store.mr.shape[1:] == (6, 16, 16) and store.hr.shape[1:] == (2, 32, 32)
+    first = next(iter(listing.units[0].open())).hrs[0]
+    assert np.array_equal(store.hr[0], first.read((0, 0, 32, 32), [2, 0]))
+
+
+# offsets
+
+
+def test_an_offset_is_added_and_holes_stay(tmp_path):
+    array = RNG.integers(900, 3000, (2, 32, 32), dtype="uint16")
+    array[:, 0, 0] = 0  # nodata
+    array[0, 1, 1] = 0  # one band of it
+    told = image("a", array, None, 0.0, offset=-1000.0)
+    listing = formats.Listing(
+        [formats.Unit("a", lambda: iter([formats.Pair(told, [])]))], {"mr": ["x", "y"], "hr": []}
+    )
+    options = {"chip": 32, "val": 0, "min_valid": 0.9}
+    meta = pack.pack(listing, tmp_path / "told", **options)
+    chip = data.Store(tmp_path / "told").mr[0]
+    wanted = np.maximum(array.astype(int) - 1000, 0)
+    assert meta["offset"]["mr"] == [-1000.0] and chip[0, 1, 1] == 0
+    assert np.array_equal(chip[:, 2:], wanted[:, 2:]) and chip.dtype == np.uint16
+    assert np.allclose(chip[:, 0, 0], wanted.reshape(2, -1)[:, 1:].mean(1), atol=0.5)
+    assert np.allclose(meta["mean"]["mr"], wanted.reshape(2, -1)[:, 1:].mean(1))
+    meta = pack.pack(listing, tmp_path / "given", offset=-100, **options)
+    assert meta["offset"]["mr"] == [-100]
+    assert data.Store(tmp_path / "given").mr[0, 1, 9, 9] == array[1, 9, 9] - 100
+
+
+def test_offsets_of_signed_and_real_pixels():
+    assert pack.add_offset(np.int16([[5, -32768, 7]]), -10, 7).tolist() == [[-5, -32768, 7]]
+    assert pack.add_offset(np.uint8([250, 3]), 10.0, None).tolist() == [255, 13]
+    real = pack.add_offset(np.float32([0.5, np.nan]), -0.25, None)
+    assert real.dtype == np.float32 and real[0] == 0.25 and np.isnan(real[1])
+
+
+@pytest.mark.parametrize(
+    "low, options, warns",
+    [
+        (1000, {}, True),
+        (930, {}, True),
+        (200, {}, False),
+        (2500, {}, False),
+        (1000, {"offset": -1000}, False),
+    ],
+)
+def test_an_offset_that_was_not_removed_is_told(tmp_path, capsys, low, options, warns):
+    units = []
+    for n in range(20):
+        array = RNG.integers(low, low + 3000, (3, 16, 16), dtype="uint16")
+        array[0, :2, :2] = low
+        array[1] += 400
+        if n == 0:
+            array[:, 3, 3] = 1  # dead
+        pairs = [formats.Pair(image(str(n), array), [])]
+        units.append(formats.Unit(str(n), lambda pairs=pairs: iter(pairs)))
+    listing = formats.Listing(units, {"mr": ["B", "G", "R"], "hr": []}, 16)
+    pack.pack(listing, tmp_path / "store", val=0, **options)
+    message = "warning: MR has hardly a pixel below"
+    out = capsys.readouterr().out
+    assert (message in out) == warns and (not warns or "--offset -1000 --overwrite" in out)
+
+
+# parts
+
+
+def test_moments_of_parts_are_those_of_all():
+    pixels = RNG.normal(1e6, 1, (40, 3, 8, 8))
+    valid = np.ones((8, 8), bool)
+    moments = np.stack([pack.channel_moments(chip, valid) for chip in pixels])
+    parts = np.stack([pack.pool_moments(moments[:7]), pack.pool_moments(moments[7:])])
+    count, mean, squares, least = pack.pool_moments(parts).T
+    assert (count == 40 * 64).all() and np.allclose(mean, pixels.mean((0, 2, 3)), rtol=1e-14)
+    assert np.allclose(squares / count, pixels.var((0, 2, 3)), rtol=1e-9)
+    assert np.array_equal(least, pixels.min((0, 2, 3)))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_closing_up_can_be_repeated(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    keep = rng.random(50) < rng.random()
+    keep[7] = True
+    chips = rng.integers(0, 99, (50, 2, 3), dtype="uint16")
+    place, path = pack.close_up(keep), tmp_path / "x.npy"
+    assert sorted(place[keep]) == list(range(keep.sum())) and (place[~keep] == -1).all()
+    np.save(path, chips)
+    for _ in range(2):
+        pack.move_chips(path, place, (2, 3), np.dtype("uint16"))
+        assert np.array_equal(np.load(path)[place[keep]], chips[keep])
+
+
+# the picture
+
+
+@pytest.mark.parametrize("hr", [True, False])
+def test_contact_sheet(tmp_path, monkeypatch, hr):
+    """Red left half and blue right half in HR and MR of every pair."""
+    monkeypatch.setattr(pack, "draw_contact", draw_contact)
+    units = []
+    for n in range(3):
+        arrays = [np.full((3, side, side), 10, "uint8") for side in (16, 40)]
+        for array in arrays:
+            half = array.shape[1] // 2
+            array[0, :, :half] = 200
+            array[2, :, half:] = 200
+        name = "a_name_that_is_much_too_long_for_the_picture_it_stands_above_" + str(n)
+        pairs = [formats.Pair(image(name, arrays[0]), [image("h", arrays[1])] if hr else [])]
+        units.append(formats.Unit(str(n), lambda pairs=pairs: iter(pairs)))
+    names = ["B04", "B03", "blue"]
+    listing = formats.Listing(units, {"mr": names, "hr": names if hr else []}, 16)
+    pack.pack(listing, tmp_path / "store", val=0)
+    from PIL import Image
+
+    picture = np.asarray(Image.open(tmp_path / "store" / "contact.png").convert("RGB")).astype(int)
+    red = ((picture[..., 0] > 200) & (picture[..., 1:] < 90).all(-1)).sum()
+    blue = ((picture[..., 2] > 200) & (picture[..., :2] < 90).all(-1)).sum()
+    assert red > 0.15 * picture[..., 0].size and abs(red / blue - 1) < 0.1
+
+
+# the ground
+
+
+@pytest.mark.parametrize("hr_gsd", [5.0, 3.0, 1.5])
+@pytest.mark.parametrize("shift", [(0.0, 0.0), (-4.3, 6.1)])
+def test_every_crop_shows_the_same_ground(tmp_path, hr_gsd, shift):
+    """Random crops of both sensors agree to 0.05 MR pixels, for ratios 2, 10/3 and 6.67 and grids
+    that are off by a fraction of a pixel."""
+    side = int(64 * 10 / hr_gsd) + 12
+    mr, hr = pair(tmp_path, hr_gsd, (0, 0), shift, side=64, hr_side=side)
+    meta = pack_files(mr, hr, tmp_path / "store", chip=31, stride=32, val=0)
+    assert np.allclose(meta["pixel_ratio"], 10 / hr_gsd)
+    store = data.Store(tmp_path / "store")
+    chips = np.arange(24) % len(store)
+    crops = data.draw_crops(3, 1, 24)
+    a, b = data.crop_pairs(store.batch(chips), crops, meta, 32, 32)
+    scale = crops[:, 2:] * 31 / 32  # MR pixels to a pixel of the crop
+    shifts = [shift_between(m[0], h[0]) for m, h in zip(a.numpy(), b.numpy(), strict=True)]
+    assert np.abs(shifts * scale).max() < 0.05
