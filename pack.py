@@ -626,13 +626,15 @@ def fill_holes(pixels, valid):
 
 
 def channel_moments(pixels, valid):
-    """(C, 4) float64 per band over the valid pixels: count, mean, sum of squared deviations, least.
-
-    Zeros where no pixel is valid.
-    """
-    values = pixels[:, valid].astype(np.float64)
-    mean, count = values.mean(1), values.shape[1]
-    return np.stack([np.full(len(mean), count), mean, values.var(1) * count, values.min(1)], 1)
+    """(C, 4) float64 per band over the valid pixels, of which there is one at least: count, mean,
+    sum of squared deviations, least."""
+    # all are valid nearly always, and to pick them one by one takes 30 times as long
+    values = pixels.reshape(len(pixels), -1) if valid.all() else pixels[:, valid]
+    values = values.astype(np.float64)
+    least, mean, count = values.min(1), values.mean(1), values.shape[1]
+    values -= mean[:, None]
+    squares = np.einsum("cn,cn->c", values, values)
+    return np.stack([np.full(len(mean), count), mean, squares, least], 1)
 
 
 def pool_moments(moments):
