@@ -385,8 +385,9 @@ def main():
                    "(default: no)")
     # fmt: on
     args = vars(parser.parse_args())
+    command = args.pop("command")
     try:
-        if args.pop("command") == "check":
+        if command == "check":
             check.check(**args)
             return
         reader = formats.FORMATS[args["format"]]
@@ -415,7 +416,8 @@ def main():
         del args["format"]
         pack.pack(listing, out, **args, command=shlex.join(["data.py", *sys.argv[1:]]))
     except KeyboardInterrupt:
-        print("data.py: interrupted; the same command continues", file=sys.stderr)
+        left = "nothing was written" if command == "check" else "the same command continues"
+        print(f"data.py: interrupted; {left}", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)
