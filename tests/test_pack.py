@@ -1167,3 +1167,15 @@ def test_every_crop_shows_the_same_ground(tmp_path, hr_gsd, shift):
     scale = crops[:, 2:] * 31 / 32  # MR pixels to a pixel of the crop
     shifts = [shift_between(m[0], h[0]) for m, h in zip(a.numpy(), b.numpy(), strict=True)]
     assert np.abs(shifts * scale).max() < 0.05
+
+
+def test_a_window_at_the_edge_of_the_hr_image_is_moved_into_it(tmp_path):
+    """The last chip touches 107 HR pixels, of which the image ends with the last; 108 are stored."""
+    mr, hr = pair(tmp_path, 3.0, (0, 0), (-3.0, 3.0), side=96, hr_side=321)
+    meta = pack_files(mr, hr, tmp_path / "store", chip=32, val=0)
+    assert meta["shape"]["hr"] == (2, 108, 108)
+    last = rows_of(tmp_path / "store")[-1]
+    assert np.isclose(float(last["hr_row"]), 4 / 3) and np.isclose(float(last["hr_col"]), 4 / 3)
+    batch = data.Store(tmp_path / "store").batch([8])
+    a, b = data.crop_pairs(batch, [[0, 0, 1, 1]], meta, 32, 32)
+    assert np.abs(shift_between(a[0, 0].numpy(), b[0, 0].numpy())).max() < 0.05
