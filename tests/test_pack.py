@@ -1170,7 +1170,7 @@ def test_every_crop_shows_the_same_ground(tmp_path, hr_gsd, shift):
 
 
 def test_a_window_at_the_edge_of_the_hr_image_is_moved_into_it(tmp_path):
-    """The last chip touches 107 HR pixels, of which the image ends with the last; 108 are stored."""
+    """The last chip touches 107 HR pixels, the last of the image; 108 are stored."""
     mr, hr = pair(tmp_path, 3.0, (0, 0), (-3.0, 3.0), side=96, hr_side=321)
     meta = pack_files(mr, hr, tmp_path / "store", chip=32, val=0)
     assert meta["shape"]["hr"] == (2, 108, 108)
