@@ -62,10 +62,10 @@ Job = namedtuple(
     defaults=(None, 1.0, False),
 )
 # Chips to be cut at a time from a Pair. corners: (n, 2); partners: [(hr, ratio, offset)]; reason:
-# why there are none
+# why there are none; pair is None where the unit cannot be opened
 Block = namedtuple("Block", "pair corners partners reason")
 # One chip: row, a dict for rows.csv or skipped.csv; images, [(pixels, moments)] of MR and maybe HR,
-# [] of a chip that is skipped; why, "" of a pair, else why it is none
+# [] of a chip that is skipped; why, "" of a pair, else why it is none, or what is damaged
 Chip = namedtuple("Chip", "row images why")
 
 
@@ -197,9 +197,16 @@ def survey(listing, pool, chip, stride):
         sample = np.linspace(0, len(units) - 1, min(len(units), SURVEY)).astype(int)
         units, most = [units[i] for i in sample], 16
     found, images = [], []  # (ratio, mr, hr, size of a chip's window in hr), MR images
+    damaged = []
 
     def headers(unit):
-        return list(itertools.islice(unit.open(), most))
+        try:
+            return list(itertools.islice(unit.open(), most))
+        except ValueError as error:
+            if not listing.chip:  # a folder of one's own is to be mended
+                raise
+            damaged.append(error)  # one of the archive's many: it is left out, see `cut`
+            return []
 
     opened = in_order(pool, headers, units, 2 * SURVEY)
     for pair in itertools.chain.from_iterable(
@@ -211,6 +218,8 @@ def survey(listing, pool, chip, stride):
             grid = align(pair.mr.info, hr.info)
             _, low, high, inside = place_chips(corners, chip, hr.info, *grid)
             found.append((grid[0], pair.mr, hr, (high - low)[inside].max(0, initial=0)))
+    if not images and damaged:
+        raise damaged[0]
     if not images:
         reasons_ = reasons(Counter(reason for _, reason in listing.skipped))
         raise ValueError(f"nothing to pack: no image of a pair was found (skipped: {reasons_})")
@@ -364,6 +373,7 @@ def open_partial(folder, plan, listing, job, overwrite):
             "without": Counter(),
             "valid": 0.0,  # most of a chip that was skipped
             "holes": {},
+            "damaged": [],  # what the first of the files that cannot be read say
         }
     sizes = entry.pop("sizes")
     done = entry["units"] == len(listing.units)  # then the arrays may have been closed up already
@@ -439,13 +449,15 @@ def stream(listing, folder, job, state, pool, ahead, block_pixels):
                 if not chip.images:
                     files["store/skipped.csv"].write(csv_line(fill_row(SKIPPED, chip.row)))
                     state["skipped"][chip.row["reason"]] += 1
+                    state["damaged"] = [*state["damaged"], *filter(None, [chip.why])][:5]
                     state["valid"] = max(state["valid"], chip.row.get("valid", 0.0))
                 elif chip.why:
                     state["without"][chip.why] += 1
             known = len(frames)
             records = np.zeros(len(kept), record)
-            records["keys"] = ground_keys(block.pair, kept, job.chip, block_pixels, frames)
-            records["split"] = SPLITS.index(block.pair.split) if block.pair.split else -1
+            if kept:
+                records["keys"] = ground_keys(block.pair, kept, job.chip, block_pixels, frames)
+                records["split"] = SPLITS.index(block.pair.split) if block.pair.split else -1
             for crs, anchor, side in frames[known:]:
                 frame = {"crs": crs, "anchor": anchor.tolist(), "side": side.tolist()}
                 files["frames.jsonl"].write(json.dumps(frame).encode() + b"\n")
@@ -477,7 +489,11 @@ def record_of(job):
 def lay_out(job, unit):
     """Open a unit and divide it: [Block]. Raises ValueError for pixels of another type."""
     blocks = []
-    for pair in unit.open():
+    try:
+        pairs = list(unit.open())
+    except ValueError as error:
+        return [Block(None, np.zeros((0, 2), int), [], str(error))]
+    for pair in pairs:
         mr, partners, reason = pair.mr, [], "no HR file for it"
         for sensor, source in (("mr", mr), *(("hr", hr) for hr in pair.hrs)):
             if source.info.dtype != job.dtype[sensor]:
@@ -517,19 +533,31 @@ def chip_bytes(job):
 
 
 def cut(job, work):
-    """Cut the chips of a block, each with the first HR image that covers it and is valid enough.
+    """Cut a block; one whose file is damaged is left out: archives of a million files have some.
 
     work: (unit, share, Block or None). Returns it with [Chip] and what NaN and inf were found,
-    {path: pixels}.
+    {path: pixels}. What cannot be reached is an OSError, and stops.
     """
     unit, share, block = work
     holes = Counter()
     if block is None:
         return unit, share, block, [], holes
+    try:
+        chips = cut_block(job, block, holes)
+    except ValueError as error:
+        chips = [Chip({"mr_source": unit.name, "reason": "cannot be read"}, [], str(error))]
+    return unit, share, block, chips, holes
+
+
+def cut_block(job, block, holes):
+    """Cut the chips of a block, each with the first HR image that covers it and is valid enough:
+    [Chip]. holes: Counter by path, to which NaN and inf are added."""
+    if block.pair is None:
+        raise ValueError(block.reason)
     mr, here = block.pair.mr, block.corners
     row = {"mr_source": mr.info.path.as_posix(), "mr_date": mr.date}
     if not len(here):
-        return unit, share, block, [Chip(row | {"reason": block.reason}, [], "")], holes
+        return [Chip(row | {"reason": block.reason}, [], "")]
     places = [place_chips(here, job.chip, hr.info, *grid) for hr, *grid in block.partners]
     size = np.array(job.shape["hr"][1:]) if places else None
     fits = [((high - low) <= size).all(1) for _, low, high, _ in places]
@@ -575,7 +603,7 @@ def cut(job, work):
         stored = [(fill_holes(*image), channel_moments(*image)) for image in images.get(k, [])]
         why = fate[k].get("reason", "") if stored else ""
         chips.append(Chip(row | {"row": top, "col": left} | fate[k], stored, why))
-    return unit, share, block, chips, holes
+    return chips
 
 
 def read_chips(source, corners, size, offset, holes):
@@ -753,6 +781,8 @@ def complete(listing, folder, job, state, plan, command):
     """
     skipped = Counter(state["skipped"])
     if not state["chips"]:
+        if state["damaged"]:
+            raise ValueError(state["damaged"][0])
         remedy = f"lower --min-valid {job.min_valid} or --chip {job.chip}"
         if not state["valid"]:
             remedy = "one of each pair is all nodata; check what the files declare, and --nodata"
@@ -813,7 +843,8 @@ def complete(listing, folder, job, state, plan, command):
     rows = write_tables(folder, split, place["mr"], hr_place, set(shown.tolist()))
     draw_contact(folder / "store", meta, rows)
 
-    notes = [
+    notes = [f"warning: left out: {message}" for message in state["damaged"]]
+    notes += [
         f"warning: {path}: {holes} pixels of its chips are NaN or inf, taken as missing"
         for path, holes in state["holes"].items()
     ]

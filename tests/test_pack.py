@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pair_layouts
 import pytest
 import tifffile
 from landscape import (
@@ -408,6 +410,40 @@ def test_damage_found_late_leaves_nothing_behind(tmp_path):
     with pytest.raises(ValueError, match=r"a\.tif: damaged TIFF"):
         pack_files(mr, hr, tmp_path / "store")
     assert sorted(os.listdir(tmp_path)) == ["hr", "mr"]
+
+
+def test_damaged_files_among_many_are_left_out_and_told(tmp_path, capsys):
+    for k in range(4):
+        write_scene(tmp_path / "mr" / f"{k}.tif", 10.0, (9000 * k, 0), 64, 64)
+        write_scene(tmp_path / "hr" / f"{k}.tif", 5.0, (9000 * k, 0), 128, 128)
+    whole = pack_files(tmp_path / "mr", tmp_path / "hr", tmp_path / "whole", chip=32, val=0)
+    content = bytearray((tmp_path / "hr/2.tif").read_bytes())
+    content[-400:-300] = b"\xff" * 100
+    (tmp_path / "hr/2.tif").write_bytes(content)
+    capsys.readouterr()
+    meta = pack_files(tmp_path / "mr", tmp_path / "hr", tmp_path / "store", chip=32, val=0)
+    assert (whole["count"]["mr"], meta["count"]["mr"]) == (16, 12)
+    said = capsys.readouterr().out
+    assert "skipped: 1 cannot be read (skipped.csv)" in said
+    assert re.search(
+        r"warning: left out: .*hr/2\.tif: damaged TIFF, .*; fetch the file again", said
+    )
+    (row,) = rows_of(tmp_path / "store", "skipped")
+    assert row["mr_source"].endswith("mr/2.tif") and row["reason"] == "cannot be read"
+    assert {Path(row["mr_source"]).stem for row in rows_of(tmp_path / "store")} == {"0", "1", "3"}
+
+
+def test_a_published_set_with_damaged_headers(tmp_path, capsys):
+    pair_layouts.sen2naip(tmp_path)
+    first, second = sorted(tmp_path.rglob("lr.tif"))
+    listing = formats.read_sen2naip(tmp_path)
+    second.write_bytes(b"II*\0gone")
+    meta = pack.pack(listing, tmp_path / "store", val=0)
+    assert meta["count"]["mr"] == 1
+    assert f"warning: left out: {second}: truncated or damaged" in capsys.readouterr().out
+    first.write_bytes(b"II*\0gone")
+    with pytest.raises(ValueError, match=r"lr\.tif: truncated or damaged TIFF"):
+        pack.pack(listing, tmp_path / "none", val=0)
 
 
 def test_bands_that_do_not_fit(tmp_path):
