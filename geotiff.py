@@ -13,8 +13,8 @@ import struct
 import tempfile
 import xml.etree.ElementTree as ET
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from xml.sax.saxutils import escape, unescape
 
@@ -78,7 +78,8 @@ class Info:
 def info(path):
     """Describe the first image of a TIFF without decoding pixels.
 
-    Further full-size pages of a one-band file count as its bands; overviews and masks do not.
+    Further full-size pages of a one-band file count as its bands; overviews do not, and a mask says
+    which pixels are nodata.
     Raises FileNotFoundError, and ValueError if it is not a TIFF or is truncated.
     """
     with _open(path) as (_, _, about):
@@ -356,7 +357,7 @@ def _open(path):
             try:
                 tif = stack.enter_context(tifffile.TiffFile(path))
                 pages = _band_pages(tif)
-                about = _describe(path, pages)
+                about = _describe(path, pages, _mask_page(tif, pages))
             # what the parser and the parts below trip over where a tag holds another type or count
             except (struct.error, LookupError, TypeError, ValueError) as error:
                 raise ValueError(
@@ -412,6 +413,11 @@ def _read(tif, pages, about, window=None, bands=None):
                 for k, sample in samples:
                     out[k, y0 - row : y1 - row, x0 - col : x1 - col] = part[..., sample]
 
+    mask = None if pages[0].subfiletype == 4 else _mask_page(tif, pages)
+    if mask is not None:
+        whole = replace(about, bands=1, dtype=np.dtype(np.uint8), nodata=None)
+        valid = _read(tif, [mask], whole, (row, col, height, width))[0]
+        out[:, valid == 0] = fill
     return out
 
 
@@ -463,10 +469,27 @@ def _tiling(page):
     return height, width, -(-page.imagelength // height), -(-page.imagewidth // width)
 
 
-def _describe(path, pages):
+def _mask_page(tif, pages):
+    """The page that says which pixels hold data, as GDAL keeps it in the file; None without."""
+    size = pages[0].imagelength, pages[0].imagewidth
+    for page in tif.pages[1:]:
+        if page.subfiletype == 4 and (page.imagelength, page.imagewidth) == size:
+            return page
+    return None
+
+
+def _nodata(page, mask):
+    """The value of missing pixels: as declared; with a mask alone NaN, or 0 of whole numbers."""
+    with suppress(ValueError):  # what is no number declares nothing
+        return float(page.tags.valueof(GDAL_NODATA, "none"))
+    if mask is None:
+        return None
+    return math.nan if page.dtype.kind == "f" else 0.0
+
+
+def _describe(path, pages, mask):
     page = pages[0]
     crs = _geokeys(page)
-    nodata = page.tags.valueof(GDAL_NODATA)
     bands = page.samplesperpixel * len(pages)
     return Info(
         path=Path(path),
@@ -474,7 +497,7 @@ def _describe(path, pages):
         height=page.imagelength,
         bands=bands,
         dtype=page.dtype.newbyteorder("="),
-        nodata=None if nodata is None else float(nodata),
+        nodata=_nodata(page, mask),
         transform=_transform(page, crs),
         crs=crs,
         band_names=_band_names(page.tags.valueof(GDAL_METADATA), bands),
@@ -535,6 +558,7 @@ def _geokey_tags(crs):
     directory, doubles, text = [], [], ""
     for key, value in sorted((numbers.get(n) or int(n), value) for n, value in crs.items()):
         if isinstance(value, str):
+            value = value.encode("ascii", "replace").decode()  # citations, which only people read
             directory += [key, GEO_ASCII, len(value) + 1, len(text)]
             text += value + "|"
         elif isinstance(value, int):
@@ -562,6 +586,7 @@ def _transform(page, crs):
     if PIXEL_SCALE in page.tags and TIEPOINT in page.tags:
         width, height = page.tags[PIXEL_SCALE].value[:2]
         col, row, _, x, y, _ = page.tags[TIEPOINT].value[:6]
+        height = abs(height)  # some write it negative, which GDAL ignores, too
         return (width, 0.0, x - (col + shift) * width, 0.0, -height, y + (row + shift) * height)
     if TRANSFORMATION in page.tags:
         a, b, _, c, d, e, _, f = page.tags[TRANSFORMATION].value[:8]

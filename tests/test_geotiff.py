@@ -522,7 +522,6 @@ def test_truncated_in_a_georeference_that_follows_the_pixels(tmp_path):
         ("TileByteCounts", (5, 5), "1 tiles or strips, 1 offsets and 2 byte counts"),
         ("ImageLength", 2**16 - 1, "256 tiles or strips, 1 offsets and 1 byte counts"),
         ("TileWidth", 2**32 - 16, "256 x 4294967280 pixels in a tile or strip of at most"),
-        ("GDAL_NODATA", "none", "could not convert string to float"),
         ("GeoKeyDirectoryTag", (1, 1, 0, 1, 1024, 34999, 1, 0), "34999"),
     ],
 )
@@ -533,6 +532,57 @@ def test_tags_that_do_not_fit(tmp_path, tag, value, message):
         tif.pages[0].tags[tag].overwrite(value, dtype="I" if tag == "TileWidth" else None)
     with pytest.raises(ValueError, match=rf"a\.tif: truncated or damaged TIFF .*{message}.*fetch"):
         geotiff.info(path)
+
+
+@pytest.mark.parametrize("text", ["none", "", "1.#QNAN", "0,0"])
+def test_nodata_that_is_no_number_declares_none(tmp_path, text):
+    path = tmp_path / "a.tif"
+    geotiff.write(path, noise((2, 64, 64), "uint8"), TRANSFORM, LO25, 255)
+    with tifffile.TiffFile(path, mode="r+") as tif:
+        tif.pages[0].tags["GDAL_NODATA"].overwrite(text)
+    assert geotiff.info(path).nodata is None
+
+
+@pytest.mark.parametrize("dtype, nodata", [("uint8", None), ("uint8", 7), ("float32", None)])
+@pytest.mark.parametrize("interleave", ["pixel", "band"])
+def test_a_mask_in_the_file_says_where_data_is(tmp_path, dtype, nodata, interleave):
+    import rasterio
+
+    path, array = tmp_path / "a.tif", noise((3, 70, 90), dtype)
+    valid = noise((70, 90), "uint8") > 60
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True):
+        with rasterio.open(path, "w", "GTiff", 90, 70, 3, dtype=dtype, nodata=nodata, tiled=True,
+                           blockxsize=32, blockysize=32, interleave=interleave,
+                           compress="deflate") as file:  # fmt: skip
+            file.write(array)
+            file.write_mask(valid)
+    fill = nodata if nodata is not None else np.nan if dtype == "float32" else 0
+    about = geotiff.info(path)
+    assert about.bands == 3 and np.array_equal(about.nodata, fill, equal_nan=True)
+    expected = np.where(valid, array, np.asarray(fill, dtype))
+    assert np.array_equal(geotiff.read(path), expected, equal_nan=True)
+    part = geotiff.read(path, (5, 30, 40, 50), [2])
+    assert np.array_equal(part, expected[2:, 5:45, 30:80], equal_nan=True)
+    rows = np.concatenate(list(geotiff.read_rows(path, [1])), axis=1)
+    assert np.array_equal(rows, expected[1:2], equal_nan=True)
+
+
+def test_a_negative_pixel_scale_is_read_as_others_read_it(tmp_path):
+    import rasterio
+
+    path = tmp_path / "a.tif"
+    tags = [(33550, 12, 3, (10.0, -10.0, 0.0), True),
+            (33922, 12, 6, (0.0, 0.0, 0.0, 5e5, 4e6, 0.0), True)]  # fmt: skip
+    tifffile.imwrite(path, noise((8, 9), "uint8"), photometric="minisblack", extratags=tags)
+    with rasterio.open(path) as file:
+        assert geotiff.info(path).transform == tuple(file.transform)[:6]
+
+
+def test_a_citation_in_another_script_is_written_as_far_as_ascii_goes(tmp_path):
+    crs = LO25 | {"GTCitationGeoKey": "RGF93 é"}
+    geotiff.write(tmp_path / "a.tif", noise((1, 20, 20), "uint8"), TRANSFORM, crs)
+    found = geotiff.info(tmp_path / "a.tif").crs
+    assert found == crs | {"GTCitationGeoKey": "RGF93 ?"} and geotiff.same_crs(found, crs)
 
 
 @pytest.mark.parametrize("layout", [{"rowsperstrip": 16}, {"tile": (32, 32), "bigtiff": True}, {}])
