@@ -203,10 +203,13 @@ def gsd_warning(about, model):
     trained, found = model.meta.get("gsd"), about.gsd
     if not trained or not found:
         return None
-    if (about.crs or {}).get("GTModelTypeGeoKey") == 2 and trained > 0.01:
+    geographic = (about.crs or {}).get("GTModelTypeGeoKey") == 2
+    if geographic and trained > 0.01:
         # degrees, but the model's are metres: as of a square with the pixel's area
         latitude = math.radians((about.bounds[1] + about.bounds[3]) / 2)
-        found *= 111_320 * math.sqrt(math.cos(latitude))
+        found *= 111_320 * math.sqrt(abs(math.cos(latitude)))
+    elif not geographic and trained < 0.01 < found:
+        trained *= 111_320  # the other way round, and near enough
     if 1 / 1.2 <= found / trained <= 1.2:
         return None
     fit = max(1, round(model.tile * trained / found))
@@ -230,16 +233,19 @@ def survey(path, bands, scale, offset):
         parts.append(pixels_of(part[:, start::step, ::step], about.nodata, scale, offset))
         row += part.shape[1]
     picture = np.concatenate(parts, axis=1)
-    seen = picture[:, ~np.isnan(picture[0])].astype(np.float64)
+    seen = picture[:, ~np.isnan(picture).any(0)].astype(np.float64)
     if not seen.size:
         return *np.full((2, len(bands)), np.nan), picture
     return seen.mean(1), seen.std(1), picture
 
 
 def pixels_of(part, nodata, scale, offset):
-    """File values (bands, rows, cols) -> float32 in the model's units, holes NaN in all bands."""
-    valid = geotiff.valid_pixels(part, nodata)
-    return np.where(valid, (part.astype(np.float32) + offset) * scale, np.nan).astype(np.float32)
+    """File values (bands, rows, cols) -> float32 in the model's units, NaN where one is missing:
+    not finite, or all bands nodata."""
+    missing = ~np.isfinite(part)
+    if nodata is not None:
+        missing |= (part == nodata).all(0)  # one band at nodata is a dark pixel
+    return np.where(missing, np.nan, (part.astype(np.float32) + offset) * scale).astype(np.float32)
 
 
 def scale_warning(path, mean, std, model):
@@ -355,8 +361,9 @@ def predict(
     with tqdm(total=len(rows) * len(cols), desc=label, unit=" windows") as bar:
         for row, part in enumerate(parts):
             strip = torch.from_numpy(pixels_of(part, about.nodata, scale, offset)).to(device)
-            valid = ~strip[0].isnan()
-            strip = ((strip - mean) / std).nan_to_num(0.0)  # holes are the mean, as in training
+            valid = ~strip.isnan().all(0)
+            # what is missing is the mean, as in training
+            strip = ((strip - mean) / std).nan_to_num(0.0)
             columns = valid.any(0).cpu().numpy()
             filled = [k for k, col in enumerate(cols) if columns[col : col + tile].any()]
             bar.update(len(cols) - len(filled))
@@ -419,7 +426,7 @@ def map_scene(scene, model, bands, mean, std, picture, paths, args):
     start, about, classes = time.perf_counter(), geotiff.info(scene), model.classes
     size, place, crs = (about.height, about.width), about.transform, about.crs
     side = model.tile / model.grid  # px of the scene that a token covers
-    token_size = [math.ceil(n / side) for n in size]
+    token_size = [-(-n * model.grid // model.tile) for n in size]
     token_place = place and [v * k for v, k in zip(place, [side, side, 1] * 2, strict=True)]
     colours, nan = palette(len(classes)), math.nan
     layouts = {
@@ -472,7 +479,7 @@ def draw_map(path, picture, bands, ids, classes, colours, counts):
 
     bands = [common_name(band) for band in bands or [""] * len(picture)]
     scene = composite(torch.from_numpy(np.nan_to_num(picture)[None]), bands)[0].numpy()
-    scene[np.isnan(picture[0])] = 1
+    scene[np.isnan(picture).all(0)] = 1
     table = np.full((256, 3), 255, np.uint8)
     table[: len(colours)] = colours
     height, width = ids.shape

@@ -191,6 +191,32 @@ def test_logits_and_tokens_are_those_of_the_segmenter(head):
         assert torch.equal(tokens.flatten(2).mT, made.tokens(images))
 
 
+def test_a_pixel_that_lacks_a_band_is_seen_as_in_training(tmp_path):
+    """The band is the mean there, as in `segment.normalised`; only what lacks all has no class."""
+    model, array = as_model(segmenter()), image(24, 30).astype(np.float32)
+    array[1, 3:9, 4:11] = np.nan
+    array[:, 15:20, 20:] = np.nan
+    path = write(tmp_path / "a.tif", array, nodata=None)
+    values, valid = predicted(model, path)
+    assert np.array_equal(valid, ~np.isnan(array).all(0))
+    mean = np.array(model.meta["mean"], np.float32)[:, None, None]
+    filled = write(tmp_path / "b.tif", np.where(np.isnan(array), mean, array), nodata=None)
+    assert np.allclose(values, predicted(model, filled)[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("height, width, tile", [(136, 68, 34), (17, 119, 34), (82, 41, 82)])
+def test_feature_maps_of_any_size_have_the_tokens_that_they_say(tmp_path, height, width, tile):
+    """n / (tile / grid) is not n * grid / tile in floats."""
+    torch.manual_seed(0)
+    save_encoder(ViT(4, 4, 16, 1, 2), tmp_path / "e.safetensors", mean=META["mean"],
+                 std=META["std"], bands=BANDS, mr_size=56)  # fmt: skip
+    scene = write(tmp_path / "s.tif", image(height, width))
+    main("--model", tmp_path / "e.safetensors", "--tile", tile, "--features", scene,
+         tmp_path / "f.tif")  # fmt: skip
+    found = geotiff.info(tmp_path / "f.tif")
+    assert (found.height, found.width) == (-(-height * 14 // tile), -(-width * 14 // tile))
+
+
 def test_windows_without_data_are_not_encoded(tmp_path, monkeypatch):
     count, logits = [], Model.logits
     monkeypatch.setattr(Model, "logits", lambda self, x: (count.append(len(x)), logits(self, x))[1])
@@ -484,6 +510,13 @@ def test_another_gsd_is_said_with_the_window_that_fits():
     north = about(count=4, gsd=10 / 111_320, crs={"GTModelTypeGeoKey": 2}, north=60.0)
     assert "pixels of 7.0" in predict.gsd_warning(north, model)
     assert predict.gsd_warning(about(count=4), as_model(segmenter(gsd=None))) is None
+    of_degrees = as_model(segmenter(gsd=10 / 111_320))
+    assert predict.gsd_warning(degrees, of_degrees) is None
+    assert predict.gsd_warning(about(count=4, gsd=10.0), of_degrees) is None
+    fit = f"--tile {round(of_degrees.tile / 3)} "
+    assert fit in predict.gsd_warning(about(count=4, gsd=30.0), of_degrees)
+    beyond = about(count=4, gsd=10 / 111_320, crs={"GTModelTypeGeoKey": 2}, north=600.0)
+    predict.gsd_warning(beyond, model)  # no place on Earth, but no reason to stop
 
 
 def test_another_scale_is_said_with_the_numbers(tmp_path, trained, capsys):
