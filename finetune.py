@@ -600,7 +600,7 @@ def evaluate(args):
                 args, segmenter, task, chosen, mean, std, generator
             )
         miou, iou = mean_iou(matrix)
-        stamp = time.strftime("%Y%m%d-%H%M%S")
+        stamp = datetime.now().strftime("%Y%m%d-%H%M%S-%f")  # runs side by side keep theirs
         saved = args.out / f"confusion_{stamp}_{encoder_hash}_{args.protocol}_seed{seed}.csv"
         write_matrix(saved, matrix.tolist(), classes)
         if model and best > max((row["val_miou"] for row in rows), default=-1):
@@ -646,8 +646,12 @@ def evaluate(args):
             "finished": stamp,
             "seconds": round(time.perf_counter() - start, 2),
         }
-        with results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        with results.open("a+b") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read() != b"\n":  # a kill left a torn line, which is not to take this one
+                    file.write(b"\n")
+            file.write(json.dumps(row).encode() + b"\n")
         rows.append(row)
         if args.maps and seed == 0:
             write_maps(args.maps, task, tiles["test"], predictions.numpy())

@@ -390,6 +390,8 @@ def test_probes_without_training(scenes, encoder, tmp_path, capsys, protocol):
     assert [row["miou"] > 0.9 for row in rows] == [True, True]
     assert rows[0]["protocol"] == protocol and rows[0]["best_epoch"] is None
     assert (rows[0]["model"] is None) == (protocol == "knn")
+    with (tmp_path / "results.jsonl").open("a") as file:
+        file.write('{"torn')  # as a kill leaves it
     finetune.main([*flags, "--labels", "0.05"])  # 2 of 48 tiles
     fewer = json.loads((tmp_path / "results.jsonl").read_text().splitlines()[-1])
     assert fewer["tiles"]["train"] == 2 and fewer["iou"] != rows[0]["iou"]
