@@ -12,7 +12,9 @@ import csv
 import json
 import re
 import zipfile
+import zlib
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -307,24 +309,19 @@ def open_set(name, root, positions, dates=None, pastis_classes=18, split_seed=0)
     task = TASKS[name]
     folder = find_folder(task, root)
     positions = list(positions)
-    try:
-        match name:
-            case "mados":
-                return open_mados(task, folder, positions)
-            case "marida":
-                return open_marida(task, folder, positions)
-            case "pastis":
-                return open_pastis(task, folder, positions, dates, pastis_classes)
-            case "sen1floods11":
-                return open_sen1floods11(task, folder, positions)
-            case "substation":
-                return open_substation(task, folder, positions, split_seed)
-            case _:
-                return open_geobench(task, folder, positions)
-    except KeyError as error:
-        raise ValueError(
-            f"{folder}: a .json file of the set lacks the entry {error}; download it again"
-        ) from error
+    match name:
+        case "mados":
+            return open_mados(task, folder, positions)
+        case "marida":
+            return open_marida(task, folder, positions)
+        case "pastis":
+            return open_pastis(task, folder, positions, dates, pastis_classes)
+        case "sen1floods11":
+            return open_sen1floods11(task, folder, positions)
+        case "substation":
+            return open_substation(task, folder, positions, split_seed)
+        case _:
+            return open_geobench(task, folder, positions)
 
 
 def open_mados(task, folder, positions):
@@ -342,7 +339,7 @@ def open_mados(task, folder, positions):
     def image(name):
         mask, bands = geotiff.info(files[name][0]), []
         for path in (files[name][1 + position] for position in positions):
-            band = read_tiff(path)[0]
+            band = read_tiff(path, 1)[0]
             rows, cols = mask.height // band.shape[0], mask.width // band.shape[1]
             # nearest neighbour, as the publisher stacks the 20 m and 60 m bands
             bands.append(band.repeat(rows, 0).repeat(cols, 1))
@@ -370,7 +367,7 @@ def open_marida(task, folder, positions):
         split,
         lambda name: files[name][0],
         lambda name: geotiff.read(files[name][1])[0],
-        lambda name: read_tiff(files[name][0], positions),
+        lambda name: read_tiff(files[name][0], len(task.bands), positions),
         task.ids, task.classes, task.stats,
     )  # fmt: skip
 
@@ -383,14 +380,16 @@ def open_geobench(task, folder, positions):
     split = read_partition(partition)
     check_files(partition, split, files, "an .hdf5 file", 1)
 
-    stats, said = {}, read_json(folder / "band_stats.json")
-    for band in task.bands:
-        # where bands are named by date, so are their statistics
-        dates = [said[key] for key in sorted(said) if is_band(key, HDF5[band])]
-        if dates:
-            mean = np.array([date["mean"] for date in dates])
-            square = np.array([date["std"] for date in dates]) ** 2 + mean**2
-            stats[band] = mean.mean(), np.sqrt(square.mean() - mean.mean() ** 2)
+    stats, place = {}, folder / "band_stats.json"
+    with whole(place, "JSON"):
+        said = read_json(place)
+        for band in task.bands:
+            # where bands are named by date, so are their statistics
+            dates = [said[key] for key in sorted(said) if is_band(key, HDF5[band])]
+            if dates:
+                mean = np.array([date["mean"] for date in dates])
+                square = np.array([date["std"] for date in dates]) ** 2 + mean**2
+                stats[band] = mean.mean(), np.sqrt(square.mean() - mean.mean() ** 2)
 
     bands = [HDF5[task.bands[position]] for position in positions]
     return Source(
@@ -407,39 +406,44 @@ def open_pastis(task, folder, positions, dates, classes):
     if classes not in (18, 19, 20):
         raise ValueError(f"--pastis-classes {classes}: choose 18, 19 or 20")
     files, split, place = {}, {}, folder / "metadata.geojson"
-    for feature in read_json(place)["features"]:
-        name = str(feature["properties"]["ID_PATCH"])
-        split[name] = FOLDS[int(feature["properties"]["Fold"])]
-        paths = folder / f"DATA_S2/S2_{name}.npy", folder / f"ANNOTATIONS/TARGET_{name}.npy"
-        files[name] = [path for path in paths if path.is_file()]
+    with whole(place, "JSON"):
+        for feature in read_json(place)["features"]:
+            name = str(feature["properties"]["ID_PATCH"])
+            split[name] = FOLDS[int(feature["properties"]["Fold"])]
+            paths = folder / f"DATA_S2/S2_{name}.npy", folder / f"ANNOTATIONS/TARGET_{name}.npy"
+            files[name] = [path for path in paths if path.is_file()]
     split = dict(sorted(split.items()))
     check_files(place, split, files, "DATA_S2 and ANNOTATIONS", 2)
 
+    def series(name):
+        return read_npy(files[name][0], (None, len(task.bands), None, None))
+
     def chosen(name):
-        count = len(read_npy(files[name][0]))
+        count = len(series(name))
         if dates is None or count <= dates:
             return np.arange(count)
         return np.linspace(0, count - 1, dates).round().astype(int)
 
     def image(name):
-        return read_npy(files[name][0])[np.ix_(chosen(name), positions)].astype(np.float32)
+        return series(name)[np.ix_(chosen(name), positions)].astype(np.float32)
 
     def label(name):
-        return np.array(read_npy(files[name][1])[0])
+        return np.array(read_npy(files[name][1], (None, None, None))[0])
 
     # the mean over the training folds, as the publisher's loader does; a patch normalised by its
     # own fold, as in other public code, would tell its test fold's statistics to the model
     stats, path = {}, folder / "NORM_S2_patch.json"
     if path.is_file():
-        said = read_json(path)
-        folds = [said[f"Fold_{fold}"] for fold in (1, 2, 3)]
-        mean, std = (np.mean([fold[key] for fold in folds], 0) for key in ("mean", "std"))
-        stats = by_band(task.bands, mean, std)
+        with whole(path, "JSON"):
+            said = read_json(path)
+            folds = [said[f"Fold_{fold}"] for fold in (1, 2, 3)]
+            mean, std = (np.mean([fold[key] for fold in folds], 0) for key in ("mean", "std"))
+            stats = by_band(task.bands, mean, std)
 
     ids, names = {**task.ids, 19: IGNORE}, task.classes[:classes]
     if classes == 18:
         ids, names = {0: IGNORE, 19: IGNORE} | {k: k - 1 for k in range(1, 19)}, task.classes[1:19]
-    longest = max(len(chosen(name)) for name in split)
+    longest = max((len(chosen(name)) for name in split), default=0)
     return Source(split, lambda name: files[name][0], label, image, ids, names, stats, longest)
 
 
@@ -449,8 +453,9 @@ def open_sen1floods11(task, folder, positions):
     lists, split = folder / "splits/flood_handlabeled", {}
     for name in SPLITS:
         path = lists / f"flood_{'valid' if name == 'val' else name}_data.csv"
-        rows = csv.reader(read_lines(path))
-        split[name] = [re.sub(r"_S1(Hand)?\.tif$", "", Path(row[0]).name) for row in rows if row]
+        with whole(path, "CSV"):
+            rows = [row[0] for row in csv.reader(read_lines(path)) if row]
+        split[name] = [re.sub(r"_S1(Hand)?\.tif$", "", Path(row).name) for row in rows]
     split, files = join_lists(split, lists), {}
     for name in split:
         paths = chips / f"S2Hand/{name}_S2Hand.tif", chips / f"LabelHand/{name}_LabelHand.tif"
@@ -460,7 +465,7 @@ def open_sen1floods11(task, folder, positions):
         split,
         lambda name: files[name][0],
         lambda name: geotiff.read(files[name][1])[0],
-        lambda name: read_tiff(files[name][0], positions),
+        lambda name: read_tiff(files[name][0], len(task.bands), positions),
         task.ids, task.classes, task.stats,
     )  # fmt: skip
 
@@ -481,11 +486,14 @@ def open_substation(task, folder, positions, seed):
         split = join_lists(dict(zip(SPLITS, map(np.ndarray.tolist, parts), strict=True)), folder)
 
     def image(name):
-        return np.median(read_npz(files[name][0])[:, positions].astype(np.float32), axis=0)
+        stack = read_npz(files[name][0], (None, len(task.bands), None, None))
+        return np.median(stack[:, positions].astype(np.float32), axis=0)
 
     return Source(
-        split, lambda name: files[name][0], lambda name: read_npz(files[name][1]), image,
-        task.ids, task.classes, task.stats,
+        split,
+        lambda name: files[name][0],
+        lambda name: read_npz(files[name][1], (None, None)),
+        image, task.ids, task.classes, task.stats,
     )  # fmt: skip
 
 
@@ -494,8 +502,37 @@ def is_band(name, number):
     return name.startswith(f"{number} - ")
 
 
-def damaged(path, kind, error):
-    return ValueError(f"{path}: no whole {kind} file ({error}); copy or download it again")
+@contextmanager
+def whole(path, kind):
+    """Name the file in whatever its content provokes while it is read -> ValueError.
+
+    What already is a sentence about the file passes. For reading only: the errors that a damaged or
+    foreign file provokes are those of a mistake in the code.
+    """
+    try:
+        yield
+    except (
+        ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError,
+        ValueError, csv.Error, zipfile.BadZipFile, zlib.error,
+    ) as error:  # fmt: skip
+        if str(error).startswith(f"{path}: "):
+            raise
+        reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:300]}"
+        raise ValueError(
+            f"{path}: no whole {kind} file as its publisher ships it ({reason}); copy or download "
+            "it again"
+        ) from error
+
+
+def check_array(array, shape):
+    """The array, if it holds numbers in this shape, where None is any length but 0."""
+    fits = array.ndim == len(shape) and all(
+        found and wanted in (None, found) for found, wanted in zip(array.shape, shape, strict=True)
+    )
+    if not fits or array.dtype.kind not in "biuf":
+        wanted = " x ".join("any" if length is None else str(length) for length in shape)
+        raise ValueError(f"{array.dtype} of shape {array.shape}, wanted numbers of shape {wanted}")
+    return array
 
 
 def read_hdf5(path, names):
@@ -504,42 +541,43 @@ def read_hdf5(path, names):
     Of a band with several dates, the first is read. Attributes, which hold pickles, are not.
     Raises ValueError for a dataset that is not there, and for a damaged file.
     """
-    try:
-        with h5py.File(path, "r") as file:
-            held = sorted(file)
-            found = [[key for key in held if key == n or is_band(key, n)] for n in names]
-            if [] in found:
-                raise ValueError(
-                    f"{path}: no dataset {names[found.index([])]!r}; it holds {', '.join(held)}"
-                )
-            return np.stack([file[keys[0]][()] for keys in found])
-    except OSError as error:
-        raise damaged(path, "HDF5", error) from error
+    with whole(path, "HDF5"), h5py.File(path, "r") as file:
+        held = sorted(file)
+        found = [[key for key in held if key == n or is_band(key, n)] for n in names]
+        if [] in found:
+            raise ValueError(
+                f"{path}: no dataset {names[found.index([])]!r}; it holds {', '.join(held)}"
+            )
+        bands = np.stack([file[keys[0]][()] for keys in found])
+        return check_array(bands, (len(names), None, None))
 
 
-def read_npy(path):
-    """Map a .npy file, so that only what is taken of it is read."""
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise damaged(path, ".npy", error) from error
+def read_npy(path, shape):
+    """Map a .npy file, so that only what is taken of it is read. shape: as of `check_array`."""
+    with whole(path, ".npy"):
+        return check_array(np.load(path, mmap_mode="r", allow_pickle=False), shape)
 
 
-def read_npz(path):
-    """The array of a .npz file that holds one, called arr_0."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return file["arr_0"]
-    except (ValueError, EOFError, KeyError, AttributeError, zipfile.BadZipFile) as error:
-        raise damaged(path, ".npz", error) from error
+def read_npz(path, shape):
+    """The array of a .npz file that holds one, called arr_0. shape: as of `check_array`."""
+    with whole(path, ".npz"), np.load(path, allow_pickle=False) as file:
+        return check_array(file["arr_0"], shape)
 
 
-def read_tiff(path, bands=None):
-    """Read bands of a GeoTIFF -> float32, NaN where not finite or where all are nodata."""
-    image, nodata = geotiff.read(path, bands=bands), geotiff.info(path).nodata
+def read_tiff(path, count, bands=None):
+    """Read bands of a GeoTIFF of `count` -> float32, NaN where not finite or where all are nodata.
+
+    Raises ValueError for a file of another number of bands, as positions tell nothing there.
+    """
+    about = geotiff.info(path)
+    if about.bands != count:
+        raise ValueError(
+            f"{path}: {about.bands} bands, its publisher ships {count}; download it again"
+        )
+    image = geotiff.read(path, bands=bands)
     missing = ~np.isfinite(image)
-    if nodata is not None:
-        missing |= (image == nodata).all(0)  # one band at nodata is a dark pixel
+    if about.nodata is not None:
+        missing |= (image == about.nodata).all(0)  # one band at nodata is a dark pixel
     return np.where(missing, np.nan, image).astype(np.float32)
 
 
@@ -561,13 +599,11 @@ def read_lines(path):
 
 def read_json(path):
     """Read a JSON file that holds an object. Raises ValueError if it does not."""
-    try:
+    with whole(path, "JSON"):
         found = json.loads("\n".join(read_lines(path)))
-    except json.JSONDecodeError as error:
-        raise damaged(path, "JSON", error) from error
-    if not isinstance(found, dict):
-        raise damaged(path, "JSON", f"a {type(found).__name__} where names and values should be")
-    return found
+        if not isinstance(found, dict):
+            raise ValueError(f"a {type(found).__name__} where names and values should be")
+        return found
 
 
 def read_lists(folder, pattern):
@@ -590,12 +626,11 @@ def join_lists(lists, where):
 
 def read_partition(path):
     """Read {"train": [samples], "valid" or "val": [...], "test": [...]} -> {sample: split}."""
-    found = read_json(path)
-    found.setdefault("val", found.get("valid", []))
-    lists = {split: map(str, found.get(split, [])) for split in SPLITS}
-    return join_lists(
-        {s: [n.removesuffix(".npz") for n in names] for s, names in lists.items()}, path
-    )
+    with whole(path, "JSON"):
+        found = read_json(path)
+        found.setdefault("val", found.get("valid", []))
+        lists = {s: [str(n).removesuffix(".npz") for n in found.get(s, [])] for s in SPLITS}
+    return join_lists(lists, path)
 
 
 def check_files(where, split, files, what, count):

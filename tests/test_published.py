@@ -415,6 +415,69 @@ def test_damaged_files_are_named(write, name):
     assert "\n" not in str(caught.value)
 
 
+ARRAYS = (np.int16(5), np.zeros(9), np.zeros((0, 0)), np.full((2, 3), "5"))
+PASTIS = ((2, 3, 16, 16), (0, 10, 16, 16), (10, 16, 16), (2, 10, 0, 16), (2, 11, 16, 16))
+
+
+@pytest.mark.parametrize(
+    "name, pattern, array",
+    [("pastis", "S2_10021.npy", np.zeros(shape, np.int16)) for shape in PASTIS]
+    + [("pastis", "TARGET_10021.npy", np.zeros((16, 16), np.uint8))]
+    + [("pastis", "TARGET_10021.npy", array) for array in ARRAYS]
+    + [("substation", "image_stack/image_3.npz", np.zeros((2, 4, 12, 12)))]
+    + [("substation", "image_stack/image_3.npz", np.zeros((0, 13, 12, 12)))]
+    + [("substation", "mask/image_3.npz", array) for array in ARRAYS],
+)
+def test_arrays_of_another_shape_are_named(write, name, pattern, array):
+    root, _ = write(name)
+    path = find(root, pattern)
+    (np.savez if path.suffix == ".npz" else np.save)(path, array)
+    message = rf"{path.name}: no whole \{path.suffix} file .*, wanted numbers .*download it again$"
+    with pytest.raises(ValueError, match=message):
+        load_task(name, root, tile=TILE)
+
+
+@pytest.mark.parametrize(
+    "dataset, array",
+    [
+        ("02 - Blue", None),  # a group
+        ("02 - Blue", np.zeros((20, 21), np.int16)),
+        ("02 - Blue", np.int16(5)),
+        ("02 - Blue", np.full((20, 20), b"5")),
+        ("label", None),
+        ("label", np.zeros((1, 20, 20), np.uint8)),
+    ],
+)
+def test_odd_datasets_are_named(write, dataset, array):
+    root, _ = write("m-sa-crop-type")
+    with h5py.File(find(root, "sample-7.hdf5"), "r+") as file:
+        del file[dataset]
+        if array is None:
+            file.create_group(dataset)
+        else:
+            file[dataset] = array
+    message = r"sample-7\.hdf5: no whole HDF5 file as its .* \(.*\); copy or download it again$"
+    with pytest.raises(ValueError, match=message):
+        load_task("m-sa-crop-type", root, tile=TILE)
+
+
+@pytest.mark.parametrize(
+    "name, pattern, shape",
+    [
+        ("sen1floods11", "Ghana*_S2Hand.tif", (3, 20, 20)),
+        ("marida", "S2_1-12-19_48MYU_1.tif", (12, 20, 20)),
+        ("mados", "Scene_0_L2R_rhorc_492_2.tif", (2, 24, 24)),
+    ],
+)
+def test_images_of_another_number_of_bands_are_named(write, name, pattern, shape):
+    root, _ = write(name)
+    path = find(root, pattern)
+    geotiff.write(path, np.zeros(shape, np.float32))
+    message = rf"{path.name}: {shape[0]} bands, its publisher ships \d+; download it again"
+    with pytest.raises(ValueError, match=message):
+        load_task(name, root, tile=TILE)
+
+
 def test_alien_labels_are_named(write, name):
     root, _ = write(name)
     if name in ("mados", "marida"):
@@ -460,14 +523,16 @@ def test_damaged_lists_are_named(write, name):
     root, _ = write(name)
     path = find(root, LISTS[name])
     path.write_text(path.read_text()[:-20])
-    with pytest.raises(ValueError, match=rf"{LISTS[name]}: no whole JSON file \("):
+    with pytest.raises(ValueError, match=rf"{LISTS[name]}: no whole JSON file .*JSONDecodeError"):
         load_task(name, root, tile=TILE)
 
 
 def test_lists_that_lack_what_they_should_say(write):
     root, _ = write("pastis")
     (root / "PASTIS-R/metadata.geojson").write_text("{}")
-    with pytest.raises(ValueError, match=r"PASTIS-R: a \.json file .* lacks the entry 'features'"):
+    with pytest.raises(
+        ValueError, match=r"metadata\.geojson: no whole JSON .*KeyError: 'features'"
+    ):
         load_task("pastis", root)
     root, _ = write("m-cashew-plantation")
     (root / "m-cashew-plant/default_partition.json").write_text("{}")
@@ -478,15 +543,47 @@ def test_lists_that_lack_what_they_should_say(write):
 def test_lists_of_the_wrong_kind(write):
     root, _ = write("substation")
     (root / "Substation/splits.json").write_text("[1, 2]")
-    with pytest.raises(ValueError, match=r"splits\.json: no whole JSON file \(a list where names"):
+    with pytest.raises(
+        ValueError, match=r"splits\.json: no whole JSON file .*: a list where names"
+    ):
         load_task("substation", root)
+
+
+@pytest.mark.parametrize(
+    "name, pattern, text, kind",
+    [
+        ("pastis", "metadata.geojson", '{"features": [1, 2]}', "JSON"),
+        ("pastis", "metadata.geojson", '{"features": 1}', "JSON"),
+        ("pastis", "metadata.geojson", '{"features": [{"properties": null}]}', "JSON"),
+        ("pastis", "NORM_S2_patch.json", '{"Fold_1": 5, "Fold_2": 5, "Fold_3": 5}', "JSON"),
+        ("pastis", "NORM_S2_patch.json", '{"Fold_1": 5}', "JSON"),
+        ("m-sa-crop-type", "default_partition.json", '{"train": 5}', "JSON"),
+        ("m-sa-crop-type", "band_stats.json", '{"02 - Blue": 5}', "JSON"),
+        ("substation", "splits.json", '{"train": null}', "JSON"),
+        ("substation", "splits.json", "[" * 100_000, "JSON"),
+        ("sen1floods11", "flood_test_data.csv", "x" * 200_000, "CSV"),
+    ],
+)
+def test_lists_of_another_build_are_named(write, name, pattern, text, kind):
+    root, _ = write(name)
+    find(root, pattern).write_text(text)
+    message = rf"{pattern}: no whole {kind} file as its .* \(.*\); copy or download it again$"
+    with pytest.raises(ValueError, match=message):
+        load_task(name, root)
+
+
+def test_a_list_without_an_entry(write):
+    root, _ = write("pastis")
+    find(root, "metadata.geojson").write_text('{"features": []}')
+    with pytest.raises(ValueError, match=r"its lists name no sample"):
+        load_task("pastis", root)
 
 
 def test_a_fold_that_is_none(write):
     root, _ = write("pastis")
     path = root / "PASTIS-R/metadata.geojson"
     path.write_text(path.read_text().replace('"Fold": 5', '"Fold": 6'))
-    with pytest.raises(ValueError, match=r"PASTIS-R: a \.json file of the set lacks the entry 6"):
+    with pytest.raises(ValueError, match=r"metadata\.geojson: no whole JSON file .*KeyError: 6"):
         load_task("pastis", root)
 
 
