@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import h5py
@@ -386,6 +387,8 @@ def open_geobench(task, folder, positions):
         for band in task.bands:
             # where bands are named by date, so are their statistics
             dates = [said[key] for key in sorted(said) if is_band(key, HDF5[band])]
+            for date in dates:
+                check_stats(place, band, date["mean"], date["std"])
             if dates:
                 mean = np.array([date["mean"] for date in dates])
                 square = np.array([date["std"] for date in dates]) ** 2 + mean**2
@@ -437,6 +440,9 @@ def open_pastis(task, folder, positions, dates, classes):
         with whole(path, "JSON"):
             said = read_json(path)
             folds = [said[f"Fold_{fold}"] for fold in (1, 2, 3)]
+            for fold in folds:
+                for band, *pair in zip_longest(task.bands, fold["mean"], fold["std"]):
+                    check_stats(path, band, *pair)
             mean, std = (np.mean([fold[key] for fold in folds], 0) for key in ("mean", "std"))
             stats = by_band(task.bands, mean, std)
 
@@ -495,6 +501,17 @@ def open_substation(task, folder, positions, seed):
         lambda name: read_npz(files[name][1], (None, None)),
         image, task.ids, task.classes, task.stats,
     )  # fmt: skip
+
+
+def check_stats(path, band, mean, std):
+    """Raise ValueError unless a band's statistics can be of reflectances, whatever their unit."""
+    numbers = all(type(value) in (int, float) for value in (mean, std))
+    if band is None or not numbers or not (abs(mean) < 1e6 and 1e-6 < std < 1e6):
+        raise ValueError(
+            f"{path}: band {band} has the mean {str(mean)[:30]} and the standard deviation "
+            f"{str(std)[:30]}, where finite numbers should be, the second above 0; download it "
+            "again"
+        )
 
 
 def is_band(name, number):

@@ -253,6 +253,40 @@ def test_pastis_statistics_are_of_the_training_folds(write):
     assert task.std.tolist() == [3, 3, 3, 3]
 
 
+WRONG = ("NaN", "Infinity", "null", '"5"', "[5]", "true", "1e30")
+
+
+@pytest.mark.parametrize("name", ["m-cashew-plantation", "m-sa-crop-type", "pastis"])
+@pytest.mark.parametrize(
+    "key, value",
+    [("mean", value) for value in WRONG]
+    + [("std", value) for value in (*WRONG, "0", "-3", "1e-40", "1e-9")],
+)
+def test_statistics_that_are_none(write, name, key, value):
+    root, _ = write(name)
+    path = find(root, "NORM_S2_patch.json" if name == "pastis" else "band_stats.json")
+    said, value = json.loads(path.read_text()), json.loads(value)
+    if name == "pastis":
+        said["Fold_2"][key][3] = value
+    else:
+        said[next(band for band in said if band.startswith("05"))][key] = value
+    path.write_text(json.dumps(said))
+    with pytest.raises(ValueError, match=rf"{path.name}: band B05 has .*; download it again$"):
+        load_task(name, root, tile=TILE)
+
+
+@pytest.mark.parametrize("count, band", [(9, "B12"), (0, "B"), (11, "None")])
+def test_pastis_statistics_of_another_number_of_bands(write, count, band):
+    root, _ = write("pastis")
+    path = find(root, "NORM_S2_patch.json")
+    said = json.loads(path.read_text())
+    for fold in said.values():
+        fold["mean"] = [100.0] * count
+    path.write_text(json.dumps(said))
+    with pytest.raises(ValueError, match=rf"NORM_S2_patch\.json: band {band} has .*download"):
+        load_task("pastis", root, tile=TILE)
+
+
 def test_bands_without_published_statistics_are_measured(write):
     root, truth = write("mados")
     task = load_task("mados", root, tile=24, bands=["B", "B12"])
