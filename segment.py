@@ -193,7 +193,7 @@ def load_segmenter(path):
     """Read a model of `save_segmenter` -> `Segmenter` in eval mode, with its facts in `.meta`.
 
     path: the file, or the results folder of finetune.py: then the model of the row with the highest
-    val_miou, which is printed. Raises FileNotFoundError or ValueError in one sentence; nothing in
+    val_miou, which is printed; of one task, else the file is asked for. Raises FileNotFoundError or ValueError in one sentence; nothing in
     the file is run.
     """
     path = Path(path)
@@ -213,21 +213,45 @@ def load_segmenter(path):
 
 
 def best_model(folder):
-    """The model file that the best row of a results folder names; prints which it is."""
+    """The model file that the best row of a results folder names; prints which it is.
+
+    Lines that are no rows, as a run that was cut off leaves them, are told and left out. Raises
+    FileNotFoundError where no row names a model, ValueError where models of several tasks are
+    there, whose scores do not compare.
+    """
     results = folder / "results.jsonl"
     if not results.is_file():
         raise FileNotFoundError(f"{folder}: holds no results.jsonl of finetune.py, so no model")
+    rows = []
+    for number, line in enumerate(results.read_bytes().splitlines(), 1):
+        try:
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError, RecursionError):
+            print(
+                f"warning: {results}: line {number} is no result and left out; was a run cut off?"
+            )
+    rows = [row for row in rows if row.get("model")]
+    tasks = {}  # the best row of each
     try:
-        rows = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
-        rows = [row for row in rows if row.get("model")]
-        best = max(rows, key=lambda row: row["val_miou"], default=None)
-        path = best and folder / Path(best["model"]).name
+        for row in sorted(rows, key=lambda row: -row["val_miou"]):
+            tasks.setdefault((row.get("task"), tuple(row.get("iou", ()))), row)
+        paths = [folder / Path(best["model"]).name for best in tasks.values()]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{results}: not the rows of finetune.py ({error!r})") from None
-    if best is None:
+    if not tasks:
         raise FileNotFoundError(f"{results}: names no model; run finetune.py with --save-model")
-    print(f"{path}: the best of {len(rows)} results, validation mIoU {best['val_miou']:.4f}")
-    return path
+    if len(tasks) > 1:
+        bests = (
+            f"{path} for {task} ({len(classes)} classes: {', '.join(map(str, classes))[:60]})"
+            for path, (task, classes) in zip(paths, tasks, strict=True)
+        )
+        raise ValueError(
+            f"{results}: models of {len(tasks)} tasks, so give the file; the best are "
+            + "; ".join(bests)
+        )
+    (best,) = tasks.values()
+    print(f"{paths[0]}: the best of {len(rows)} results, validation mIoU {best['val_miou']:.4f}")
+    return paths[0]
 
 
 def parse_segmenter(state, facts, path):

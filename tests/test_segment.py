@@ -184,9 +184,11 @@ def test_a_folder_gives_its_best_model(tmp_path, capsys):
         ('{"model": "gone", "val_miou": 1}', "gone: no such model; give a model_"),
         ('{"model": "../../gone", "val_miou": 1}', "results.gone: no such model"),
         ('{"model": "x"}\n', "not the rows of finetune.py .KeyError"),
-        ("5\n", "not the rows of finetune.py .AttributeError"),
-        ("{", "not the rows of finetune.py .JSONDecodeError"),
-        ("\udc80", "not the rows of finetune.py .UnicodeDecodeError"),
+        ('{"model": "x", "val_miou": "y"}\n', "not the rows of finetune.py .TypeError"),
+        ('{"model": "x", "val_miou": 1, "iou": 3}\n', "not the rows of finetune.py .TypeError"),
+        ("5\n", "names no model; run finetune.py with --save-model"),
+        ("{", "names no model; run finetune.py with --save-model"),
+        ("\udc80", "names no model; run finetune.py with --save-model"),
     ],
 )
 def test_folders_without_a_model(tmp_path, lines, message):
@@ -196,6 +198,40 @@ def test_folders_without_a_model(tmp_path, lines, message):
         (folder / "results.jsonl").write_bytes(lines.encode(errors="surrogateescape"))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         load_segmenter(folder)
+
+
+@pytest.mark.parametrize("torn", ['{"model": "mod', "\udc80", "5", "[1]", "", "[" * 99999])
+@pytest.mark.parametrize("first", [False, True])
+def test_a_torn_line_costs_no_model(tmp_path, capsys, torn, first):
+    save_segmenter(tmp_path / "a.safetensors", Segmenter(small_vit(), 3, 24), **META)
+    rows = [
+        json.dumps({"model": f"{name}.safetensors", "val_miou": miou})
+        for name, miou in (("a", 0.6), ("b", 0.5))
+    ]
+    lines = "\n".join([torn, *rows] if first else [*rows, torn + "\n"])
+    (tmp_path / "results.jsonl").write_bytes(lines.encode(errors="surrogateescape"))
+    assert load_segmenter(tmp_path).classes == 3
+    said = capsys.readouterr().out
+    assert f"results.jsonl: line {1 if first else 3} is no result and left out" in said
+    assert "a.safetensors: the best of 2 results" in said
+
+
+def test_a_folder_of_several_tasks_asks_for_the_file(tmp_path):
+    rows = [
+        {"model": "a", "val_miou": 0.2, "task": "mados", "iou": {"oil": None, "foam": 0.1}},
+        {"model": "b", "val_miou": 0.3, "task": "mados", "iou": {"oil": 0.1, "foam": 0.1}},
+        {"model": "c", "val_miou": 0.9, "task": "marida", "iou": {"oil": 0.1, "foam": 0.1}},
+        {"model": "d", "val_miou": 0.1, "task": "mados", "iou": {"oil": 0.1, "ship": 0.1}},
+    ]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError) as caught:
+        load_segmenter(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path / 'results.jsonl'}: models of 3 tasks, so give the file; the best are "
+        f"{tmp_path / 'c'} for marida (2 classes: oil, foam); "
+        f"{tmp_path / 'b'} for mados (2 classes: oil, foam); "
+        f"{tmp_path / 'd'} for mados (2 classes: oil, ship)"
+    )
 
 
 @pytest.fixture
