@@ -643,7 +643,10 @@ RESAVE = (
 
 
 def read_tensors(path):
-    """All tensors of a .safetensors or torch file: (nested dict, crossscale facts or None)."""
+    """All tensors of a .safetensors or torch file: (nested dict, crossscale facts or None).
+
+    The facts of our exports are a dict with the dicts config and meta in it.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such encoder; give a run directory or a weights file")
     if path.suffix == ".safetensors":
@@ -653,7 +656,19 @@ def read_tensors(path):
                 state = {key: file.get_tensor(key) for key in file.keys()}
         except SafetensorError as error:
             raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
-        return state, facts and json.loads(facts)
+        if facts is None:
+            return state, None
+        try:
+            facts = json.loads(facts)
+            fits = isinstance(facts["config"], dict) and isinstance(facts["meta"], dict)
+        except (ValueError, LookupError, TypeError, RecursionError):
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"{path}: its crossscale metadata is no JSON object with the objects config and "
+                "meta; export or fetch it again"
+            )
+        return state, facts
     try:
         return torch.load(path, map_location="cpu", weights_only=True), None
     except pickle.UnpicklingError as error:

@@ -604,6 +604,30 @@ def test_bad_encoder_files(tmp_path):
         load_encoder(tmp_path / "resnet.pt")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "5", "{", "", "null", "[]", '"config meta"', '{"config": {}}', '{"config": [], "meta": {}}',
+        '{"config": {}, "meta": 5}', pytest.param("[" * 99999, id="deep"),
+    ],
+)  # fmt: skip
+def test_odd_metadata_get_one_sentence(tmp_path, text):
+    path = tmp_path / "x.safetensors"
+    save_file(small().state_dict(), path, {"crossscale": text})
+    with pytest.raises(ValueError) as caught:
+        load_encoder(path)
+    assert str(caught.value) == (
+        f"{path}: its crossscale metadata is no JSON object with the objects config and meta; "
+        "export or fetch it again"
+    )
+
+
+def test_other_programs_metadata_are_passed_over(tmp_path):
+    state = small().state_dict()
+    save_file(state, tmp_path / "x.safetensors", {"format": "pt"})
+    assert load_encoder(tmp_path / "x.safetensors", heads=2).meta == {}
+
+
 def test_other_architectures_are_refused(tmp_path):
     state = small().state_dict()
     cases = {
