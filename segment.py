@@ -193,8 +193,8 @@ def load_segmenter(path):
     """Read a model of `save_segmenter` -> `Segmenter` in eval mode, with its facts in `.meta`.
 
     path: the file, or the results folder of finetune.py: then the model of the row with the highest
-    val_miou, which is printed; of one task, else the file is asked for. Raises FileNotFoundError or ValueError in one sentence; nothing in
-    the file is run.
+    val_miou, which is printed. Raises FileNotFoundError or ValueError in one sentence, also for a
+    folder of models of several tasks; nothing in the file is run.
     """
     path = Path(path)
     if path.is_dir():
@@ -264,25 +264,34 @@ def parse_segmenter(state, facts, path):
     about, meta = facts["segmenter"], facts["meta"]
     encoder = parse_encoder(state, facts, path, None)
     bands, patch = encoder.in_channels, encoder.patch_size
-    size, numbers = about["image_size"], (int, float)
+    size, count, gsd = about["image_size"], meta["file_bands"], meta["gsd"]
+
+    def holds(name, types, fits=lambda value: True):
+        values = meta[name]
+        return isinstance(values, list) and all(type(v) in types and fits(v) for v in values)
+
+    def whole(value):
+        return type(value) is int and value > 0  # JSON's true is an int to isinstance
+
     expected = {
-        "classes": isinstance(meta["classes"], list)
-        and all(isinstance(name, str) for name in meta["classes"])
-        and len(meta["classes"]) > 0,
-        "bands": isinstance(meta["bands"], list) and len(meta["bands"]) in (0, bands),
-        "positions": isinstance(meta["positions"], list) and len(meta["positions"]) == bands,
-        "mean": all(isinstance(v, numbers) and math.isfinite(v) for v in meta["mean"])
-        and len(meta["mean"]) == bands,
-        "std": all(isinstance(v, numbers) and 0 < v < math.inf for v in meta["std"])
+        "classes": holds("classes", (str,)) and len(meta["classes"]) > 0,
+        "bands": holds("bands", (str,)) and len(meta["bands"]) in (0, bands),
+        "file_bands": whole(count),
+        "positions": whole(count)
+        and holds("positions", (int,), lambda position: 0 <= position < count)
+        and len(meta["positions"]) == bands,
+        "mean": holds("mean", (int, float), math.isfinite) and len(meta["mean"]) == bands,
+        "std": holds("std", (int, float), lambda std: 0 < std < math.inf)
         and len(meta["std"]) == bands,
-        "tile": isinstance(meta["tile"], int) and meta["tile"] > 0,
-        "image_size": isinstance(size, int) and size > 0 and size % patch == 0,
+        "tile": whole(meta["tile"]),
+        "gsd": gsd is None or (type(gsd) in (int, float) and 0 < gsd < math.inf),
+        "image_size": whole(size) and size % patch == 0,
     }
     wrong = [name for name, fits in expected.items() if not fits]
     if wrong:
         found = {**meta, "image_size": size}[wrong[0]]
         raise ValueError(
-            f"{path}: its {wrong[0]} ({str(found)[:60]}) do not fit an encoder of {bands} bands "
+            f"{path}: its {wrong[0]} ({str(found)[:60]}) do not fit a model of {bands} bands "
             f"and {patch} px patches; save it again"
         )
     segmenter = Segmenter(encoder, len(meta["classes"]), size, about["head"])
