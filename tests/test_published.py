@@ -594,8 +594,8 @@ def test_lists_of_the_wrong_kind(write):
         ("m-sa-crop-type", "default_partition.json", '{"train": 5}', "JSON"),
         ("m-sa-crop-type", "band_stats.json", '{"02 - Blue": 5}', "JSON"),
         ("substation", "splits.json", '{"train": null}', "JSON"),
-        ("substation", "splits.json", "[" * 100_000, "JSON"),
-        ("sen1floods11", "flood_test_data.csv", "x" * 200_000, "CSV"),
+        pytest.param("substation", "splits.json", "[" * 100_000, "JSON", id="deep"),
+        pytest.param("sen1floods11", "flood_test_data.csv", "x" * 200_000, "CSV", id="long"),
     ],
 )
 def test_lists_of_another_build_are_named(write, name, pattern, text, kind):
