@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import geotiff
 from data import SPLITS, Store, resample, usable
 from figures import save_figure
 from formats import read_geotiff
@@ -114,11 +113,14 @@ def examine(path, name, out):
 
 
 def read_index(path):
-    """Columns of index.csv: source (N,) numbers into sources, row, col, split, valid, days.
+    """Columns of index.csv: source (N,) numbers into sources, row, col, split, valid, days, crs
+    (N,) numbers into crs_names, transform (N, 6).
 
-    days: (N,) from the MR date to the HR date, NaN where one is unknown.
+    days: (N,) from the MR date to the HR date, NaN where one is unknown. transform: of the MR chip,
+    NaN where it is not georeferenced.
     """
-    numbers, columns = {}, {key: [] for key in "source row col split valid days".split()}
+    numbers, codes = {}, {}
+    columns = {key: [] for key in "source row col split valid days crs transform".split()}
     with usable(path) as file, file.open(newline="", encoding="utf-8") as lines:
         for row in csv.DictReader(lines):
             days = math.nan
@@ -131,7 +133,10 @@ def read_index(path):
             columns["split"].append(SPLITS.index(row["split"]))
             columns["valid"].append(float(row["valid"]))
             columns["days"].append(days)
-    return {key: np.array(column) for key, column in columns.items()} | {"sources": [*numbers]}
+            columns["crs"].append(codes.setdefault(row["crs"], len(codes)))
+            columns["transform"].append([float(row[key] or "nan") for key in "abcdef"])
+    arrays = {key: np.array(column) for key, column in columns.items()}
+    return arrays | {"sources": [*numbers], "crs_names": [*codes]}
 
 
 # ---- pixels
@@ -388,26 +393,22 @@ def ground_boxes(figures, chip):
     """Where each chip lies: frame (N,) int64, -1 unknown; box (N, 2, 2) its lowest and highest
     (row, col).
 
-    A frame is a CRS, counted in pixels of the first MR file in it, while the files are still where
-    they were packed from; else the source itself.
+    A frame is a CRS, counted in pixels of its first chip; without georeference it is the source.
     """
-    frames, place, matrices = {}, [], []
-    for name in tqdm(figures["sources"], "MR headers", leave=False):
-        path, key, matrix = Path(name), name, np.eye(3)
-        if path.suffix.lower() in (".tif", ".tiff") and path.is_file():
-            info = geotiff.info(path)
-            if info.transform is not None:
-                a, b, c, d, e, f = info.transform
-                matrix = np.array([[e, d, f], [b, a, c], [0, 0, 1]])  # row, col, 1 -> y, x, 1
-                key = "CRS", geotiff.crs_name(info.crs)
-        number, anchor = frames.setdefault(key, (len(frames), matrix))
-        place.append(number if name else -1)
-        matrices.append(np.linalg.solve(anchor, matrix))
+    placed = ~np.isnan(figures["transform"]).any(1)
+    a, b, c, d, e, f = np.where(placed, figures["transform"].T, 0)
+    one, nil = np.ones(len(placed)), np.zeros(len(placed))
+    there = np.array([[e, d, f], [b, a, c], [nil, nil, one]])  # row, col, 1 -> y, x, 1
+    here = np.array([[one, nil, figures["row"]], [nil, one, figures["col"]], [nil, nil, one]])
+    matrices = np.where(placed, there, here).transpose(2, 0, 1)
+    named = np.array([name != "" for name in figures["sources"]])[figures["source"]]
+    alone = np.where(named, len(figures["crs_names"]) + figures["source"], -1)
+    frame = np.where(placed, figures["crs"], alone)
+    _, first, number = np.unique(frame, return_index=True, return_inverse=True)
+    matrices = np.linalg.solve(matrices[first][number.reshape(-1)], matrices)
     corners = np.array([[0, 0], [0, chip[1]], [chip[0], 0], chip])
-    corners = np.stack([figures["row"], figures["col"]], 1)[:, None] + corners  # (N, 4, 2)
-    matrices = np.array(matrices)[figures["source"]]
-    ground = corners @ matrices[:, :2, :2].swapaxes(1, 2) + matrices[:, None, :2, 2]
-    return np.array(place)[figures["source"]], np.stack([ground.min(1), ground.max(1)], 1)
+    ground = corners @ matrices[:, :2, :2].swapaxes(1, 2) + matrices[:, None, :2, 2]  # (N, 4, 2)
+    return frame, np.stack([ground.min(1), ground.max(1)], 1)
 
 
 # ---- what it comes to
@@ -550,6 +551,9 @@ def report(name, figures, store):
             print(f"  leaks        {text}")
     if not figures["leak_by"].any():
         print("  leaks        none between splits")
+    codes = [name for name in figures["crs_names"] if name]
+    if len(codes) > 1:
+        print(f"               the ground of {', '.join(codes)} is not compared with each other")
 
 
 def worst(values, figures, form, sign=1, number=3):
@@ -565,7 +569,8 @@ def draw(path, name, figures, store):
     shift = figures["shift"][np.isfinite(figures["shift"][:, 0])]
     length = np.hypot(*shift.T)
     figure = Figure(figsize=(12, 7))
-    figure.suptitle(f"{name}: {len(store)} chips, {int(store.has_hr.sum())} pairs")
+    title = f"{name}: {len(store)} chips, {int(store.has_hr.sum())} pairs"
+    figure.suptitle(title, parse_math=False)
     (where, far, alike), (valid, full, apart) = figure.subplots(2, 3)
     where.scatter(shift[:, 1], shift[:, 0], s=6, alpha=0.5, linewidths=0)
     edge = max(1.0, 1.05 * np.abs(shift).max(initial=0))

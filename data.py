@@ -28,9 +28,9 @@ FORMAT = "crossscale store"
 VERSION = 2
 WINDOW = "hr_row hr_col hr_height hr_width".split()
 INDEX = (
-    "chip hr mr_source hr_source row col hr_row hr_col hr_height hr_width mr_date hr_date split "
-    "valid"
-).split()
+    "chip hr mr_source hr_source row col hr_row hr_col hr_height hr_width mr_date hr_date crs "
+    "a b c d e f split valid"
+).split()  # crs, a to f: where the MR chip lies, as geotiff.Info says it of an image
 SPLITS = "train val test".split()
 
 
@@ -91,7 +91,10 @@ class Store:
         self.flagged = np.zeros(len(self), bool)
         if (path / "flags.csv").is_file():
             with usable(path / "flags.csv") as file:
-                self.flagged[[int(row["chip"]) for row in read_csv(file)]] = True
+                flagged = np.array([int(row["chip"]) for row in read_csv(file)], np.int64)
+                if (flagged < 0).any():
+                    raise ValueError("a chip below 0")
+                self.flagged[flagged] = True
         pairs = np.flatnonzero(self.has_hr & (self._split == "train"))
         drop = np.random.default_rng((seed, 3)).permutation(pairs)[round(hr_share * len(pairs)) :]
         self.has_hr[drop] = False
@@ -165,7 +168,10 @@ def usable(file):
     """Yield a file of a store; whatever its reading or checking trips over becomes one sentence."""
     try:
         yield file
-    except (OSError, ValueError, TypeError, LookupError, csv.Error, tokenize.TokenError) as error:
+    except (
+        *(OSError, ValueError, TypeError, LookupError, OverflowError),
+        *(csv.Error, tokenize.TokenError),
+    ) as error:
         raise ValueError(
             f"{file}: cannot be used ({type(error).__name__}: {error}); pack the store again"
         ) from error

@@ -602,8 +602,19 @@ def cut_block(job, block, holes):
     for k, (top, left) in enumerate(here.tolist()):
         stored = [(fill_holes(*image), channel_moments(*image)) for image in images.get(k, [])]
         why = fate[k].get("reason", "") if stored else ""
-        chips.append(Chip(row | {"row": top, "col": left} | fate[k], stored, why))
+        place = chip_place(mr.info, top, left)
+        chips.append(Chip(row | {"row": top, "col": left} | place | fate[k], stored, why))
     return chips
+
+
+def chip_place(info, row, col):
+    """crs and a to f of index.csv: name of the CRS and transform of the chip at a whole pixel."""
+    if info.transform is None:
+        return {}
+    a, b, c, d, e, f = info.transform
+    corner = a * col + b * row + c, d * col + e * row + f
+    values = geotiff.crs_name(info.crs), a, b, corner[0], d, e, corner[1]
+    return dict(zip(("crs", *"abcdef"), values, strict=True))
 
 
 def read_chips(source, corners, size, offset, holes):

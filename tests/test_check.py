@@ -14,7 +14,9 @@ from stores import write_store
 
 import check
 import data
+import pack
 import scenes
+from formats import read_geotiff
 
 NOISE = np.random.default_rng(1)
 
@@ -282,9 +284,12 @@ def test_leaks_by_ground_are_a_loop():
         "col": rng.integers(0, 160, count),
         "sources": ["a", "b", ""],
         "mr_digest": np.stack([np.arange(count)] * 2, 1) + 1,
+        "transform": np.full((count, 6), np.nan),
+        "crs": np.zeros(count, int),
+        "crs_names": [""],
     }
     leak, _ = check.find_leaks(figures, (10, 14))
-    split, source, row, col, _, _ = figures.values()
+    split, source, row, col, *_ = figures.values()
     for i in range(count):
         others = [
             j
@@ -297,23 +302,47 @@ def test_leaks_by_ground_are_a_loop():
         assert (leak[i] in others) if others else leak[i] == -1
 
 
-def test_ground_of_georeferenced_files(tmp_path):
-    store = write_store(tmp_path / "store", chips=4, size=16)
-    for name, shift, crs in (
-        ("a", 0, 32631),
-        ("b", 160, 32631),
-        ("c", 155, 32631),
-        ("d", 0, 32632),
+@pytest.mark.parametrize("turn", [0, 30])
+def test_ground_of_georeferenced_chips(tmp_path, capsys, turn):
+    """By what the store says of its chips: files may be elsewhere, and lie in several parts."""
+    store = write_store(tmp_path / "store", chips=6, size=16)
+    cos, sin = 10 * np.cos(np.radians(turn)), 10 * np.sin(np.radians(turn))
+    grid = {"a": cos, "b": sin, "d": sin, "e": -cos}
+    # along the rows of the grid, in its pixels: one pixel into the first chip, beside it, ...
+    for chip, (right, down, crs) in enumerate(
+        [(0, 0, "x"), (16, 0, "x"), (15, 15, "x"), (0, 0, "y"), (0, 16, "x"), (0, -16, "x")]
     ):
-        write_scene(tmp_path / f"{name}.tif", 10.0, (shift, 0), 16, 16, crs=crs)
-    edit_index(
-        store,
-        lambda i: place("train" if i else "val", 0, 0, path=str(tmp_path / f"{'abcd'[i]}.tif")),
-    )
-    assert check.check(store)["leak"].tolist() == [-1, -1, 0, -1]
-    for file in tmp_path.glob("*.tif"):
-        file.unlink()
-    assert (check.check(store)["leak"] == -1).all()  # the files are gone: by source and pixels
+        corner = {"c": 5e5 + cos * right + sin * down, "f": 4e6 + sin * right - cos * down}
+        where = place("train" if chip else "val", 0, 0, path=f"{chip}.SAFE") | grid | corner
+        edit_index(store, lambda i, c=chip, w=where, n=crs: w | {"crs": n} if i == c else None)
+    assert check.check(store)["leak"].tolist() == [-1, -1, 0, -1, -1, -1]
+    assert "the ground of x, y is not compared" in capsys.readouterr().out
+    edit_index(store, lambda i: dict.fromkeys(("crs", *"abcdef"), ""))
+    assert (check.check(store)["leak"] == -1).all()  # by source, and each has its own
+
+
+def test_packed_chips_know_their_ground(tmp_path):
+    """Dates of one place, packed as they should not be: leaks are seen from any folder."""
+    for name, side in (("2019", 64), ("2020", 32)):
+        write_scene(tmp_path / "mr" / f"{name}.tif", 10.0, (0, 0), side, side)
+        write_scene(tmp_path / "hr" / f"{name}.tif", 5.0, (0, 0), 2 * side, 2 * side)
+    pack.pack(read_geotiff(tmp_path / "mr", tmp_path / "hr"), tmp_path / "store", chip=16, val=0)
+    rows = rows_of(tmp_path / "store" / "index.csv")
+    assert {row["crs"] for row in rows} == {"EPSG:32631"}
+    for row in rows:
+        a, b, c, d, e, f = (float(row[key]) for key in "abcdef")
+        assert (a, b, d, e) == (10, 0, 0, -10)
+        assert (c - EAST, NORTH - f) == (10 * int(row["col"]), 10 * int(row["row"]))
+    first = next(n for n, row in enumerate(rows) if "2020" in row["mr_source"])
+    edit_index(tmp_path / "store", lambda i: {"split": "val" if i == first else "train"})
+    shutil.rmtree(tmp_path / "mr")
+    leak = check.check(tmp_path / "store")["leak"]
+    twins = [
+        n
+        for n, row in enumerate(rows)
+        if (row["row"], row["col"]) == (rows[first]["row"], rows[first]["col"]) and n != first
+    ]
+    assert np.flatnonzero(leak >= 0).tolist() == twins
 
 
 # ---- stores of every kind, and what is written
