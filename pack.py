@@ -19,7 +19,7 @@ import os
 import shutil
 from collections import Counter, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -112,11 +112,12 @@ def pack(
             f"--band-names {','.join(listing.bands['mr'])}: a name occurs twice; give each band "
             "its own"
         )
-    out = Path(out)
-    check_output(out, overwrite)
-    folder = out.with_name(f"{out.name}.packing")
-    pool = ThreadPoolExecutor(workers)
-    try:
+    out = Path(os.path.realpath(out))  # a link stays, what it leads to is replaced
+    with alone(out), ExitStack() as stack:
+        check_output(out, overwrite)
+        folder = out.with_name(f"{out.name}.packing")
+        pool = ThreadPoolExecutor(workers)
+        stack.callback(pool.shutdown, cancel_futures=True)  # after an error nobody waits for more
         job = survey(listing, pool, chip, stride)
         job = job._replace(min_valid=min_valid, unpaired=keep_unpaired or "hr" not in job.shape)
         if offset is not None:
@@ -145,19 +146,55 @@ def pack(
             else:
                 shutil.rmtree(folder)
             raise
-    finally:
-        pool.shutdown(cancel_futures=True)  # after an error nobody waits for what is queued
-    try:
-        meta, skipped, notes = complete(listing, folder, job, state, plan, command)
-    except ValueError:
-        shutil.rmtree(folder)  # none of its chips is wanted as these flags have it
-        raise
-    if out.exists():
-        os.replace(out, folder / "old")
-    os.replace(folder / "store", out)
-    shutil.rmtree(folder)
+        try:
+            meta, skipped, notes = complete(listing, folder, job, state, plan, command)
+        except ValueError:
+            shutil.rmtree(folder)  # none of its chips is wanted as these flags have it
+            raise
+        if out.exists():
+            os.replace(out, folder / "old")
+        os.replace(folder / "store", out)
+        shutil.rmtree(folder)
     report(out, meta, skipped, state, notes)
     return meta
+
+
+@contextmanager
+def alone(out):
+    """Keep other processes from packing to `out`, by a lock on OUT.packing.lock, which the system
+    releases however this process ends. Raises FileExistsError where another holds it."""
+    path = out.with_name(f"{out.name}.packing.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = getattr(os, "O_TEMPORARY", 0)  # Windows deletes open files in no other way
+    with open(path, "ab", opener=lambda name, how: os.open(name, how | temporary)) as file:
+        try:
+            lock(file)
+            mine = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+        except (BlockingIOError, PermissionError):
+            mine = False
+        except OSError as error:  # some network drives have no locks
+            print(f"warning: {path}: cannot be locked ({error}); start no other pack to {out}")
+            mine = True
+        if not mine:  # or its owner deleted it just now
+            raise FileExistsError(
+                f"{out}: another data.py pack is writing it; wait for it or choose another OUT"
+            )
+        try:
+            yield
+        finally:
+            if not temporary:
+                path.unlink(missing_ok=True)
+
+
+def lock(file):
+    if os.name == "nt":
+        import msvcrt
+
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def check_output(out, overwrite):

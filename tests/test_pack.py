@@ -34,6 +34,7 @@ import pack
 SHARED = Path(os.environ.get("CROSSSCALE_SHARED", Path(__file__).parents[2] / "shared")) / "data"
 
 
+TESTS = str(Path(__file__).parent)
 draw_contact = pack.draw_contact
 
 
@@ -779,6 +780,64 @@ def test_a_kill_while_the_store_is_completed(tmp_path, monkeypatch, stage):
     assert sorted(os.listdir(tmp_path)) == ["hr", "mr", "store", "whole"]
     reasons = [row["reason"] for row in rows_of(tmp_path / "store", "skipped")]
     assert reasons.count("touches two splits") == len(reasons) > 0
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_one_pack_at_a_time_writes_a_store(tmp_path, overwrite):
+    """The second neither joins in nor deletes what the first writes; a dead one holds no lock."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, "store"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(pack.__file__).parent), TESTS])},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as other:
+        assert other.stdout.readline().strip() == b"held"
+        before = sorted(tmp_path.rglob("*"))
+        message = r"store: another data\.py pack is writing it; wait for it or choose another OUT$"
+        with pytest.raises(FileExistsError, match=message):
+            pack.pack(patches(), tmp_path / "store", overwrite=overwrite)
+        assert sorted(tmp_path.rglob("*")) == before
+        other.kill()
+    assert pack.pack(patches(), tmp_path / "store", overwrite=True)["count"]["mr"] == 12
+    assert os.listdir(tmp_path) == ["store"]
+
+
+HOLD = """
+import sys, numpy, formats, landscape, pack
+pixels = numpy.ones((1, 16, 16), "uint8")
+def opened():
+    if opened.times == 1:  # after the survey
+        print("held", flush=True)
+        sys.stdin.read()
+    opened.times += 1
+    return iter([formats.Pair(landscape.image("a", pixels), [])])
+opened.times = 0
+unit = formats.Unit("a", opened)
+pack.pack(formats.Listing([unit], {"mr": ["x"], "hr": []}, 16), sys.argv[1])
+"""
+
+
+def test_a_lock_that_its_owner_deletes_just_then_is_none(tmp_path, monkeypatch):
+    lock = pack.lock
+
+    def late(file):
+        Path(file.name).unlink()
+        lock(file)
+
+    monkeypatch.setattr(pack, "lock", late)
+    with pytest.raises(FileExistsError, match=r"another data\.py pack is writing it"):
+        pack.pack(patches(), tmp_path / "store")
+
+
+def test_a_drive_without_locks_is_told(tmp_path, monkeypatch, capsys):
+    def refuse(file):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(pack, "lock", refuse)
+    pack.pack(patches(), tmp_path / "store")
+    assert "lock: cannot be locked ([Errno 38] Function" in capsys.readouterr().out
+    assert os.listdir(tmp_path) == ["store"]
 
 
 def stopped(tmp_path, monkeypatch, **options):
