@@ -50,9 +50,10 @@ Listing = namedtuple("Listing", "units bands chip sources skipped", defaults=(No
 
 RASTERS = (".tif", ".tiff", ".jp2")
 BGRN = ["B", "G", "R", "NIR"]
-# the names of bands that mean the same; "B2" is left alone, it is another band of other satellites
+# the names of bands that mean the same; "B2" is another band of other satellites: see meanings
 SAME_BAND = {"b02": "B", "b03": "G", "b04": "R", "b08": "NIR"}
 SAME_BAND |= {"blue": "B", "green": "G", "red": "R", "nir": "NIR"}
+SAME_BAND |= {"b": "B", "g": "G", "r": "R", "n": "NIR", "nearinfrared": "NIR"}
 BAND_FILE = re.compile(
     r"(?P<scene>.*?)[_.-]?(?<![A-Za-z0-9])(?P<band>B(0?[1-9]|1[0-2]|8A)|blue|green|red|nir)"
     r"(_\d\dm)?",
@@ -77,22 +78,27 @@ def read_geotiff(
     ("..._B04.tif", "..._red.tif") and those next to it that differ in this alone are its scene; so
     are the bands of a Sentinel-2 SAFE folder. mr_bands, hr_bands: names or positions from 0, as
     text; all bands when None, but B, G, R, NIR of a scene of one file per band. band_names,
-    hr_band_names: what the chosen bands are called, else as in the files.
+    hr_band_names: what the chosen bands are called, else as in the files. Where both sensors name
+    their bands HR gives those that MR has, by what the names mean; else theirs are the same, in
+    the same order.
     Returns Listing, a unit per MR image. Raises FileNotFoundError or ValueError as its parts do.
     """
     if hr is None and (Path(mr) / "mr").is_dir():
         mr, hr = Path(mr) / "mr", Path(mr) / "hr"
         hr = hr if hr.is_dir() else None
     mr_sources, names = open_sources(mr, "mr", mr_bands, band_names, nodata)
+    check_band_order({"--mr-bands": mr_sources}, band_names)
     pairs, hr_names = [(source, []) for source in mr_sources], []
     if hr is not None:
-        if not hr_bands and not hr_band_names:
+        called = hr_band_names
+        if not called:
             path, files = scenes(find_files(hr, "--hr"))[0]
-            has = [name.lower() for name in files or describe(path).band_names]
-            both = [name for name in names if name.lower() in has]
-            if 0 < len(both) < max(len(has), len(names)):
-                hr_bands = hr_band_names = both
-        hr_sources, hr_names = open_sources(hr, "hr", hr_bands, hr_band_names or names, nodata)
+            has = list(files or describe(path).band_names)
+            hr_bands, called = shared_bands(mr_sources[0], names, path, has, hr_bands)
+        hr_sources, hr_names = open_sources(hr, "hr", hr_bands, called or names, nodata)
+        same = dict(zip(meanings(names), names, strict=True))
+        meant = zip(hr_names, meanings(hr_names), strict=True)
+        hr_names = [name if name in names else same.get(m, name) for name, m in meant]
         if other := [name for name in hr_names if name not in names]:
             raise ValueError(
                 f"--hr-band-names {','.join(hr_names)}: {other[0]} is no band of the MR files "
@@ -327,39 +333,92 @@ def open_sources(where, sensor, wanted, names, nodata):
     return sources, names
 
 
+def meanings(names):
+    """The names of one file's bands, those that mean the same in one spelling, else in lower case.
+
+    "B2" is Sentinel-2's beside a name that it alone has (B8A, or with a zero: B02), or where three
+    of B2, B3, B4 and B8 come without B1, B5, B6 and B7, which Landsat has too.
+    """
+    lower = [name.lower() for name in names]
+    sentinel = any(re.fullmatch("b(8a|0[1-9])", name) for name in lower) or (
+        len({"b2", "b3", "b4", "b8"} & {*lower}) >= 3 and not {"b1", "b5", "b6", "b7"} & {*lower}
+    )
+    if sentinel:
+        lower = [re.sub("^b([1-9])$", r"b0\1", name) for name in lower]
+    return [SAME_BAND.get(re.sub("[ _-]", "", name), name) for name in lower]
+
+
 def positions(wanted, names):
-    """Where the wanted bands are among names, by name or by index as text; -1 for those that are
-    not."""
-    known = {SAME_BAND.get(name.lower(), name).lower(): band for band, name in enumerate(names)}
-    known |= {name.lower(): band for band, name in enumerate(names)}
+    """Where the wanted bands are among names, by index as text, by name, or by what that means; -1
+    for those that are not."""
+    known = dict(zip(meanings(names)[::-1], range(len(names))[::-1], strict=True))
+    exact = {name.lower(): band for band, name in enumerate(names)}
     return [
-        int(w)
-        if w.isdigit()
-        else known.get(w.lower(), known.get(SAME_BAND.get(w.lower(), "?").lower(), -1))
-        for w in wanted
+        int(w) if w.isdecimal() else exact.get(w.lower(), known.get(meant, -1))
+        for w, meant in zip(wanted, meanings(wanted), strict=True)
     ]
+
+
+def names_of(source):
+    """[(name in the file, what it means)] of a source's bands; [] unless all are named, and not by
+    numbers."""
+    has = source.info.band_names
+    names = [(has[band], meanings(has)[band]) for band in source.bands if has]
+    return names if all(name and not name.isdecimal() for name, _ in names) else []
+
+
+def shared_bands(mr, names, path, has, wanted):
+    """Which bands of the HR files are MR's, and what MR calls them: (hr_bands, names or None).
+
+    mr: a source, whose bands are called names. has: what the HR file at path calls all of its
+    bands. wanted: bands chosen from these by the user, or None; returned as it is where one sensor
+    does not name its bands, or both use the same names.
+    Raises ValueError if both name their bands and share none, or not all that are wanted.
+    """
+    at = positions(wanted, has) if wanted else range(len(has))
+    if not has or min(at) < 0 or max(at) >= len(has):
+        return wanted, None
+    theirs = [(has[band], meanings(has)[band]) for band in at]
+    ours = names_of(mr) or list(zip(names, meanings(names), strict=True))
+    if not all(name and not name.isdecimal() for name, _ in ours + theirs):
+        return wanted, None
+    if sorted(name.lower() for name, _ in ours) == sorted(name.lower() for name, _ in theirs):
+        return wanted, None  # check_band_order compares them, in every file
+    name_of = {meant: name for name, meant in reversed(theirs)}
+    both = [(name_of[m], name) for (_, m), name in zip(ours, names, strict=True) if m in name_of]
+    left = [name for name, _ in theirs if name not in dict(both)]
+    if not both and not names_of(mr):
+        return wanted, None  # the names that the user gives are of bands in this order
+    if left and (wanted or not both):
+        raise ValueError(
+            f"{path}: {','.join(left)} {'is no band' if len(left) == 1 else 'are no bands'} of the "
+            f"MR files ({','.join(name for name, _ in ours)}); choose those that both have with "
+            "--hr-bands, or say what MR calls them with --hr-band-names"
+        )
+    if left:
+        print(f"{path}: {','.join(left)} left out, as MR has {','.join(name for name, _ in ours)}")
+    return [theirs_name for theirs_name, _ in both], [name for _, name in both]
 
 
 def check_band_order(flags, given, flag_given="--band-names"):
     """Raise ValueError where a file has the bands of another, by their names, in another order.
 
     flags: the flag that chooses the bands -> sources. given: the names of the flag
-    `flag_given`, or None.
+    `flag_given`, or None. Names that mean the same are the same.
     A file that does not name all of its chosen bands says nothing of their order.
     """
-    named = [(None, flag_given, given)] if given else []
+    named = [(None, flag_given, given, meanings(given))] if given else []
     for flag, sources in flags.items():
-        for info, bands, *_ in sources:
-            names = [info.band_names[band] for band in bands] if info.band_names else []
-            named += [(flag, info.path, names)] if all(names) else []
-    orders = {}  # lower-case names, sorted -> who has them first, and in which order
-    for flag, who, names in named:
-        lower = [name.lower() for name in names]
-        first, order = orders.setdefault(tuple(sorted(lower)), (who, names))
-        if lower != [name.lower() for name in order]:
+        for source in sources:
+            if about := names_of(source):
+                named.append((flag, source.info.path, *map(list, zip(*about, strict=True))))
+    orders = {}  # what they mean, sorted -> who has them first, and in which order
+    for flag, who, names, meant in named:
+        first, has, order = orders.setdefault(tuple(sorted(meant)), (who, names, meant))
+        if meant != order:
             raise ValueError(
-                f"{who}: its bands are {','.join(names)}, but {first} has {','.join(order)}; use "
-                f"{flag} {','.join(order)}"
+                f"{who}: its bands are {','.join(names)}, but {first} has {','.join(has)}; use "
+                f"{flag} {','.join(has)}"
             )
 
 

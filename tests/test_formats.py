@@ -544,6 +544,82 @@ def test_other_band_names_of_hr(tmp_path):
         formats.read_geotiff(tmp_path, hr_band_names=["B", "G", "R"])
 
 
+S2 = "B01 B02 B03 B04 B05 B06 B07 B08 B8A B09 B11 B12".split()
+
+
+@pytest.mark.parametrize(
+    "mr, hr, options, bands, at",
+    [
+        ("B2 B3 B4 B8", "R G B N", {}, "B2 B3 B4 B8", [2, 1, 0, 3]),
+        ("B8 B4 B3", "R G B N", {}, "B8 B4 B3", [3, 0, 1]),
+        ("B02 B03 B04 B08", "Red Green Blue NIR", {}, "B02 B03 B04 B08", [2, 1, 0, 3]),
+        ("Blue Green Red NIR", "R G B N", {}, "Blue Green Red NIR", [2, 1, 0, 3]),
+        ("B G R NIR", "red GREEN blue Near-Infrared", {}, "B G R NIR", [2, 1, 0, 3]),
+        (" ".join(S2), "Red Green Blue", {}, "B02 B03 B04", [2, 1, 0]),
+        (" ".join(S2), "Red Green Blue NIR", {"hr_bands": ["B02", "B03"]}, "B02 B03", [2, 1]),
+        (" ".join(S2), "R G B", {"mr_bands": ["B08", "B04"]}, "B04", [0]),
+        ("B1 B2 B3 B4 B8 B8A", "R G B N", {"mr_bands": ["B4", "B2"]}, "B4 B2", [0, 2]),
+        ("B1 B2 B3 B4", "B4 B3 haze", {}, "B3 B4", [1, 0]),
+        ("R G B", "Blue Green Red", {"band_names": ["x", "y", "z"]}, "x y z", [2, 1, 0]),
+        (None, "R G B N", {"band_names": ["B", "G", "R", "NIR"]}, "B G R NIR", [2, 1, 0, 3]),
+        (None, "R G B", {"band_names": ["x", "y", "z"]}, "x y z", [0, 1, 2]),
+        ("B G R", None, {}, "B G R", [0, 1, 2]),
+        ("1 2 3", "R G B", {}, "1 2 3", [0, 1, 2]),
+        ("B02 B03 B04", "x y z", {"hr_band_names": ["R", "B", "G"]}, "B02 B03 B04", [1, 2, 0]),
+    ],
+)
+def test_bands_are_matched_by_what_their_names_mean(tmp_path, mr, hr, options, bands, at):
+    arrays = {}
+    for sensor, names, gsd in (("mr", mr, 10.0), ("hr", hr, 5.0)):
+        count = len((names or mr or hr).split())
+        count = len(options.get("band_names", range(count))) if names is None else count
+        array = layouts.pixels(count, 20, 20)
+        about = {"band_names": names.split()} if names else {}
+        arrays[sensor] = layouts.tif(tmp_path / sensor / "a.tif", array, gsd, **about)
+    listing = formats.read_geotiff(tmp_path, **options)
+    assert listing.bands["hr"] == bands.split()
+    ((pair),) = pairs_of(listing)
+    assert same(pair.hrs[0], arrays["hr"][at])
+
+
+def test_bands_of_hr_that_mr_has_not(tmp_path, capsys):
+    def write(mr, hr):
+        for sensor, names, gsd in (("mr", mr.split(), 10.0), ("hr", hr.split(), 5.0)):
+            array = layouts.pixels(len(names), 20, 20)
+            layouts.tif(tmp_path / sensor / "a.tif", array, gsd, band_names=names)
+
+    write("B02 B03 B04", "R haze G N")
+    assert formats.read_geotiff(tmp_path).bands["hr"] == ["B03", "B04"]
+    path = tmp_path / "hr" / "a.tif"
+    assert capsys.readouterr().out == f"{path}: haze,N left out, as MR has B02,B03,B04\n"
+    message = r"a\.tif: haze is no band of the MR files \(B02,B03,B04\); choose those that both"
+    with pytest.raises(ValueError, match=message):
+        formats.read_geotiff(tmp_path, hr_bands=["R", "haze"])
+    for mr, hr in (
+        ("c1 c2 c3", "R G B"),
+        ("B1 B2 B3 B4 B5", "R G B N"),  # of another satellite than Sentinel-2, as are these
+        ("B1 B2 B3 B4 B5 B6 B7 B8", "Red Green Blue NIR"),
+        ("B2 B3 B4 B8", "B1 B2 B3 B4"),
+    ):
+        write(mr, hr)
+        message = rf"a\.tif: {hr.replace(' ', ',')} are no bands of the MR files \({mr[:2]},.* say "
+        with pytest.raises(ValueError, match=message + "what MR calls them with --hr-band-names"):
+            formats.read_geotiff(tmp_path)
+
+
+def test_one_order_by_other_names_is_no_disagreement(tmp_path):
+    for name, bands in (("a", "B02 B03 B04"), ("b", "Blue Green Red")):
+        array = layouts.pixels(3, 20, 20)
+        layouts.tif(tmp_path / f"{name}.tif", array, 10.0, band_names=bands.split())
+    assert formats.read_geotiff(tmp_path).bands["mr"] == ["B02", "B03", "B04"]
+    array = layouts.pixels(3, 20, 20)
+    layouts.tif(tmp_path / "c.tif", array, 10.0, band_names=["Red", "Green", "Blue"])
+    message = r"c\.tif: its bands are Red,Green,Blue, but .*a\.tif has B02,B03,B04; use --mr-bands"
+    with pytest.raises(ValueError, match=message):
+        formats.read_geotiff(tmp_path)
+    formats.read_geotiff(tmp_path, mr_bands=["B02", "B03", "B04"])
+
+
 def test_the_nearest_date_serves_first(tmp_path):
     layouts.tif(tmp_path / "mr" / "S2_20180710_x.tif", layouts.pixels(1, 20, 20), 10.0)
     for day in ("20160710", "20180801", "20180101"):
