@@ -9,6 +9,7 @@ import datetime
 import difflib
 import functools
 import glob
+import hashlib
 import itertools
 import json
 import math
@@ -39,9 +40,10 @@ Source = namedtuple("Source", "info bands nodata read date offset", defaults=(""
 # "val", "test" or None; site: what must not be divided between splits, or None (then the ground
 # decides). Where no georeference is given the images show the same ground, edge to edge.
 Pair = namedtuple("Pair", "mr hrs split site", defaults=(None, None))
-# A piece of work. name: what resuming knows it by; open() yields its Pairs, in the same order each
-# time, and raises as a reader does.
-Unit = namedtuple("Unit", "name open")
+# A piece of work. name: what a reader of reports knows it by; open() yields its Pairs, in the same
+# order each time, and raises as a reader does. key: differs where what it yields does, such as
+# other HR files, bands, dates or splits; resuming compares it.
+Unit = namedtuple("Unit", "name open key", defaults=("",))
 # What a reader returns. bands: {"mr": names, "hr": names}, as chosen from the files; hr's are among
 # mr's and in their order, [] without HR. chip: side in MR pixels to cut to, None where the user
 # decides. sources: [{"name", "licence", "attribution", "url"}]. skipped: [(name, reason)] of what
@@ -110,10 +112,12 @@ def read_geotiff(
         hr_names = [hr_names[k] for k in order]
         hr_sources = [s._replace(bands=[s.bands[k] for k in order]) for s in hr_sources]
         pairs = pair_up(mr_sources, hr_sources)
-    units = [
-        Unit(source.info.path.as_posix(), functools.partial(iter, [Pair(source, hrs)]))
-        for source, hrs in pairs
-    ]
+    units = []
+    for source, hrs in pairs:
+        # all but read, whose text is another in each run
+        about = [(s.info, s.bands, s.nodata, s.date, s.offset) for s in [source, *hrs]]
+        opened = functools.partial(iter, [Pair(source, hrs)])
+        units.append(Unit(source.info.path.as_posix(), opened, digest(about)))
     return Listing(units, {"mr": names, "hr": hr_names})
 
 
@@ -611,11 +615,7 @@ def read_sen2venus(root, *, product="10m"):
         opened = open_patches if mr.lower().endswith(".pt") else open_tiffs
         orders = {len(names): [0, 1, 2, 3]}
         date = date_of(place)
-        units.append(
-            Unit(
-                place, functools.partial(opened, [(mr, hr, date, date)], orders, orders, site=site)
-            )
-        )
+        units.append(unit(place, opened, [(mr, hr, date, date)], orders, orders, None, site))
     sources = PUBLISHED["sen2venus"].sources
     return Listing(units, {"mr": names, "hr": names}, chip, sources, skipped)
 
@@ -651,8 +651,7 @@ def read_rapidai4eo(root, *, per_site=1, seed=0):
             day = min(days, key=functools.partial(days_between, month))
             chosen.append((months[month], days[day], month, day))
         tile = place.rsplit("_", 2)[0] if SAMPLE_ID.fullmatch(place) else place
-        opened = functools.partial(open_tiffs, chosen, S2_BANDS, {4: [0, 1, 2, 3]}, site=tile)
-        units.append(Unit(place, opened))
+        units.append(unit(place, open_tiffs, chosen, S2_BANDS, {4: [0, 1, 2, 3]}, None, tile))
     skipped = [
         (place, "no Planet image" if months else "no Sentinel-2 image")
         for place, (months, days) in rest.items()
@@ -719,10 +718,8 @@ def read_worldstrat(root, *, level="L2A", hr="rgbn", per_site=1):
             gap = days_between(*days) if all(days) else math.inf
             visits.append((gap, n, (path, hrs[place], *days)))
         chosen = [files for _, _, files in sorted(visits)[:per_site]]
-        opened = functools.partial(
-            open_tiffs, chosen, S2_BANDS, {4: [2, 1, 0, 3]}, splits.get(place), place
-        )
-        units.append(Unit(place, opened))
+        orders = S2_BANDS, {4: [2, 1, 0, 3]}
+        units.append(unit(place, open_tiffs, chosen, *orders, splits.get(place), place))
     if not units:
         wanted = f"no place with <AOI>_{hr}.tiff (hr_dataset) and <AOI>-<n>-{level}_data.tiff"
         raise missing(root, f"{wanted} (lr_dataset)")
@@ -751,8 +748,7 @@ def read_sen2naip(root):
     units = []
     for mr, hr in pairs:
         site = Path(mr).parent.relative_to(root).as_posix()
-        opened = functools.partial(open_tiffs, [(mr, hr, "", "")], order, order, None, site)
-        units.append(Unit(site, opened))
+        units.append(unit(site, open_tiffs, [(mr, hr, "", "")], order, order, None, site))
     first = geotiff.info(pairs[0][0])  # 121 in v1; other exports have other sizes
     chip = min(first.height, first.width)
     return Listing(units, {"mr": BGRN, "hr": BGRN}, chip, PUBLISHED["sen2naip"].sources, skipped)
@@ -806,10 +802,8 @@ def read_hdf5(root, *, mr_dataset=None, hr_dataset=None, band_names=BGRN, splits
     units = []
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
-        opened = functools.partial(
-            open_rows, path, names, part, shapes, dtypes, split and split[part], sites[part]
-        )
-        units.append(Unit(f"{path}#{start}", opened))
+        about = path, names, part, shapes, dtypes, split and split[part], sites[part]
+        units.append(unit(f"{path}#{start}", open_rows, *about))
     left = split.count(None) if split else 0
     skipped = [(path, f"{left} rows in no split")] if left else []
     chip = min(shapes["mr"][1:])
@@ -864,6 +858,15 @@ def hdf5_splits(path, splits, rows, ids):
 # opening a unit
 
 
+def unit(name, opens, *about):
+    """The Unit that opens by opens(*about), which is its key as well: text, numbers and paths."""
+    return Unit(name, functools.partial(opens, *about), digest(about))
+
+
+def digest(about):
+    return hashlib.sha256(repr(about).encode(errors="surrogateescape")).hexdigest()[:16]
+
+
 def open_tiffs(files, mr_orders, hr_orders, split=None, site=None):
     """Yield the Pair of each (mr path, hr path, mr date, hr date)."""
     for mr_path, hr_path, mr_date, hr_date in files:
@@ -895,7 +898,7 @@ def tiff_source(path, orders, date):
     return Source(info, bands, info.nodata, functools.partial(geotiff.read, path), date)
 
 
-def open_patches(files, mr_orders, hr_orders, site):
+def open_patches(files, mr_orders, hr_orders, split, site):
     """Yield the Pairs of patches of two .pt files."""
     ((mr_path, hr_path, date, _),) = files
     mr, hr = load_patches(mr_path), load_patches(hr_path)
@@ -915,7 +918,7 @@ def open_patches(files, mr_orders, hr_orders, site):
             )
             for path, images in ((mr_path, mr), (hr_path, hr))
         ]
-        yield Pair(sources[0], sources[1:], None, site)
+        yield Pair(sources[0], sources[1:], split, site)
 
 
 def load_patches(path):

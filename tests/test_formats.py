@@ -636,6 +636,64 @@ def test_units_open_again(tmp_path):
     assert len(list(unit.open())) == len(list(unit.open())) == 1
 
 
+def keys_of(listing):
+    return [unit.key for unit in listing.units]
+
+
+@pytest.mark.parametrize(
+    "name, write, other",
+    [
+        ("rapidai4eo", layouts.rapidai4eo, {"per_site": 2}),
+        ("worldstrat", layouts.worldstrat, {"level": "L1C"}),
+        ("worldstrat", layouts.worldstrat, {"hr": "ps"}),
+        ("worldstrat", layouts.worldstrat, {"per_site": 2}),
+        ("sen2venus", layouts.sen2venus, {"product": "20m"}),
+        ("sen2naip", layouts.sen2naip, None),
+        ("hdf5", lambda root: layouts.hdf5(root / "sen2venus.hdf5"), {"band_names": ["B", "G"]}),
+    ],
+)
+def test_the_key_of_a_unit_says_what_was_chosen(tmp_path, name, write, other):
+    write(tmp_path)
+    read = formats.FORMATS[name]
+    keys = keys_of(read(tmp_path))
+    assert keys == keys_of(read(tmp_path)) and len({*keys}) == len(keys)
+    assert all(len(key) == 16 for key in keys)
+    if other:
+        assert not {*keys} & {*keys_of(read(tmp_path, **other))}
+
+
+def test_the_key_of_a_unit_says_its_split(tmp_path):
+    layouts.worldstrat(tmp_path)
+    keys = keys_of(formats.read_worldstrat(tmp_path))
+    path = tmp_path / "stratified_train_val_test_split.csv"
+    path.write_text(path.read_text().replace("Landcover-77,val", "Landcover-77,test"))
+    others = keys_of(formats.read_worldstrat(tmp_path))
+    assert [a == b for a, b in zip(keys, others, strict=True)] == [True, False, True]
+    (tmp_path / "h").mkdir()
+    layouts.hdf5(tmp_path / "h" / "x.hdf5", splits=False)
+    keys = keys_of(formats.read_hdf5(tmp_path / "h"))
+    (tmp_path / "h" / "splits.json").write_text('{"train": [0, 1], "val": [2]}')
+    assert keys != keys_of(formats.read_hdf5(tmp_path / "h"))
+
+
+def test_the_key_of_a_geotiff_says_its_hr_bands_and_nodata(tmp_path):
+    for sensor, gsd, side in (("mr", 10.0, 20), ("hr", 5.0, 40)):
+        layouts.tif(tmp_path / sensor / "a.tif", layouts.pixels(2, side, side), gsd)
+    whole = formats.read_geotiff(tmp_path)
+    assert keys_of(whole) == keys_of(formats.read_geotiff(tmp_path))
+    names = ["x", "y"]
+    found = {*keys_of(whole), *keys_of(formats.read_geotiff(tmp_path / "mr"))}
+    for options in (
+        {"nodata": 0},
+        {"hr_bands": ["1", "0"], "band_names": names},
+        {"mr_bands": ["1", "0"], "band_names": names},
+    ):
+        found |= {*keys_of(formats.read_geotiff(tmp_path, **options))}
+    os.rename(tmp_path / "hr" / "a.tif", tmp_path / "hr" / "b.tif")
+    found |= {*keys_of(formats.read_geotiff(tmp_path))}
+    assert len(found) == 6
+
+
 @pytest.mark.parametrize(
     "name, date",
     [
