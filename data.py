@@ -15,6 +15,7 @@ import csv
 import functools
 import inspect
 import json
+import os
 import shlex
 import sys
 import tokenize
@@ -414,13 +415,22 @@ def main():
             )
         if "seed" in takes:
             given["seed"] = args["seed"]
-        listing = reader(args.pop("mr") or root[0], **given)
+        first = "--mr" if args["mr"] else "ROOT"
+        root = args.pop("mr") or root[0]
+        listing = reader(root, **given)
+        # what must be the same to continue; places in full, for one may continue from elsewhere
+        inputs = {"--format": args["format"], first: os.path.abspath(root)}
+        for key, value in given.items():
+            product = key == "hr" and args["format"] == "worldstrat"
+            flag = "--hr-product" if product else "--" + key.replace("_", "-")
+            inputs[flag] = os.path.abspath(value) if flag in ("--hr", "--splits") else value
         source = {"name": args.pop("source_name")}
         source |= {key: args.pop(key) for key in ("licence", "attribution", "url")}
         if any(source.values()):
             listing = listing._replace(sources=[{k: v or "" for k, v in source.items()}])
         del args["format"]
-        pack.pack(listing, out, **args, command=shlex.join(["data.py", *sys.argv[1:]]))
+        command_line = shlex.join(["data.py", *sys.argv[1:]])
+        pack.pack(listing, out, **args, inputs=inputs, command=command_line)
     except KeyboardInterrupt:
         left = "nothing was written" if command == "check" else "the same command continues"
         print(f"data.py: interrupted; {left}", file=sys.stderr)

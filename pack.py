@@ -85,9 +85,11 @@ def pack(
     workers=None,
     overwrite=False,
     command="",
+    inputs=(),
 ):
     """Cut the pairs of a Listing into a store at `out`; the arguments are flags of `data.py pack`.
 
+    inputs: what the command says of the input, {flag: value}; with others it does not continue.
     Prints a report and returns the store's meta. Raises FileNotFoundError, FileExistsError or
     ValueError, one sentence that names file or flag and remedy; `out` then stays as it was. What
     was packed until then is kept in `out`.packing, and the same call continues there.
@@ -123,6 +125,7 @@ def pack(
         if offset is not None:
             job = job._replace(offsets={**job.offsets, "mr": [offset]}, offset=offset)
         plan = {
+            **dict(inputs),
             "input": fingerprint(listing, job),
             "--chip": chip,
             "--stride": stride,
@@ -356,7 +359,8 @@ def fingerprint(listing, job):
     """Text that another input has not: what a partial store is continued by."""
     digest = hashlib.sha256()
     for unit in listing.units:
-        digest.update(unit.name.encode() + b"\n")
+        # by its name it is found again, by its key it is known to be the same
+        digest.update(f"{unit.name}\n{getattr(unit, 'key', '')}\n".encode(errors="surrogateescape"))
     digest.update(repr((listing.bands, job)).encode())
     return f"{len(listing.units)} units {digest.hexdigest()[:12]}"
 
@@ -376,12 +380,15 @@ def open_partial(folder, plan, listing, job, overwrite):
         )
     if "plan.json" in names:
         old = json.loads((folder / "plan.json").read_text("utf-8"))
-        other = [key for key in plan if old.get(key) != plan[key]]
+        # as text, in which NaN is NaN
+        was, now = ({k: f"{v}" for k, v in p.items() if v is not None} for p in (old, plan))
+        other = [k for k in {**now, **was} if now.get(k) != was.get(k)]
         if other and not overwrite:
-            was, now = f"{other[0]} {old.get(other[0])}", plan[other[0]]
+            was, now = (p.get(other[0], "not given") for p in (was, now))
             raise FileExistsError(
-                f"{folder}: another command was interrupted there ({was}, now {now}); repeat that "
-                "one to continue it, or discard it with --overwrite or by deleting the folder"
+                f"{folder}: another command was interrupted there ({other[0]} {was}, now {now}); "
+                "repeat that one to continue it, or discard it with --overwrite or by deleting the "
+                "folder"
             )
         if other or not (folder / "store").exists():  # it went to OUT, and the rest stayed
             shutil.rmtree(folder)

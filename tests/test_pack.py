@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -857,6 +858,58 @@ def test_another_command_does_not_continue(tmp_path, monkeypatch):
         pack.pack(patches(5), tmp_path / "store", val=0)
     meta = pack.pack(patches(5), tmp_path / "store", val=0, overwrite=True)
     assert meta["count"]["mr"] == 10 and os.listdir(tmp_path) == ["store"]
+
+
+@pytest.mark.parametrize(
+    "more, told",
+    [
+        (["--hr", "{}/hr2"], r"--hr \S+hr, now \S+hr2"),
+        (["--mr", "{}/mr2"], r"--mr \S+mr, now \S+mr2"),
+        (["--hr-bands", "1,0"], r"--hr-bands not given, now \['1', '0'\]"),
+        (["--nodata", "7"], r"--nodata nan, now 7\.0"),
+    ],
+)
+def test_another_input_does_not_continue(tmp_path, monkeypatch, capsys, more, told):
+    for k in range(3):
+        write_scene(tmp_path / f"mr/{k}.tif", 10.0, (9000 * k, 0), 64, 64)
+        write_scene(tmp_path / f"hr/{k}.tif", 5.0, (9000 * k, 0), 128, 128)
+    for sensor in ("mr", "hr"):
+        shutil.copytree(tmp_path / sensor, tmp_path / f"{sensor}2")
+    monkeypatch.chdir(tmp_path)
+    words = ["--mr", "mr", "--hr", "hr", "out", "--nodata", "nan", "--workers", "1"]
+    with monkeypatch.context() as patch:
+        break_at(patch, 3)
+        set_argv(patch, *words)
+        with pytest.raises(SystemExit):
+            data.main()
+        set_argv(patch, *words, *[word.format(tmp_path) for word in more])
+        with pytest.raises(SystemExit) as exit_:
+            data.main()
+    assert exit_.value.code == 2
+    message = rf"data\.py: \S+out\.packing: another command was interrupted there \({told}\); rep"
+    assert re.match(message, capsys.readouterr().err.splitlines()[-1])
+    set_argv(monkeypatch, *words)
+    data.main()
+    assert len(data.Store("out")) == 3
+
+
+def test_a_unit_with_another_key_does_not_continue(tmp_path, monkeypatch):
+    """What decides the content of a unit is more than what it is called."""
+
+    def listing(key):
+        units = [Keyed(*unit[:2], key) for unit in patches().units]
+        return patches()._replace(units=units)
+
+    with monkeypatch.context() as patch:
+        break_at(patch, 7)
+        with pytest.raises(KeyboardInterrupt):
+            pack.pack(listing("a"), tmp_path / "store")
+    with pytest.raises(FileExistsError, match=r"there \(input 6 units \w+, now 6 units \w+\); rep"):
+        pack.pack(listing("b"), tmp_path / "store")
+    assert pack.pack(listing("a"), tmp_path / "store")["count"]["mr"] == 12
+
+
+Keyed = namedtuple("Keyed", "name open key")
 
 
 def test_what_is_no_partial_store_is_left_alone(tmp_path, monkeypatch):
