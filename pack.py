@@ -69,6 +69,10 @@ Block = namedtuple("Block", "pair corners partners reason")
 Chip = namedtuple("Chip", "row images why")
 
 
+class NoChip(ValueError):
+    """No chip, or none to train on, is left under these flags: there is nothing to continue."""
+
+
 def pack(
     listing,
     out,
@@ -140,19 +144,16 @@ def pack(
         state = open_partial(folder, plan, listing, job, overwrite)
         try:
             stream(listing, folder, job, state, pool, workers, chip * split_block)
-        except BaseException:
-            if state["units"]:
+            meta, skipped, notes = complete(listing, folder, job, state, plan, command)
+            check_output(out, overwrite)  # what came there meanwhile is not to be deleted
+        except BaseException as error:
+            if isinstance(error, NoChip) or not state["units"]:
+                shutil.rmtree(folder)
+            else:
                 print(
                     f"{folder}: {state['units']} of {len(listing.units)} units are packed; the "
                     "same command continues from there"
                 )
-            else:
-                shutil.rmtree(folder)
-            raise
-        try:
-            meta, skipped, notes = complete(listing, folder, job, state, plan, command)
-        except ValueError:
-            shutil.rmtree(folder)  # none of its chips is wanted as these flags have it
             raise
         if out.exists():
             os.replace(out, folder / "old")
@@ -202,7 +203,9 @@ def lock(file):
 
 def check_output(out, overwrite):
     if out.exists() and not is_store(out):
-        raise FileExistsError(f"{out}: exists and is not a store; choose another folder")
+        raise FileExistsError(
+            f"{out}: exists and is not a store; move it elsewhere, or choose another OUT"
+        )
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out}: a store is there; add --overwrite to replace it")
     if out.exists() and (foreign := {file.name for file in out.iterdir()} - FILES):
@@ -832,16 +835,16 @@ def complete(listing, folder, job, state, plan, command):
     """Deal the splits, close the arrays up, write tables, meta.json and the contact sheet.
 
     May be repeated after a kill. Returns meta, skipped (Counter of reasons) and notes to print.
-    Raises ValueError if no chip, or none of the training split, is left.
+    Raises NoChip if no chip, or none of the training split, is left.
     """
     skipped = Counter(state["skipped"])
     if not state["chips"]:
         if state["damaged"]:
-            raise ValueError(state["damaged"][0])
+            raise NoChip(state["damaged"][0])
         remedy = f"lower --min-valid {job.min_valid} or --chip {job.chip}"
         if not state["valid"]:
             remedy = "one of each pair is all nodata; check what the files declare, and --nodata"
-        raise ValueError(f"no chip kept ({reasons(skipped)}); {remedy}")
+        raise NoChip(f"no chip kept ({reasons(skipped)}); {remedy}")
     records = np.memmap(folder / "chips.bin", record_of(job), "r")
     fractions = {"val": plan["--val"], "test": plan["--test"]}
     split, dealt = deal(records, fractions, plan["--seed"])
@@ -850,7 +853,7 @@ def complete(listing, folder, job, state, plan, command):
     skipped = +skipped
     count = {name: int((split == n).sum()) for n, name in enumerate(SPLITS)}
     if not count["train"]:
-        raise ValueError(
+        raise NoChip(
             f"--split-block {plan['--split-block']}: no training chip left ({reasons(skipped)}); "
             "use larger blocks, or a --stride that is not smaller than --chip"
             if dealt
@@ -1033,7 +1036,9 @@ def draw_contact(store, meta, rows):
         left, top = k % across * width, k // across * 1.2
         name = f"{chip}: {Path(row['mr_source']).name}"
         name = name if len(name) <= 36 else f"{name[:12]}...{name[-21:]}"
-        axis.text(left, top + 0.17, f"{name} ({row['row']}, {row['col']})", fontsize=5)
+        axis.text(
+            left, top + 0.17, f"{name} ({row['row']}, {row['col']})", fontsize=5, parse_math=False
+        )
         for n, pictures in enumerate(columns):
             extent = (left + 1.05 * n, left + 1.05 * n + 1, top + 1.2, top + 0.2)
             axis.imshow(pictures[k].numpy(), extent=extent, aspect="auto", interpolation="nearest")

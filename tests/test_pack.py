@@ -604,7 +604,7 @@ def test_an_output_that_exists(tmp_path):
     store.mkdir()
     (store / "meta.json").write_text("{}")
     for overwrite in (False, True):
-        with pytest.raises(FileExistsError, match="store: exists and is not a store; choose"):
+        with pytest.raises(FileExistsError, match="store: exists and is not a store; move it"):
             pack_files(mr, hr, store, overwrite=overwrite)
     shutil.rmtree(store)
     pack_files(mr, hr, store, chip=32, val=0)
@@ -624,6 +624,42 @@ def test_an_output_that_exists(tmp_path):
         "check.png",
     }
     assert sorted(os.listdir(tmp_path)) == ["hr", "mr", "store"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_comes_to_the_output_meanwhile_stays(tmp_path, monkeypatch, capsys, overwrite):
+    out = tmp_path / "store"
+    pack.pack(patches(), tmp_path / "whole", val=0)
+
+    def meanwhile(store, *_):
+        (store / "contact.png").touch()
+        out.mkdir()
+        (out / "thesis.txt").write_text("precious")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pack, "draw_contact", meanwhile)
+        with pytest.raises(FileExistsError, match="store: exists and is not a store; move it"):
+            pack.pack(patches(), out, val=0, overwrite=overwrite)
+    assert (out / "thesis.txt").read_text() == "precious"
+    assert "6 of 6 units are packed; the same command continues" in capsys.readouterr().out
+    shutil.rmtree(out)
+    monkeypatch.setattr(pack, "stream", lambda listing, *_: None)  # nothing is packed again
+    pack.pack(patches(), out, val=0)
+    assert content(out) == content(tmp_path / "whole")
+
+
+def test_a_store_that_comes_to_the_output_meanwhile_stays(tmp_path, monkeypatch):
+    pack.pack(patches(hr=False), tmp_path / "other", val=0)
+    other = content(tmp_path / "other")
+
+    def meanwhile(store, *_):
+        (store / "contact.png").touch()
+        (tmp_path / "other").rename(tmp_path / "store")
+
+    monkeypatch.setattr(pack, "draw_contact", meanwhile)
+    with pytest.raises(FileExistsError, match="store: a store is there; add --overwrite"):
+        pack.pack(patches(), tmp_path / "store", val=0)
+    assert content(tmp_path / "store") == other
 
 
 def test_command_line(tmp_path, monkeypatch, capsys):
@@ -1294,6 +1330,26 @@ def test_contact_sheet(tmp_path, monkeypatch, hr):
     red = ((picture[..., 0] > 200) & (picture[..., 1:] < 90).all(-1)).sum()
     blue = ((picture[..., 2] > 200) & (picture[..., :2] < 90).all(-1)).sum()
     assert red > 0.15 * picture[..., 0].size and abs(red / blue - 1) < 0.1
+
+
+def test_a_picture_that_fails_loses_no_store(tmp_path, monkeypatch):
+    def fail(*_):
+        raise ValueError("no picture")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pack, "draw_contact", fail)
+        with pytest.raises(ValueError, match="no picture"):
+            pack.pack(patches(), tmp_path / "store")
+    monkeypatch.setattr(pack, "stream", lambda *_: None)  # nothing is packed again
+    assert pack.pack(patches(), tmp_path / "store")["count"]["mr"] == 12
+
+
+def test_names_on_the_contact_sheet_are_no_formulas(tmp_path, monkeypatch):
+    monkeypatch.setattr(pack, "draw_contact", draw_contact)
+    pairs = [formats.Pair(image(r"a$\x$.tif", np.ones((1, 16, 16), "uint8")), [])]
+    unit = formats.Unit("u", lambda: iter(pairs))
+    pack.pack(formats.Listing([unit], {"mr": ["a"], "hr": []}, 16), tmp_path / "store")
+    assert (tmp_path / "store" / "contact.png").stat().st_size
 
 
 # the ground
