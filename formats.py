@@ -698,15 +698,13 @@ def read_worldstrat(root, *, level="L2A", hr="rgbn", per_site=1):
             mrs.setdefault(match[1], {})[int(match[2])] = path
         elif name in ("metadata.csv", "stratified_train_val_test_split.csv"):
             tables[name] = path
-    splits, path = {}, tables.get("stratified_train_val_test_split.csv")
-    for row in table(path):
-        place = row.get("tile") or next(cell for cell in row.values() if not cell.isdigit())
-        splits[place] = split_name(path, list(row.values())[-1])
-    dates = {}
-    for row in table(tables.get("metadata.csv")):
+    table_path = tables.get("stratified_train_val_test_split.csv")
+    splits, dates = worldstrat_splits(table_path), {}
+    header, *rows = table(tables.get("metadata.csv")) or [[]]
+    for row in (dict(zip(header, cells, strict=False)) for cells in rows):
         place = row.get("tile") or next(iter(row.values()))
-        days = date_of(row.get("lowres_date") or ""), date_of(row.get("highres_date") or "")
-        dates[place, int(row["n"]) if row.get("n", "").isdigit() else None] = days
+        days = date_of(row.get("lowres_date", "")), date_of(row.get("highres_date", ""))
+        dates[place, int(row["n"]) if row.get("n", "").isdecimal() else None] = days
     units, skipped = [], []
     for place in sorted({*splits, *hrs, *mrs}):
         if place not in hrs or place not in mrs:
@@ -723,8 +721,36 @@ def read_worldstrat(root, *, level="L2A", hr="rgbn", per_site=1):
     if not units:
         wanted = f"no place with <AOI>_{hr}.tiff (hr_dataset) and <AOI>-<n>-{level}_data.tiff"
         raise missing(root, f"{wanted} (lr_dataset)")
+    if dealt := sum(unit.name not in splits for unit in units):
+        who = table_path or f"{root}: no stratified_train_val_test_split.csv"
+        print(f"{who}: {dealt} of {len(units)} places are in no split; they are dealt by site")
     sources = PUBLISHED["worldstrat"].sources
     return Listing(units, {"mr": BGRN, "hr": BGRN}, 64, sources, skipped)
+
+
+def worldstrat_splits(path):
+    """{place: split} of the publisher's table, with a header or without; {} without a table.
+
+    The columns are those called tile and split, else the last is the split and the place is the
+    first cell that is no number. Rows without either are left out.
+    """
+    rows = table(path)
+    header = [cell.lower() for cell in rows[0]] if rows else []
+    if not {*header} & SPLIT_NAMES.keys():
+        rows = rows[1:]
+    at = header.index("split") if "split" in header else -1
+    splits = {}
+    for row in rows:
+        if len(row) < 2 or row[at:][:1] in ([], [""]):
+            continue
+        split, others = split_name(path, row[at]), [*row]
+        del others[at]
+        place = next((cell for cell in others if cell and not cell.isdecimal()), others[-1])
+        if "tile" in header and row[header.index("tile") :]:
+            place = row[header.index("tile")]
+        if splits.setdefault(place, split) != split:
+            raise ValueError(f"{path}: {place} is in {splits[place]} and in {split}; choose one")
+    return splits
 
 
 def read_sen2naip(root):
@@ -1030,23 +1056,28 @@ def missing(root, wanted):
 
 
 def table(path):
-    """The rows of a .csv as dicts; none without a path."""
+    """The rows of a .csv, lists of text without the empty cells at their ends, none of them empty;
+    [] without a path."""
     if path is None:
         return []
     try:
         with open(path, newline="", encoding="utf-8-sig") as lines:
-            return [
-                row for row in csv.DictReader(lines) if None not in row and None not in row.values()
-            ]
+            rows = [[cell.strip() for cell in row] for row in csv.reader(lines)]
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read ({error}); fetch it again") from error
+    for row in rows:
+        while row and not row[-1]:
+            row.pop()
+    return [row for row in rows if row]
+
+
+SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
 def split_name(path, name):
-    name = {"valid": "val", "validation": "val"}.get(name.strip().lower(), name.strip().lower())
-    if name not in ("train", "val", "test"):
+    if name.strip().lower() not in SPLIT_NAMES:
         raise ValueError(f"{path}: split {name}; train, val or test expected")
-    return name
+    return SPLIT_NAMES[name.strip().lower()]
 
 
 def text(value):

@@ -248,6 +248,85 @@ def test_worldstrat_tables_without_names_of_columns(tmp_path):
         formats.read_worldstrat(tmp_path)
 
 
+THREE = "{0},train{1}\n{2},val{1}\n{3},test{1}\n"
+AOIS = ("Amnesty POI-1-1-1", "Landcover-77", "UNHCR-SSD-1")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "tile,split\n" + THREE.format(AOIS[0], ",,", *AOIS[1:]),
+        "tile,split,,\n\n" + THREE.format(AOIS[0], "", *AOIS[1:]),
+        THREE.format(AOIS[0], "", *AOIS[1:]),
+        "\n" + THREE.format(AOIS[0], " ,", *AOIS[1:]),
+        "split,tile,note\n" + "train,{}, x\nval,{}\ntest,{},\n".format(*AOIS),
+        "0,{},train\n1,{},val\n2,{},test\n".format(*AOIS),
+    ],
+    ids=range(6),
+)
+def test_worldstrat_tables_that_are_ragged_or_headless(tmp_path, capsys, text):
+    layouts.worldstrat(tmp_path)
+    (tmp_path / "stratified_train_val_test_split.csv").write_text(text)
+    pairs = pairs_of(formats.read_worldstrat(tmp_path))
+    assert [(p.site, p.split) for p in pairs] == list(
+        zip(AOIS, ("train", "val", "test"), strict=True)
+    )
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "text, dealt",
+    [
+        ("", 3),
+        ("tile,split\n", 3),
+        ("tile,split\nelsewhere,train\n", 3),
+        ("tile;split\nLandcover-77;val\n", 3),
+        ("tile,split\nLandcover-77,val\nUNHCR-SSD-1\n", 2),
+        ("1,train\nLandcover-77,val\nUNHCR-SSD-1,\n", 2),
+        ("split,tile\ntest,Landcover-77\n,UNHCR-SSD-1\n", 2),
+    ],
+    ids=range(7),
+)
+def test_worldstrat_says_how_many_places_are_in_no_split(tmp_path, capsys, text, dealt):
+    layouts.worldstrat(tmp_path)
+    path = tmp_path / "stratified_train_val_test_split.csv"
+    path.write_text(text)
+    pairs = pairs_of(formats.read_worldstrat(tmp_path))
+    assert [p.split for p in pairs].count(None) == dealt
+    end = f"{dealt} of 3 places are in no split; they are dealt by site\n"
+    assert capsys.readouterr().out == f"{path}: {end}"
+    path.unlink()
+    formats.read_worldstrat(tmp_path)
+    assert f"no {path.name}: 3 of 3 places are in no split" in capsys.readouterr().out
+
+
+def test_worldstrat_tables_that_say_nonsense(tmp_path):
+    layouts.worldstrat(tmp_path)
+    path = tmp_path / "stratified_train_val_test_split.csv"
+    for text, message in (
+        ("5,7\n6,8\n", "split 8; train, val or test expected"),
+        ("tile,split\na,train\na,test\n", "a is in train and in test; choose one"),
+        ("\udcff", "cannot be read .*fetch it again"),
+    ):
+        path.write_bytes(text.encode(errors="surrogateescape"))
+        with pytest.raises(ValueError, match=rf"_split\.csv: {message}"):
+            formats.read_worldstrat(tmp_path)
+    path.unlink()
+    for n in ("²", "", "x", "1.5"):  # no numbers of visits, so no dates
+        (tmp_path / "metadata.csv").write_text(
+            f"tile,n,lowres_date,highres_date\nLandcover-77,{n},2019-01-01,2019-01-02,,\n", "utf-8"
+        )
+        assert {p.mr.date for p in pairs_of(formats.read_worldstrat(tmp_path))} == {""}
+    (tmp_path / "metadata.csv").write_text(
+        "tile,n,lowres_date,highres_date\nLandcover-77,2,2019-01-01,2019-01-02,,\n"
+    )
+    assert [p.mr.date for p in pairs_of(formats.read_worldstrat(tmp_path))] == [
+        "",
+        "2019-01-01",
+        "",
+    ]
+
+
 # SEN2NAIP
 
 
