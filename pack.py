@@ -239,7 +239,7 @@ def survey(listing, pool, chip, stride):
     if listing.chip:
         sample = np.linspace(0, len(units) - 1, min(len(units), SURVEY)).astype(int)
         units, most = [units[i] for i in sample], 16
-    found, images = [], []  # (ratio, mr, hr, size of a chip's window in hr), MR images
+    found, pairs = [], []  # (ratio, mr, hr, size of a chip's window in hr)
     damaged = []
 
     def headers(unit):
@@ -255,18 +255,18 @@ def survey(listing, pool, chip, stride):
     for pair in itertools.chain.from_iterable(
         tqdm(opened, "headers", len(units), leave=False, unit="unit")
     ):
-        images.append(pair.mr)
+        pairs.append(pair)
         corners = chip_corners(pair.mr.info, chip, stride).reshape(-1, 2)
         for hr in pair.hrs:
             grid = align(pair.mr.info, hr.info)
             _, low, high, inside = place_chips(corners, chip, hr.info, *grid)
             found.append((grid[0], pair.mr, hr, (high - low)[inside].max(0, initial=0)))
-    if not images and damaged:
+    if not pairs and damaged:
         raise damaged[0]
-    if not images:
+    if not pairs:
         reasons_ = reasons(Counter(reason for _, reason in listing.skipped))
         raise ValueError(f"nothing to pack: no image of a pair was found (skipped: {reasons_})")
-    mr, hr, ratio = images[0], None, None
+    mr, hr, ratio = pairs[0].mr, None, None
     shape = {"mr": (len(listing.bands["mr"]), chip, chip)}
     if listing.bands["hr"]:
         size = np.zeros(2)
@@ -288,6 +288,12 @@ def survey(listing, pool, chip, stride):
                 "use smaller chips"
             )
         shape["hr"] = (len(listing.bands["hr"]), *size.tolist())
+    odd = [pair.mr.info for pair in pairs if not same_gsd(pair.mr, mr.info.gsd)]
+    if odd and not listing.chip:
+        raise ValueError(
+            f"{odd[0].path}: {gsd_text(odd[0].gsd)}, but {mr.info.path} has "
+            f"{gsd_text(mr.info.gsd)}; pack files of one pixel size at a time"
+        )
     return Job(
         chip=chip,
         stride=stride,
@@ -298,7 +304,7 @@ def survey(listing, pool, chip, stride):
         nodata={"mr": mr.nodata, "hr": hr and hr.nodata},
         crs=mr.info.crs,
         offsets={
-            "mr": sorted({image.offset for image in images}),
+            "mr": sorted({pair.mr.offset for pair in pairs}),
             "hr": sorted({image.offset for _, _, image, _ in found}),
         },
     )
@@ -354,8 +360,15 @@ def place_chips(corners, chip, hr, ratio, offset):
 
 def alike(ratio, mr, nominal, gsd):
     """Whether a pair is of the kind that the store holds, by its pixel ratio and MR's pixel."""
-    off = np.abs(np.append(ratio / nominal, (mr.info.gsd or 1) / (gsd or 1)) - 1)
-    return off.max() <= ALIKE
+    return np.abs(ratio / nominal - 1).max() <= ALIKE and same_gsd(mr, gsd)
+
+
+def same_gsd(mr, gsd):
+    return abs((mr.info.gsd or 1) / (gsd or 1) - 1) <= ALIKE
+
+
+def gsd_text(gsd):
+    return f"gsd {gsd:g}" if gsd else "no georeference"
 
 
 def fingerprint(listing, job):
@@ -557,7 +570,9 @@ def lay_out(job, unit):
             if alike(ratio, mr, np.array(job.ratio), job.gsd["mr"]):
                 partners.append((hr, ratio, offset))
         corners = chip_corners(mr.info, job.chip, job.stride)
-        if not corners.size:
+        if not same_gsd(mr, job.gsd["mr"]):
+            blocks.append(Block(pair, np.zeros((0, 2), int), [], "another pixel size"))
+        elif not corners.size:
             blocks.append(Block(pair, np.zeros((0, 2), int), [], "smaller than a chip"))
         elif not partners and not job.unpaired:
             blocks.append(Block(pair, np.zeros((0, 2), int), [], reason))
@@ -1070,10 +1085,9 @@ def report(out, meta, skipped, state, notes):
     for sensor, shape in meta["shape"].items():
         if shape is None:
             continue
-        gsd = meta["gsd"][sensor]
         print(
             f"  {sensor}: chips {shape[0]} x {shape[1]} x {shape[2]} {meta['dtype'][sensor]}, "
-            + (f"gsd {gsd:g}" if gsd else "no georeference")
+            + gsd_text(meta["gsd"][sensor])
         )
         for band, mean, std in zip(
             meta["bands"][sensor], meta["mean"][sensor], meta["std"][sensor], strict=True

@@ -1181,6 +1181,31 @@ def test_another_ratio_is_skipped_in_a_published_set_and_refused_in_a_folder(tmp
         pack.pack(sized(32, 32, 48, chip=None), tmp_path / "other", chip=16)
 
 
+def test_mr_of_another_pixel_size_without_hr(tmp_path):
+    for k, (gsd, side) in enumerate([(10.0, 64), (10.3, 64), (60.0, 64)]):
+        write_scene(tmp_path / f"mr/{k}.tif", gsd, (9000 * k, 0), side, side)
+    message = r"2\.tif: gsd 60, but .*0\.tif has gsd 10; pack files of one pixel size at a time"
+    with pytest.raises(ValueError, match=message):
+        pack_files(tmp_path / "mr", None, tmp_path / "store", chip=16)
+    write_scene(tmp_path / "hr/0.tif", 5.0, (0, 0), 128, 128)
+    with pytest.raises(ValueError, match=message):
+        pack_files(tmp_path / "mr", tmp_path / "hr", tmp_path / "all", chip=16, keep_unpaired=True)
+    (tmp_path / "mr/2.tif").unlink()
+    assert pack_files(tmp_path / "mr", None, tmp_path / "store", chip=16)["count"]["mr"] == 32
+
+
+def test_mr_of_another_pixel_size_in_a_published_set(tmp_path):
+    pairs = [
+        formats.Pair(image(f"{gsd}", np.ones((1, 16, 16), "uint8"), (gsd, 0, 0, 0, -gsd, 0)), [])
+        for gsd in (10.0, 60.0)
+    ]
+    units = [formats.Unit(f"{n}", lambda p=p: iter([p])) for n, p in enumerate(pairs)]
+    meta = pack.pack(formats.Listing(units, {"mr": ["a"], "hr": []}, 16), tmp_path / "store")
+    (skipped,) = rows_of(tmp_path / "store", "skipped")
+    assert (skipped["mr_source"], skipped["reason"]) == ("60.0", "another pixel size")
+    assert meta["count"]["mr"] == 1
+
+
 def test_pairs_that_the_survey_did_not_see(tmp_path, monkeypatch):
     """A window larger than what the headers of the sample led to, and HR coarser than MR."""
     monkeypatch.setattr(pack, "SURVEY", 2)
