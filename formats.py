@@ -111,7 +111,7 @@ def read_geotiff(
         order = sorted(range(len(hr_names)), key=lambda k: names.index(hr_names[k]))
         hr_names = [hr_names[k] for k in order]
         hr_sources = [s._replace(bands=[s.bands[k] for k in order]) for s in hr_sources]
-        pairs = pair_up(mr_sources, hr_sources)
+        pairs = pair_up(mr_sources, hr_sources, mr, hr)
     units = []
     for source, hrs in pairs:
         # all but read, whose text is another in each run
@@ -426,27 +426,17 @@ def check_band_order(flags, given, flag_given="--band-names"):
             )
 
 
-def pair_up(mr_sources, hr_sources):
+def pair_up(mr_sources, hr_sources, mr, hr):
     """Find the HR files that may serve each MR file: [(mr, [hr, ...])], the best first.
 
     By ground where files are georeferenced, the nearest date first where names tell it, then the
-    likest name; by equal file stem where none is. Raises ValueError if nothing pairs, with the
-    reason.
+    likest name; by name, as same_name, where none is. mr, hr: where they were looked for. Raises
+    ValueError if nothing pairs, with the reason.
     """
     everyone = [*mr_sources, *hr_sources]
     placed = [s.info for s in everyone if s.info.transform is not None]
     if not placed:
-        stems = {}
-        for hr in hr_sources:
-            twin = stems.setdefault(hr.info.path.stem, hr)
-            if twin is not hr:
-                raise ValueError(
-                    f"{hr.info.path}: the same name as {twin.info.path}, and no georeference to "
-                    "tell them apart; rename one"
-                )
-        pairs = [
-            (m, [stems[m.info.path.stem]] if m.info.path.stem in stems else []) for m in mr_sources
-        ]
+        pairs = same_name(mr_sources, hr_sources, mr, hr)
     elif len(placed) < len(everyone):
         bare = next(s.info for s in everyone if s.info.transform is None)
         raise ValueError(
@@ -482,6 +472,37 @@ def pair_up(mr_sources, hr_sources):
         f"{hr.path}: bounds {hr.bounds} do not overlap {mr.bounds} of {mr.path}, nor does any "
         "other pair; give folders of the same ground"
     )
+
+
+def same_name(mr_sources, hr_sources, mr, hr):
+    """Pairs [(mr, [hr] or [])] by file stem; where more than one file of a sensor has it, by their
+    path under the folders mr and hr."""
+    stems = {}
+    for k, sources in enumerate((mr_sources, hr_sources)):
+        for source in sources:
+            stems.setdefault(source.info.path.stem, ([], []))[k].append(source)
+    twin = {}  # path of an MR file -> its HR source
+    for mrs, hrs in stems.values():
+        places = {under(h.info.path, hr): h for h in hrs}
+        found = {m.info.path: places.get(under(m.info.path, mr)) for m in mrs}
+        if len(mrs) < 2 and len(hrs) < 2:
+            found = {m.info.path: h for m in mrs for h in hrs}
+        elif hrs and (len(places) < len(hrs) or not any(found.values())):
+            first, other = (hrs if len(hrs) > 1 else mrs)[:2]
+            raise ValueError(
+                f"{other.info.path}: the same name as {first.info.path}, and no georeference to "
+                "tell them apart; rename one, or give HR and MR the same subfolders"
+            )
+        twin |= found
+    return [(m, [twin[m.info.path]] if twin.get(m.info.path) else []) for m in mr_sources]
+
+
+def under(path, where):
+    """The path of a file, without suffix, under the folder given or where a glob begins."""
+    folder = Path(where)
+    while not folder.is_dir():
+        folder = folder.parent
+    return path.relative_to(folder).with_suffix("")
 
 
 def unlike(mr, hr):

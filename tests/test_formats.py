@@ -708,6 +708,48 @@ def test_the_nearest_date_serves_first(tmp_path):
     assert [hr.date for hr in pair.hrs] == ["2018-08-01", "2018-01-01", "2016-07-10", ""]
 
 
+def test_files_of_one_name_pair_by_their_folders(tmp_path):
+    def write(*names):
+        for name in names:
+            side = 20 if name.startswith("mr") else 40
+            layouts.tif(tmp_path / f"{name}.tif", layouts.pixels(1, side, side))
+
+    def found(*where):
+        pairs = pairs_of(formats.read_geotiff(*where or [tmp_path]))
+        names = [
+            [s.info.path.relative_to(tmp_path).as_posix() for s in [p.mr, *p.hrs]] for p in pairs
+        ]
+        return [[name.removesuffix(".tif") for name in some] for some in names]
+
+    write("mr/site1/img", "mr/site2/img", "mr/site3/img", "mr/2020/b", "hr/site1/img", "hr/b")
+    site1 = ["mr/site1/img", "hr/site1/img"]
+    expected = [["mr/2020/b", "hr/b"], site1, ["mr/site2/img"], ["mr/site3/img"]]
+    assert found() == expected
+    write("hr/site2/img", "hr/site9/img")
+    expected[2].append("hr/site2/img")
+    assert found() == expected
+    assert found(str(tmp_path / "mr" / "*" / "*.tif"), tmp_path / "hr") == expected
+    assert found(str(tmp_path / "m*" / "*" / "*.tif"), tmp_path / "hr" / "b.tif") == [
+        expected[0],
+        ["mr/site1/img"],
+        ["mr/site2/img"],
+        ["mr/site3/img"],
+    ]
+    for name in ("site1", "site2", "site9"):
+        os.remove(tmp_path / "hr" / name / "img.tif")
+    assert len(found()) == 4
+    write("hr/img")
+    message = r"site2.img\.tif: the same name as .*site1.img\.tif, and no georef.* the same subfol"
+    with pytest.raises(ValueError, match=message):
+        found()
+    write("mr/img")
+    assert found()[1] == ["mr/img", "hr/img"]
+    os.rename(tmp_path / "hr" / "img.tif", tmp_path / "hr" / "img.tiff")
+    write("hr/img")
+    with pytest.raises(ValueError, match=r"hr.img\.tiff: the same name as .*hr.img\.tif, and no"):
+        found()
+
+
 def test_units_open_again(tmp_path):
     layouts.tif(tmp_path / "a.tif", layouts.pixels(1, 20, 20), 10.0)
     (unit,) = formats.read_geotiff(tmp_path).units
