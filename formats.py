@@ -796,9 +796,20 @@ def read_sen2naip(root):
     for mr, hr in pairs:
         site = Path(mr).parent.relative_to(root).as_posix()
         units.append(unit(site, open_tiffs, [(mr, hr, "", "")], order, order, None, site))
-    first = geotiff.info(pairs[0][0])  # 121 in v1; other exports have other sizes
+    first = first_info(mr for mr, _ in pairs)  # 121 in v1; other exports have other sizes
     chip = min(first.height, first.width)
     return Listing(units, {"mr": BGRN, "hr": BGRN}, chip, PUBLISHED["sen2naip"].sources, skipped)
+
+
+def first_info(paths):
+    """Info of the first file that can be read; raises what the first raised where none can."""
+    failed = None
+    for path in paths:
+        try:
+            return geotiff.info(path)
+        except (ValueError, OSError) as error:
+            failed = failed or error
+    raise failed
 
 
 def read_hdf5(root, *, mr_dataset=None, hr_dataset=None, band_names=BGRN, splits=None):

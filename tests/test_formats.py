@@ -347,6 +347,19 @@ def test_sen2naip(tmp_path, part):
     assert name.endswith("lr.tif") and reason == "no HR file for it"
 
 
+def test_sen2naip_with_a_damaged_file(tmp_path):
+    layouts.sen2naip(tmp_path)
+    for k in range(2):
+        path = tmp_path / "cross-sensor" / f"ROI_{k:04d}" / "lr.tif"
+        whole = path.read_bytes()
+        path.write_bytes(whole[:50])
+        if k == 0:
+            listing = formats.read_sen2naip(tmp_path)
+            assert listing.chip == 31 and len(listing.units) == 2
+    with pytest.raises(ValueError, match=r"ROI_0000.lr\.tif: truncated or damaged"):
+        formats.read_sen2naip(tmp_path)
+
+
 def test_sen2naip_bands(tmp_path):
     layouts.sen2naip(tmp_path)
     layouts.tif(tmp_path / "cross-sensor" / "ROI_0000" / "hr.tif", layouts.pixels(3, 124, 124), 2.5)
