@@ -62,8 +62,8 @@ Job = namedtuple(
     defaults=(None, 1.0, False),
 )
 # Chips to be cut at a time from a Pair. corners: (n, 2); partners: [(hr, ratio, offset)]; reason:
-# why there are none; pair is None where the unit cannot be opened
-Block = namedtuple("Block", "pair corners partners reason")
+# why there are none; why: what is damaged, and then pair is None
+Block = namedtuple("Block", "pair corners partners reason why", defaults=("",))
 # One chip: row, a dict for rows.csv or skipped.csv; images, [(pixels, moments)] of MR and maybe HR,
 # [] of a chip that is skipped; why, "" of a pair, else why it is none, or what is damaged
 Chip = namedtuple("Chip", "row images why")
@@ -266,7 +266,15 @@ def survey(listing, pool, chip, stride):
     if not pairs:
         reasons_ = reasons(Counter(reason for _, reason in listing.skipped))
         raise ValueError(f"nothing to pack: no image of a pair was found (skipped: {reasons_})")
-    mr, hr, ratio = pairs[0].mr, None, None
+    types = Counter((mr.info.dtype, hr.info.dtype) for _, mr, hr, _ in found)
+    types = types or Counter((pair.mr.info.dtype, None) for pair in pairs)
+    dtype = dict(zip(("mr", "hr"), types.most_common(1)[0][0], strict=True))
+    odd = [message for pair in pairs if (message := another_type(pair, dtype))]
+    if odd and not listing.chip:
+        raise ValueError(f"{odd[0]}; pack them apart")
+    found = [f for f in found if (f[1].info.dtype, f[2].info.dtype) == (*dtype.values(),)]
+    mr = next(pair.mr for pair in pairs if pair.mr.info.dtype == dtype["mr"])
+    hr = ratio = None
     shape = {"mr": (len(listing.bands["mr"]), chip, chip)}
     if listing.bands["hr"]:
         size = np.zeros(2)
@@ -300,7 +308,7 @@ def survey(listing, pool, chip, stride):
         shape=shape,
         ratio=None if ratio is None else ratio.tolist(),
         gsd={"mr": mr.info.gsd, "hr": hr and hr.info.gsd},
-        dtype={"mr": mr.info.dtype, "hr": hr and hr.info.dtype},
+        dtype=dtype,
         nodata={"mr": mr.nodata, "hr": hr and hr.nodata},
         crs=mr.info.crs,
         offsets={
@@ -547,20 +555,17 @@ def record_of(job):
 
 
 def lay_out(job, unit):
-    """Open a unit and divide it: [Block]. Raises ValueError for pixels of another type."""
-    blocks = []
+    """Open a unit and divide it: [Block]."""
+    blocks, none = [], np.zeros((0, 2), int)
     try:
         pairs = list(unit.open())
     except ValueError as error:
-        return [Block(None, np.zeros((0, 2), int), [], str(error))]
+        return [Block(None, none, [], "cannot be read", str(error))]
     for pair in pairs:
         mr, partners, reason = pair.mr, [], "no HR file for it"
-        for sensor, source in (("mr", mr), *(("hr", hr) for hr in pair.hrs)):
-            if source.info.dtype != job.dtype[sensor]:
-                raise ValueError(
-                    f"{source.info.path}: {source.info.dtype} pixels, but the {sensor.upper()} of "
-                    f"this store is {job.dtype[sensor]}; pack them apart"
-                )
+        if why := another_type(pair, job.dtype):
+            blocks.append(Block(None, none, [], "another type of pixels", why))
+            continue
         for hr in pair.hrs:
             reason = "another pixel ratio"
             try:
@@ -571,11 +576,11 @@ def lay_out(job, unit):
                 partners.append((hr, ratio, offset))
         corners = chip_corners(mr.info, job.chip, job.stride)
         if not same_gsd(mr, job.gsd["mr"]):
-            blocks.append(Block(pair, np.zeros((0, 2), int), [], "another pixel size"))
+            blocks.append(Block(pair, none, [], "another pixel size"))
         elif not corners.size:
-            blocks.append(Block(pair, np.zeros((0, 2), int), [], "smaller than a chip"))
+            blocks.append(Block(pair, none, [], "smaller than a chip"))
         elif not partners and not job.unpaired:
-            blocks.append(Block(pair, np.zeros((0, 2), int), [], reason))
+            blocks.append(Block(pair, none, [], reason))
         else:
             rows, cols = corners.shape[:2]
             chips = max(1, int(BLOCK_BYTES / chip_bytes(job)))
@@ -586,6 +591,17 @@ def lay_out(job, unit):
                 for c in range(0, cols, across)
             ]
     return blocks
+
+
+def another_type(pair, dtype):
+    """What a pair has another type of pixels of than the store, as text; "" if it has none."""
+    for sensor, source in (("mr", pair.mr), *(("hr", hr) for hr in pair.hrs)):
+        if source.info.dtype != dtype[sensor]:
+            return (
+                f"{source.info.path}: {source.info.dtype} pixels, but the {sensor.upper()} of this "
+                f"store is {dtype[sensor]}"
+            )
+    return ""
 
 
 def chip_bytes(job):
@@ -604,6 +620,9 @@ def cut(job, work):
     holes = Counter()
     if block is None:
         return unit, share, block, [], holes
+    if block.why:
+        chip = Chip({"mr_source": unit.name, "reason": block.reason}, [], block.why)
+        return unit, share, block, [chip], holes
     try:
         chips = cut_block(job, block, holes)
     except ValueError as error:
@@ -614,8 +633,6 @@ def cut(job, work):
 def cut_block(job, block, holes):
     """Cut the chips of a block, each with the first HR image that covers it and is valid enough:
     [Chip]. holes: Counter by path, to which NaN and inf are added."""
-    if block.pair is None:
-        raise ValueError(block.reason)
     mr, here = block.pair.mr, block.corners
     row = {"mr_source": mr.info.path.as_posix(), "mr_date": mr.date}
     if not len(here):

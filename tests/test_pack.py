@@ -1213,11 +1213,31 @@ def test_pairs_that_the_survey_did_not_see(tmp_path, monkeypatch):
     skipped = [(r["mr_source"], r["reason"]) for r in rows_of(tmp_path / "store", "skipped")]
     assert skipped == [("1", "another pixel ratio"), ("2", "another pixel ratio")]
     listing = sized(32, 32, 32)
-    odd = image("odd", np.ones((1, 16, 16), "float32"))
     units = [*listing.units]
-    units[1] = formats.Unit("1", lambda: iter([formats.Pair(odd, [])]))
-    with pytest.raises(ValueError, match="odd: float32 pixels, but the MR of this store is uint8"):
-        pack.pack(listing._replace(units=units), tmp_path / "other")
+    units[1] = of_type("float32")
+    pack.pack(listing._replace(units=units), tmp_path / "other")
+    assert len(data.Store(tmp_path / "other")) == 2
+
+
+def of_type(dtype):
+    odd = image("odd", np.ones((1, 16, 16), dtype))
+    hr = image("odd_hr", np.ones((1, 32, 32), "uint8"))
+    return formats.Unit("1", lambda: iter([formats.Pair(odd, [hr])]))
+
+
+@pytest.mark.parametrize("where", [0, 1, 2])
+def test_one_file_of_another_type(tmp_path, capsys, where):
+    """Left out of a published set with a warning, wherever it is; an error in a folder."""
+    listing = sized(32, 32)
+    listing.units.insert(where, of_type("float32"))
+    meta = pack.pack(listing, tmp_path / "store", val=0)
+    assert meta["count"]["mr"] == 2 and meta["dtype"]["mr"] == "uint8"
+    (skipped,) = rows_of(tmp_path / "store", "skipped")
+    assert (skipped["mr_source"], skipped["reason"]) == ("1", "another type of pixels")
+    message = "odd: float32 pixels, but the MR of this store is uint8"
+    assert f"warning: left out: {message}\n" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=message + "; pack them apart"):
+        pack.pack(listing._replace(chip=None), tmp_path / "other", chip=16)
 
 
 # bands
