@@ -851,7 +851,14 @@ def read_hdf5(root, *, mr_dataset=None, hr_dataset=None, band_names=BGRN, splits
             )
         shapes = {sensor: (len(band_names), *has[name][2:]) for sensor, name in names.items()}
         ids = [] if "sample_ids" not in has else [text(i) for i in file["sample_ids"][:].ravel()]
-        dtypes = {sensor: file[name].dtype for sensor, name in names.items()}
+        # native byte order, as torch needs
+        dtypes = {sensor: file[name].dtype.newbyteorder("=") for sensor, name in names.items()}
+        for sensor, name in names.items():
+            if dtypes[sensor].kind not in "iuf":
+                raise ValueError(
+                    f"{path}: dataset {name} is {dtypes[sensor]}, integers or floats expected; "
+                    f"choose another with --{sensor}-dataset, or convert it"
+                )
     ids = ids if len(ids) == rows else []
     split = hdf5_splits(path, splits, rows, ids)
     sites = [i.rsplit("_", 2)[0] if SAMPLE_ID.fullmatch(i) else i for i in ids] or [None] * rows
@@ -997,13 +1004,20 @@ def load_patches(path):
     shape = tuple(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
     if not isinstance(images, torch.Tensor) or images.ndim != 4 or images.shape[1] != 4:
         raise ValueError(f"{path}: a tensor (patches, 4, height, width) expected, found {shape}")
-    return images.numpy()
+    # bfloat16, for one, is unknown to numpy
+    dtype = np.dtype(getattr(np, str(images.dtype).removeprefix("torch."), object))
+    if images.layout != torch.strided or images.is_meta or dtype.kind not in "iuf":
+        layout = "meta" if images.is_meta else str(images.layout).removeprefix("torch.")
+        raise ValueError(
+            f"{path}: a {layout} tensor of {images.dtype}; save it again, dense, as int16 or float32"
+        )
+    return images.detach().numpy()
 
 
 def open_rows(path, names, part, shapes, dtypes, split, sites):
     """Yield the Pairs of a slice of rows of an HDF5 file; those in no split are left out."""
     # read as one with the first pixels that are asked for: headers alone cost nothing
-    rows = functools.cache(functools.partial(load_rows, path, names, part, shapes))
+    rows = functools.cache(functools.partial(load_rows, path, names, part, shapes, dtypes))
     for number, site in enumerate(sites):
         if split is None or split[number]:
             mr, hr = (
@@ -1018,9 +1032,12 @@ def open_rows(path, names, part, shapes, dtypes, split, sites):
             yield Pair(mr, [hr], split and split[number], site)
 
 
-def load_rows(path, names, part, shapes):
+def load_rows(path, names, part, shapes, dtypes):
     with opened_hdf5(path) as file:
-        return {sensor: file[name][part, : shapes[sensor][0]] for sensor, name in names.items()}
+        return {
+            sensor: file[name][part, : shapes[sensor][0]].astype(dtypes[sensor], copy=False)
+            for sensor, name in names.items()
+        }
 
 
 def read_row(rows, sensor, number, window=None, bands=None):

@@ -136,6 +136,25 @@ def test_sen2venus_files_that_do_not_fit(tmp_path):
             pairs_of(formats.read_sen2venus(tmp_path))
 
 
+def test_sen2venus_tensors_that_numpy_has_not(tmp_path):
+    images = layouts.sen2venus(tmp_path, ["ARM_14SPE_2018-01-01"])
+    path = tmp_path / "ARM" / "ARM_14SPE_2018-01-01_05m_b2b3b4b8.pt"
+    plain = torch.from_numpy(images[path.stem])
+    for bad, found in (
+        (plain.bfloat16(), "strided tensor of torch.bfloat16"),
+        (plain.to(torch.complex64), "strided tensor of torch.complex64"),
+        (plain > 0, "strided tensor of torch.bool"),
+        (plain.to_sparse(), "sparse_coo tensor of torch.int16"),
+        (plain.to("meta"), "meta tensor of torch.int16"),
+    ):
+        torch.save(bad, path)
+        with pytest.raises(ValueError, match=rf"8\.pt: a {found}; save it again, dense, as int16"):
+            pairs_of(formats.read_sen2venus(tmp_path))
+    torch.save(plain.float().requires_grad_(), path)
+    pair = pairs_of(formats.read_sen2venus(tmp_path))[1]
+    assert same(pair.hrs[0], images[path.stem][1].astype("float32"))
+
+
 # RapidAI4EO
 
 
@@ -451,6 +470,29 @@ def test_hdf5_messages(tmp_path):
         formats.read_hdf5(tmp_path / "none.h5")
     layouts.hdf5(tmp_path / "b.h5")
     with pytest.raises(FileNotFoundError, match=r"one \.h5 or \.hdf5 file expected, 2 found"):
+        formats.read_hdf5(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [">i2", ">f4", ">u2", "<i4"])
+def test_hdf5_of_another_byte_order(tmp_path, dtype):
+    images = {name: layouts.pixels(4, 4, 64, 64).astype(dtype) for name in ("sentinel2", "venus")}
+    with formats.h5py.File(tmp_path / "x.h5", "w") as file:
+        for name, array in images.items():
+            file[name] = array
+    listing = formats.read_hdf5(tmp_path)
+    for row, pair in enumerate(pairs_of(listing)):
+        assert pair.mr.info.dtype.isnative and pixels_of(pair.mr).dtype.isnative
+        assert same(pair.mr, images["sentinel2"][row]) and same(pair.hrs[0], images["venus"][row])
+        torch.from_numpy(pixels_of(pair.hrs[0]))
+
+
+@pytest.mark.parametrize("dtype", ["bool", "complex64", "S4"])
+def test_hdf5_of_no_pixels(tmp_path, dtype):
+    with formats.h5py.File(tmp_path / "x.h5", "w") as file:
+        file["sentinel2"] = layouts.pixels(2, 4, 8, 8)
+        file["venus"] = layouts.pixels(2, 4, 16, 16).astype(dtype)
+    message = r"x\.h5: dataset venus is .*, integers or floats expected; .* with --hr-dataset"
+    with pytest.raises(ValueError, match=message):
         formats.read_hdf5(tmp_path)
 
 
