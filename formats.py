@@ -128,7 +128,7 @@ def find_files(where, flag):
     """
     path = Path(where)
     if path.is_dir():
-        files = path.rglob("*")
+        files = (file for file in path.rglob("*") if not file.name.startswith("."))
     elif path.is_file():
         files = [path]
     else:
@@ -657,6 +657,7 @@ def read_rapidai4eo(root, *, per_site=1, seed=0):
     the places, which lie close together. S2 has 12 bands, in the order of their numbers unless the
     files name them; Planet B, G, R, NIR.
     """
+    check_per_site(per_site)
     units, rest = [], {}
     # the images of a place come one after the other, so that its list is not held for long
     for place, images in itertools.groupby(rapidai4eo_images(root), key=itemgetter(0)):
@@ -708,6 +709,7 @@ def read_worldstrat(root, *, level="L2A", hr="rgbn", per_site=1):
     """
     if level not in ("L2A", "L1C") or hr not in ("rgbn", "ps"):
         raise ValueError(f"--level {level} --hr-product {hr}: L2A or L1C and rgbn or ps expected")
+    check_per_site(per_site)
     hr_file = re.compile(rf"(.+)_{hr}\.tiff?", re.IGNORECASE)
     mr_file = re.compile(rf"(.+)-(\d+)-{level}_data\.tiff?", re.IGNORECASE)
     hrs, mrs, tables = {}, {}, {}
@@ -907,7 +909,7 @@ def hdf5_splits(path, splits, rows, ids):
         name = split_name(splits, name)
         for member in members:
             row = row_of.get(member, -1) if isinstance(member, str) else member
-            if not isinstance(row, int) or not 0 <= row < rows:
+            if type(row) is not int or not 0 <= row < rows:  # true is an int
                 raise ValueError(
                     f"{splits}: {name} holds {member!r}, but {Path(path).name} has rows 0 to "
                     f"{rows - 1}; take the splits that belong to it"
@@ -1081,6 +1083,11 @@ def walk(root, suffixes):
         for name in sorted(files):
             if name.lower().endswith(suffixes) and not name.startswith("."):
                 yield os.path.join(folder, name), under + name
+
+
+def check_per_site(per_site):
+    if per_site < 1:
+        raise ValueError(f"--per-site {per_site}: 1 or more MR dates of each place expected")
 
 
 def complete(found):

@@ -437,6 +437,8 @@ def test_hdf5_messages(tmp_path):
         ({"train": [0, 7]}, r"splits_v1\.json: train holds 7, but sen2venus\.hdf5 has rows 0 to 6"),
         ({"train": [-1]}, "train holds -1"),
         ({"train": ["a"]}, "train holds 'a'"),
+        ({"train": [0, True]}, "train holds True"),
+        ({"train": [1.0]}, "train holds 1.0"),
         ({"train": [0], "test": [0]}, "row 0 is in train and in test; choose one"),
         ({"dev": [0]}, r"splits_v1\.json: split dev; train, val or test expected"),
         ([0, 1], "not the JSON"),
@@ -536,6 +538,14 @@ def test_another_folder_is_told_what_was_looked_for(tmp_path, name, wanted):
         formats.FORMATS[name](tmp_path / "empty")
     with pytest.raises(FileNotFoundError, match="nowhere: no such f"):
         formats.FORMATS[name](tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["rapidai4eo", "worldstrat"])
+@pytest.mark.parametrize("per_site", [0, -1])
+def test_no_date_of_a_place(tmp_path, name, per_site):
+    getattr(layouts, name)(tmp_path)
+    with pytest.raises(ValueError, match=f"--per-site {per_site}: 1 or more MR dates of each"):
+        formats.FORMATS[name](tmp_path, per_site=per_site)
 
 
 def test_every_published_set_says_whose_it_is():
@@ -803,6 +813,15 @@ def test_files_of_one_name_pair_by_their_folders(tmp_path):
     write("hr/img")
     with pytest.raises(ValueError, match=r"hr.img\.tiff: the same name as .*hr.img\.tif, and no"):
         found()
+
+
+def test_hidden_files_are_left_alone(tmp_path):
+    for name in ("a.tif", "b/c.tif", ".x.tif"):
+        layouts.tif(tmp_path / name, layouts.pixels(1, 20, 20), 10.0)
+    for name in ("._a.tif", "b/._c.tif"):  # what macOS writes to other drives
+        (tmp_path / name).write_bytes(b"\0\5\x16\7")
+    names = [unit.name for unit in formats.read_geotiff(tmp_path).units]
+    assert names == [(tmp_path / name).as_posix() for name in ("a.tif", "b/c.tif")]
 
 
 def test_units_open_again(tmp_path):
