@@ -1011,7 +1011,8 @@ def load_patches(path):
     if images.layout != torch.strided or images.is_meta or dtype.kind not in "iuf":
         layout = "meta" if images.is_meta else str(images.layout).removeprefix("torch.")
         raise ValueError(
-            f"{path}: a {layout} tensor of {images.dtype}; save it again, dense, as int16 or float32"
+            f"{path}: a {layout} tensor of {images.dtype}; save it again, dense, as int16 or "
+            "float32"
         )
     return images.detach().numpy()
 
