@@ -45,6 +45,7 @@ BLOCK_BYTES = 2**25  # stored pixels of the chips that are cut at a time
 SURVEY = 256  # units whose headers are read first, where the publisher cut all images to one size
 SLACK = 1e-3  # pixels; real georeferences are rounded
 ALIKE = 0.05  # of the pixel ratio and of the pixel size: more is another kind of pair
+MOST = 10**6  # of what counts pixels, chips or threads
 PICTURES = 16  # pairs on the contact sheet
 # Sentinel-2 reflectance x 10000 has 1000 added from processing baseline 04.00 on. Then no pixel is
 # darker than a bit below 1000 in any band; without, nearly every chip holds water, shade or plants
@@ -102,10 +103,11 @@ def pack(
         chip = listing.chip or 64
     stride = chip if stride is None else stride
     workers = min(8, os.cpu_count() or 1) if workers is None else workers
-    if min(chip, stride, split_block, workers) < 1 or seed < 0:
+    sizes = chip, stride, split_block, workers
+    if min(sizes) < 1 or max(sizes) > MOST or seed < 0:
         raise ValueError(
             f"--chip {chip}, --stride {stride}, --split-block {split_block} and --workers "
-            f"{workers} must be 1 or more, --seed {seed} 0 or more"
+            f"{workers} must be 1 to {MOST}, --seed {seed} 0 or more"
         )
     if not (0 < min_valid <= 1 and 0 <= val and 0 <= test and val + test < 1):
         raise ValueError(
@@ -119,14 +121,21 @@ def pack(
             "its own"
         )
     out = Path(os.path.realpath(out))  # a link stays, what it leads to is replaced
-    with alone(out), ExitStack() as stack:
+    folder = out.with_name(f"{out.name}.packing")
+    with alone(out), named(folder), ExitStack() as stack:
         check_output(out, overwrite)
-        folder = out.with_name(f"{out.name}.packing")
         pool = ThreadPoolExecutor(workers)
         stack.callback(pool.shutdown, cancel_futures=True)  # after an error nobody waits for more
         job = survey(listing, pool, chip, stride)
         job = job._replace(min_valid=min_valid, unpaired=keep_unpaired or "hr" not in job.shape)
         if offset is not None:
+            kind = job.dtype["mr"]
+            most = (np.finfo if kind.kind == "f" else np.iinfo)(kind).max
+            if not abs(offset) < most:  # NaN is not
+                raise ValueError(
+                    f"--offset {offset}: to be added to {kind} pixels, the largest of which is "
+                    f"{most}; a smaller number expected"
+                )
             job = job._replace(offsets={**job.offsets, "mr": [offset]}, offset=offset)
         plan = {
             **dict(inputs),
@@ -155,6 +164,10 @@ def pack(
                     "same command continues from there"
                 )
             raise
+        if (out / "flags.csv").exists():
+            notes.append(
+                f"the flags of the old store are gone; python data.py check {out} makes them anew"
+            )
         if out.exists():
             os.replace(out, folder / "old")
         os.replace(folder / "store", out)
@@ -188,6 +201,17 @@ def alone(out):
         finally:
             if not temporary:
                 path.unlink(missing_ok=True)
+
+
+@contextmanager
+def named(path):
+    """Give an error of the system its file, where it has none: a full disk names none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def lock(file):
@@ -244,7 +268,8 @@ def survey(listing, pool, chip, stride):
 
     def headers(unit):
         try:
-            return list(itertools.islice(unit.open(), most))
+            with named(unit.name):
+                return list(itertools.islice(unit.open(), most))
         except ValueError as error:
             if not listing.chip:  # a folder of one's own is to be mended
                 raise
@@ -558,7 +583,8 @@ def lay_out(job, unit):
     """Open a unit and divide it: [Block]."""
     blocks, none = [], np.zeros((0, 2), int)
     try:
-        pairs = list(unit.open())
+        with named(unit.name):
+            pairs = list(unit.open())
     except ValueError as error:
         return [Block(None, none, [], "cannot be read", str(error))]
     for pair in pairs:
@@ -624,7 +650,8 @@ def cut(job, work):
         chip = Chip({"mr_source": unit.name, "reason": block.reason}, [], block.why)
         return unit, share, block, [chip], holes
     try:
-        chips = cut_block(job, block, holes)
+        with named(unit.name):
+            chips = cut_block(job, block, holes)
     except ValueError as error:
         chips = [Chip({"mr_source": unit.name, "reason": "cannot be read"}, [], str(error))]
     return unit, share, block, chips, holes

@@ -585,6 +585,10 @@ def test_no_chip(tmp_path):
     [
         {"chip": 0},
         {"stride": 0},
+        {"stride": 10**30},
+        {"offset": float("nan")},
+        {"offset": float("-inf")},
+        {"offset": -70000},
         {"split_block": 0},
         {"seed": -1},
         {"min_valid": 0},
@@ -660,6 +664,51 @@ def test_a_store_that_comes_to_the_output_meanwhile_stays(tmp_path, monkeypatch)
     with pytest.raises(FileExistsError, match="store: a store is there; add --overwrite"):
         pack.pack(patches(), tmp_path / "store", val=0)
     assert content(tmp_path / "store") == other
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege on Windows")
+@pytest.mark.parametrize("there", [False, True])
+def test_an_output_that_is_a_link(tmp_path, there):
+    """The store is made where the link leads to, and the link stays."""
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "store", target_is_directory=True)
+    if there:
+        pack.pack(patches(3), tmp_path / "disk" / "store", val=0)
+    pack.pack(patches(), tmp_path / "link", val=0, overwrite=there)
+    assert (tmp_path / "link").is_symlink() and os.listdir(tmp_path / "disk") == ["store"]
+    assert len(data.Store(tmp_path / "link")) == 12 and len(os.listdir(tmp_path)) == 2
+
+
+def test_flags_of_a_store_that_is_replaced_are_told(tmp_path, capsys):
+    pack.pack(patches(), tmp_path / "store")
+    assert "the flags of" not in capsys.readouterr().out
+    (tmp_path / "store" / "flags.csv").write_text("chip,reason\n1,shift\n")
+    pack.pack(patches(), tmp_path / "store", overwrite=True)
+    message = f"gone; python data.py check {tmp_path / 'store'} makes them anew"
+    assert f"the flags of the old store are {message}\n" in capsys.readouterr().out
+
+
+def test_a_full_disk_and_a_failing_one_name_a_file(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pack, "ground_keys", full)
+        with pytest.raises(OSError, match=r"No space left on device: '.*store\.packing'"):
+            pack.pack(patches(), tmp_path / "store")
+    listing = patches()
+    for when in (0, 1):  # of the survey, of the pass that cuts
+        count = iter(range(9))
+
+        def opened(count=count, when=when):
+            return full() if next(count) == when else listing.units[0].open()
+
+        units = [formats.Unit("far.tif", opened), *listing.units]
+        with pytest.raises(OSError, match=r"No space left on device: 'far\.tif'"):
+            pack.pack(listing._replace(units=units), tmp_path / "store")
+    image = next(listing.units[0].open()).mr._replace(read=full)
+    units = [formats.Unit("far.tif", lambda: iter([formats.Pair(image, [])]))]
+    with pytest.raises(OSError, match=r"No space left on device: 'far\.tif'"):
+        pack.pack(listing._replace(units=units, bands={"mr": "RGB", "hr": []}), tmp_path / "store")
 
 
 def test_command_line(tmp_path, monkeypatch, capsys):
