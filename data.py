@@ -418,7 +418,7 @@ def main():
         first = "--mr" if args["mr"] else "ROOT"
         root = args.pop("mr") or root[0]
         listing = reader(root, **given)
-        # what must be the same to continue; places in full, for one may continue from elsewhere
+        # what must be the same to continue; places in full: elsewhere one name is another place
         inputs = {"--format": args["format"], first: os.path.abspath(root)}
         for key, value in given.items():
             product = key == "hr" and args["format"] == "worldstrat"

@@ -409,7 +409,7 @@ def fingerprint(listing, job):
     digest = hashlib.sha256()
     for unit in listing.units:
         # by its name it is found again, by its key it is known to be the same
-        digest.update(f"{unit.name}\n{getattr(unit, 'key', '')}\n".encode(errors="surrogateescape"))
+        digest.update(f"{unit.name}\n{unit.key}\n".encode(errors="surrogateescape"))
     digest.update(repr((listing.bands, job)).encode())
     return f"{len(listing.units)} units {digest.hexdigest()[:12]}"
 

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -978,11 +977,26 @@ def test_another_input_does_not_continue(tmp_path, monkeypatch, capsys, more, to
     assert len(data.Store("out")) == 3
 
 
+@pytest.mark.parametrize("more", ["--level L1C", "--hr-product ps", "--per-site 2"])
+def test_another_choice_from_a_published_set_does_not_continue(tmp_path, monkeypatch, capsys, more):
+    pair_layouts.worldstrat(tmp_path / "root")
+    words = ["--format", "worldstrat", tmp_path / "root", tmp_path / "out", "--chip", 32]
+    words += ["--min-valid", 0.5, "--workers", 1]
+    for added in ([], more.split()):
+        with monkeypatch.context() as patch:
+            break_at(patch, 3)
+            set_argv(patch, *words, *added)
+            with pytest.raises(SystemExit):
+                data.main()
+    flag, value = more.split()
+    assert f"there ({flag} not given, now {value}); repeat" in capsys.readouterr().err
+
+
 def test_a_unit_with_another_key_does_not_continue(tmp_path, monkeypatch):
     """What decides the content of a unit is more than what it is called."""
 
     def listing(key):
-        units = [Keyed(*unit[:2], key) for unit in patches().units]
+        units = [unit._replace(key=key) for unit in patches().units]
         return patches()._replace(units=units)
 
     with monkeypatch.context() as patch:
@@ -992,9 +1006,6 @@ def test_a_unit_with_another_key_does_not_continue(tmp_path, monkeypatch):
     with pytest.raises(FileExistsError, match=r"there \(input 6 units \w+, now 6 units \w+\); rep"):
         pack.pack(listing("b"), tmp_path / "store")
     assert pack.pack(listing("a"), tmp_path / "store")["count"]["mr"] == 12
-
-
-Keyed = namedtuple("Keyed", "name open key")
 
 
 def test_what_is_no_partial_store_is_left_alone(tmp_path, monkeypatch):
