@@ -68,7 +68,8 @@ def parse_args(argv=None):
     flag("--tile", type=positive, help="pixels of the scene per side of a window (default: as the "
          "model was trained; 64 for an encoder alone)")
     flag("--overlap", type=positive_or_zero, help="pixels that neighbouring windows share (default "
-         "half of --tile and half a token; less is faster and shows seams)")
+         "half of --tile and half a token, for --features 7/8 of --tile; less is faster and shows "
+         "seams)")
     flag("--batch", type=positive, default=32, help="windows at once (default 32)")
     flag("--device", default="auto", choices=["auto", "cpu", "cuda"],
          help="where to run (default auto: cuda where there is one)")
@@ -261,7 +262,8 @@ def scale_warning(path, mean, std, model):
     # what would fit, if it is a power of ten, as of reflectance and reflectance x 10000
     ratio = np.median(trained[0] / np.where(mean == 0, np.nan, mean))
     power = round(math.log10(ratio)) if np.isfinite(ratio) and ratio > 0 else 0
-    hint = f"; --scale {10.0**power:g} would bring them close" if abs(power) > 1 else ""
+    close = (abs(mean * 10.0**power - trained[0]) <= 2 * trained[1]).all()
+    hint = f"; --scale {10.0**power:g} would bring them close" if abs(power) > 1 and close else ""
     return (
         f"{path}: the bands have mean {shown[0]} and std {shown[1]}, the model was trained on "
         f"mean {shown[2]} and std {shown[3]}; if units differ, pass --scale or --offset{hint}"
@@ -341,11 +343,13 @@ def predict(
     (D, n, token columns), and where there is data, bool (n, width or token columns). A token covers
     tile / grid px, the first one begins at the scene's corner; n differs between rows and may be 0.
     scene: path. bands: positions, in the model's order. mean, std: (bands,), in its units. overlap:
-    px, default `Model.overlap`.
+    px, default `Model.overlap`, for tokens 7/8 of a window.
     """
     about, tile = geotiff.info(scene), model.tile
     device = next(model.encoder.parameters()).device
-    overlap = model.overlap if overlap is None else overlap
+    if overlap is None:
+        # tokens carry their place in the window, which averages out over eight places a side
+        overlap = tile - tile // 8 if tokens else model.overlap
     # tokens of different windows must lie on one grid, so windows move by whole tokens
     side, unit = (model.grid, model.unit) if tokens else (tile, 1)
     rows, cols = (window_starts(n, tile, overlap, unit) for n in (about.height, about.width))

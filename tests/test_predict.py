@@ -217,6 +217,19 @@ def test_feature_maps_of_any_size_have_the_tokens_that_they_say(tmp_path, height
     assert (found.height, found.width) == (-(-height * 14 // tile), -(-width * 14 // tile))
 
 
+def test_features_are_not_of_their_place_in_a_window(tmp_path):
+    """A scene without content has tokens of position alone, which blending must even out."""
+    model = as_model(segmenter())
+    scene = np.repeat(np.round(META["mean"]), 60 * 60).reshape(-1, 60, 60).astype(np.uint16)
+    path = write(tmp_path / "a.tif", scene[:4])
+    spread = {}
+    for overlap in (None, 0):
+        tokens, _ = predicted(model, path, tokens=True, overlap=overlap)
+        inside = slice(model.grid, -model.grid)
+        spread[overlap] = tokens[:, inside, inside].std((1, 2)).mean()
+    assert spread[None] < 0.05 * spread[0]
+
+
 def test_windows_without_data_are_not_encoded(tmp_path, monkeypatch):
     count, logits = [], Model.logits
     monkeypatch.setattr(Model, "logits", lambda self, x: (count.append(len(x)), logits(self, x))[1])
