@@ -651,6 +651,8 @@ def main(args):
     stores = [Store(path, args.hr_share, args.seed) for path in args.store]
     sensor = "hr" if args.variant == "hr" else "mr"
     train, has_hr, chips_hash = training_chips(args, stores)
+    flagged = sum(int(store.flagged[store.split("train")].sum()) for store in stores)
+    flagged = f", {flagged} flagged left out" if args.skip_flagged else ""
     bands = stores[0].meta["bands"][sensor]
     total = args.steps or max(1, round(args.epochs * len(train) / args.global_batch))
     warmup = round(total * args.warmup_epochs / 300)
@@ -726,7 +728,7 @@ def main(args):
             f"{args.out}: {args.objective} {args.variant}, encoder of "
             f"{sum(p.numel() for p in encoder.parameters()) / 1e6:.1f} M parameters, grid "
             f"{objective.grid[0]} x {objective.grid[1]} of {encoder.patch_size} px, "
-            f"{len(train)} chips, {has_hr.sum()} with HR, steps {start} to {total}, batch "
+            f"{len(train)} chips, {has_hr.sum()} with HR{flagged}, steps {start} to {total}, batch "
             f"{args.global_batch} = {accumulation} x {world} ranks x {device_batch}, {precision}",
             flush=True,
         )
@@ -908,5 +910,9 @@ if __name__ == "__main__":
             print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("train.py: interrupted; the same command with --resume continues", file=sys.stderr)
+        print(
+            "train.py: interrupted; the same command with --resume continues from the last "
+            f"checkpoint, made every {arguments.save_every} steps",
+            file=sys.stderr,
+        )
         sys.exit(130)
