@@ -82,7 +82,7 @@ def info(path):
     which pixels are nodata.
     Raises FileNotFoundError, and ValueError if it is not a TIFF or is truncated.
     """
-    with _open(path) as (_, _, about):
+    with _open(path) as (_, _, _, about):
         return about
 
 
@@ -94,8 +94,8 @@ def read(path, window=None, bands=None):
     order; tiles that a sparse file leaves out hold nodata, or 0. Raises as `info` does, and
     ValueError for a window or band outside of the file or for data that cannot be decoded.
     """
-    with _open(path) as (tif, pages, about):
-        return _read(tif, pages, about, window, bands)
+    with _open(path) as (tif, pages, mask, about):
+        return _read(tif, pages, mask, about, window, bands)
 
 
 def read_rows(path, bands=None):
@@ -104,12 +104,12 @@ def read_rows(path, bands=None):
     The file is opened once and every tile or strip decoded once; memory holds one row of tiles.
     bands, dtype, nodata and errors: as of `read`.
     """
-    with _open(path) as (tif, pages, about):
+    with _open(path) as (tif, pages, mask, about):
         height = _tiling(pages[0])[0]
         height *= -(-TILE // height)  # strips of a row or two: many at once
         for row in range(0, about.height, height):
             window = (row, 0, min(height, about.height - row), about.width)
-            yield _read(tif, pages, about, window, bands)
+            yield _read(tif, pages, mask, about, window, bands)
 
 
 def write(path, array, transform=None, crs=None, nodata=None, band_names=(), **more):
@@ -303,6 +303,15 @@ def _halve(rows, nodata):
     return np.take_along_axis(four, votes.argmax(0)[None], axis=0)[0]
 
 
+def as_float(array, nodata):
+    """Pixels (bands, rows, cols) as float32, NaN where a band is missing: not finite, or all bands
+    nodata (one band at that value is a dark pixel). nodata: float or None."""
+    missing = ~np.isfinite(array)
+    if nodata is not None:
+        missing |= (array == nodata).all(0)
+    return np.where(missing, np.float32(np.nan), array.astype(np.float32))
+
+
 def valid_pixels(array, nodata):
     """Say which pixels hold data: all bands finite, and not every band equal to nodata.
 
@@ -342,7 +351,8 @@ def crs_name(crs):
 
 @contextmanager
 def _open(path):
-    """Yield the TiffFile, its band pages and its Info; says what is wrong with a file."""
+    """Yield the TiffFile, its band pages, its mask's page or None, and its Info; says what is wrong
+    with a file."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -357,19 +367,20 @@ def _open(path):
             try:
                 tif = stack.enter_context(tifffile.TiffFile(path))
                 pages = _band_pages(tif)
-                about = _describe(path, pages, _mask_page(tif, pages))
+                mask = _mask_page(tif, pages)
+                about = _describe(path, pages, mask)
             # what the parser and the parts below trip over where a tag holds another type or count
             except (struct.error, LookupError, TypeError, ValueError) as error:
                 raise ValueError(
                     f"{path}: truncated or damaged TIFF ({error}); fetch the file again"
                 ) from error
-            yield tif, pages, about
+            yield tif, pages, mask, about
     except OSError as error:
         error.filename = error.filename or str(path)  # a read that fails does not say of which file
         raise
 
 
-def _read(tif, pages, about, window=None, bands=None):
+def _read(tif, pages, mask, about, window=None, bands=None):
     """`read` of an open file."""
     path = about.path
     row, col, height, width = window or (0, 0, about.height, about.width)
@@ -413,10 +424,9 @@ def _read(tif, pages, about, window=None, bands=None):
                 for k, sample in samples:
                     out[k, y0 - row : y1 - row, x0 - col : x1 - col] = part[..., sample]
 
-    mask = None if pages[0].subfiletype == 4 else _mask_page(tif, pages)
     if mask is not None:
         whole = replace(about, bands=1, dtype=np.dtype(np.uint8), nodata=None)
-        valid = _read(tif, [mask], whole, (row, col, height, width))[0]
+        valid = _read(tif, [mask], None, whole, (row, col, height, width))[0]
         out[:, valid == 0] = fill
     return out
 

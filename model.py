@@ -625,9 +625,14 @@ def save_encoder(encoder, path, **meta):
     meta: JSON-able facts that travel with the weights, such as bands, mean and std; `load_encoder`
     returns them as `encoder.meta`.
     """
-    path = Path(path)
     state = {k: v.contiguous() for k, v in encoder.state_dict().items() if k[:5] != "head."}
-    facts = {"config": encoder.config, "meta": meta}
+    write_tensors(path, state, {"config": encoder.config, "meta": meta})
+
+
+def write_tensors(path, state, facts):
+    """Write tensors by name and JSON-able facts to a safetensors file, atomically; the reverse of
+    `read_tensors`."""
+    path = Path(path)
     partial = path.with_name(path.name + ".partial")
     # as bytes: safetensors' own writer lets nobody but the owner read the file
     partial.write_bytes(save(state, metadata={"crossscale": json.dumps(facts)}))

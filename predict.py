@@ -241,12 +241,8 @@ def survey(path, bands, scale, offset):
 
 
 def pixels_of(part, nodata, scale, offset):
-    """File values (bands, rows, cols) -> float32 in the model's units, NaN where one is missing:
-    not finite, or all bands nodata."""
-    missing = ~np.isfinite(part)
-    if nodata is not None:
-        missing |= (part == nodata).all(0)  # one band at nodata is a dark pixel
-    return np.where(missing, np.nan, (part.astype(np.float32) + offset) * scale).astype(np.float32)
+    """File values (bands, rows, cols) -> float32 in the model's units, NaN where one is missing."""
+    return (geotiff.as_float(part, nodata) + offset) * scale
 
 
 def scale_warning(path, mean, std, model):

@@ -591,11 +591,7 @@ def read_tiff(path, count, bands=None):
         raise ValueError(
             f"{path}: {about.bands} bands, its publisher ships {count}; download it again"
         )
-    image = geotiff.read(path, bands=bands)
-    missing = ~np.isfinite(image)
-    if about.nodata is not None:
-        missing |= (image == about.nodata).all(0)  # one band at nodata is a dark pixel
-    return np.where(missing, np.nan, image).astype(np.float32)
+    return geotiff.as_float(geotiff.read(path, bands=bands), about.nodata)
 
 
 def read_lines(path):

@@ -7,7 +7,6 @@ encoder without a training loop. Shapes: B images of C bands, g x g tokens of wi
 
 import json
 import math
-import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,11 +15,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors.torch import save
 from torch import nn
 from tqdm import tqdm
 
-from model import parse_encoder, read_tensors
+from model import parse_encoder, read_tensors, write_tensors
 from tasks import IGNORE, confusion_matrix, mean_iou
 
 HEADS = ("linear", "mlp", "upernet")
@@ -173,7 +171,6 @@ def save_segmenter(path, segmenter, **meta):
     files' units), tile (pixels of the files' grid that image_size covers), gsd, encoder, sources,
     task, protocol, seed, val_miou, miou. `load_encoder` reads the file too, for its encoder.
     """
-    path = Path(path)
     state = {
         name: weight.contiguous()
         for name, weight in segmenter.state_dict().items()
@@ -184,9 +181,7 @@ def save_segmenter(path, segmenter, **meta):
         "segmenter": {"image_size": segmenter.image_size, "head": segmenter.kind},
         "meta": meta,
     }
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(save(state, metadata={"crossscale": json.dumps(facts)}))
-    os.replace(partial, path)
+    write_tensors(path, state, facts)
 
 
 def load_segmenter(path):
