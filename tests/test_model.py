@@ -2,9 +2,11 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from einops import rearrange
 from safetensors.torch import save_file
 
@@ -435,6 +437,66 @@ def test_info_nce_slow_loop():
             scores = torch.stack([F.cosine_similarity(p[i], t[j], dim=0) for j in range(5)]) / tau
             total += float(scores.logsumexp(0) - scores[i]) * 2 * tau / 10
     assert float(model.info_nce(predicted, target, tau)) == pytest.approx(total, rel=1e-5)
+
+
+# ---- both objectives' numbers on weights that any machine draws alike, recorded by the code that
+# met the published vectors: what a clone without those vectors tests parity against
+
+
+def refill(module):
+    """Weights from numpy's frozen generator, in the order of their names."""
+    draws = np.random.RandomState(0)
+    for name, parameter in sorted(module.named_parameters()):
+        values = draws.standard_normal(tuple(parameter.shape)) * 0.2
+        values += "norm" in name and name.endswith("weight")
+        parameter.data = torch.from_numpy(values.astype(np.float32))
+
+
+def recorded_numbers():
+    draws = np.random.RandomState(1)
+    images = torch.from_numpy(draws.standard_normal((3, 4, 24, 24)).astype(np.float32))
+    hr = torch.from_numpy(draws.standard_normal((3, 4, 48, 48)).astype(np.float32))
+    order = torch.from_numpy(np.argsort(draws.random_sample((3, 16)), 1))
+    offset = torch.from_numpy(draws.randint(0, 2, (3, 4, 4, 2)))
+    for name in ("ijepa", "latentmim"):
+        shape = dict(in_channels=4, dim=16, depth=2, heads=2)
+        if name == "ijepa":
+            objective = IJEPA(ViT(patch_size=6, **shape), (4, 4), 12, 2, targets=2)
+            masks = {"context": order[:, :6], "target": order[:, 6:].unflatten(1, (2, 5))}
+        else:
+            encoder = ViT(patch_size=4, class_token=True, pos="latentmim", **shape)
+            objective = LatentMIM(encoder, (4, 4), 2, 6, 24, 12, 2, 3)
+            masks = {"context": order[:, :6], "target": order[:, 6:], "offset": offset}
+        refill(objective)
+        loss, tokens, index = objective(images, masks)
+        target = objective.target_tokens(images, masks)
+        seen = hr if name == "ijepa" else take_patches(hr, 8, 4, 2 * offset)
+        with torch.no_grad():
+            seen = objective.teacher.head(objective.teacher(seen, hr_index(index, (4, 4), 2)))
+        term = gram_loss(tokens, seen)
+        (loss + term).backward()
+        yield (
+            name,
+            {
+                "loss": loss.item(),
+                "affinity": term.item(),
+                "tokens": tokens.detach()[1, 2].tolist(),
+                "target": target.flatten(1, -2)[1, 2].tolist(),
+                "grads": {
+                    n: p.grad.norm().item()
+                    for n, p in objective.named_parameters()
+                    if p.grad is not None
+                },
+            },
+        )
+
+
+def test_recorded_parity():
+    recorded = json.loads((ROOT / "tests" / "golden" / "objectives.json").read_text())
+    for name, found in recorded_numbers():
+        for key in ("loss", "affinity", "tokens", "target"):
+            assert found[key] == pytest.approx(recorded[name][key], rel=1e-4, abs=1e-5), (name, key)
+        assert found["grads"] == pytest.approx(recorded[name]["grads"], rel=1e-3, abs=1e-5), name
 
 
 # ---- purity
