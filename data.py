@@ -301,9 +301,8 @@ def crop_pairs(batch, crops, meta, mr_size, hr_size=None, mr_from="mr", hr_from=
 
 
 def main():
-    import check  # these build on this file
-    import formats
-    import pack
+    from datasets import formats  # these build on this file
+    from imagery import check, pack
 
     # what a reader is told, as far as it takes it
     options = "hr mr_bands hr_bands band_names hr_band_names nodata product level per_site".split()

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from einops import rearrange
 
-import geotiff
 from figures import composite, save_figure, token_colours
 from finetune import positive
+from imagery import geotiff
 from model import load_encoder
 
 HERE = Path(__file__).parent
@@ -182,8 +182,10 @@ def main():
         scenes, task, size, steps, epochs = 4, 4, 128, 20, 10
     out, python, start = args.out.resolve(), sys.executable, time.perf_counter()
 
-    run([python, "scenes.py", out / "pairs", "--scenes", scenes, "--size", size, "--seed", 0])
-    run([python, "scenes.py", out / "task", "--scenes", task, "--size", size, "--seed", 1])
+    run([python, "-m", "imagery.scenes", out / "pairs", "--scenes", scenes, "--size", size,
+         "--seed", 0])  # fmt: skip
+    run([python, "-m", "imagery.scenes", out / "task", "--scenes", task, "--size", size,
+         "--seed", 1])  # fmt: skip
     run([python, "data.py", "pack", "--mr", out / "pairs/mr", "--hr", out / "pairs/hr",
          out / "store", "--chip", SIDE])  # fmt: skip
     for variant in ("mr", "sa"):

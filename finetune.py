@@ -34,8 +34,19 @@ import torch.nn.functional as F
 from einops import rearrange
 from tqdm import tqdm
 
-import geotiff
 from data import draw_crops, resample
+from datasets.tasks import (
+    IGNORE,
+    SPLITS,
+    TASKS,
+    fingerprint,
+    list_tasks,
+    load_folder,
+    load_task,
+    mean_iou,
+    own_folder,
+)
+from imagery import geotiff
 from model import ViT, load_encoder, vit
 from segment import (
     HEADS,
@@ -47,17 +58,6 @@ from segment import (
     probe,
     resize,
     save_segmenter,
-)
-from tasks import (
-    IGNORE,
-    SPLITS,
-    TASKS,
-    fingerprint,
-    list_tasks,
-    load_folder,
-    load_task,
-    mean_iou,
-    own_folder,
 )
 
 UNPREDICTED = 255  # in the class maps; so they hold at most 255 classes

@@ -27,10 +27,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import geotiff
+from datasets.formats import find_files
 from figures import composite, save_figure
 from finetune import positive
-from formats import find_files
+from imagery import geotiff
 from model import ViT, load_encoder, read_tensors
 from segment import Segmenter, encode, load_segmenter, resize
 

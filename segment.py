@@ -18,8 +18,8 @@ from einops import rearrange
 from torch import nn
 from tqdm import tqdm
 
+from datasets.tasks import IGNORE, confusion_matrix, mean_iou
 from model import parse_encoder, read_tensors, write_tensors
-from tasks import IGNORE, confusion_matrix, mean_iou
 
 HEADS = ("linear", "mlp", "upernet")
 

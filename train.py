@@ -31,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from affinity import SpatialAffinity, gram_loss, token_mse
 from data import Store, crop_pairs, draw_crops, read_chips, sample_order
+from datasets.tasks import load_task
 from figures import draw_tokens
 from model import (
     IJEPA,
@@ -45,7 +46,6 @@ from model import (
     vit,
 )
 from segment import probe
-from tasks import load_task
 
 # What the paper uses where the two frameworks differ; any flag overrides it.
 PAPER = {

@@ -14,8 +14,8 @@ from landscape import RNG, pair, shift_between
 from stores import write_store
 
 import data
-import pack
-from formats import read_geotiff
+from datasets.formats import read_geotiff
+from imagery import pack
 
 SHARED = Path(os.environ.get("CROSSSCALE_SHARED", Path(__file__).parents[2] / "shared")) / "data"
 

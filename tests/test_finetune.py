@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from real_tasks import SETTINGS, write_eolearn, write_ukis
 
 import finetune
-import geotiff
 import segment
+from datasets.tasks import IGNORE, confusion_matrix, mean_iou
 from finetune import balanced_weights, crop_labels, layer_groups, segmentation_loss
+from imagery import geotiff
 from model import ViT, load_encoder, save_encoder
 from segment import Segmenter, judge, load_segmenter, normalised
-from tasks import IGNORE, confusion_matrix, mean_iou
 
 ROOT = Path(__file__).parent.parent
 

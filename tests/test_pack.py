@@ -1,4 +1,4 @@
-"""pack.py: packing keeps the ground, splits share none; every message."""
+"""imagery/pack.py: packing keeps the ground, splits share none; every message."""
 
 import json
 import os
@@ -27,14 +27,13 @@ from landscape import (
 )
 
 import data
-import formats
-import geotiff
-import pack
+from datasets import formats
+from imagery import geotiff, pack
 
 SHARED = Path(os.environ.get("CROSSSCALE_SHARED", Path(__file__).parents[2] / "shared")) / "data"
 
 
-TESTS = str(Path(__file__).parent)
+ROOT, TESTS = map(str, (Path(__file__).parents[1], Path(__file__).parent))
 draw_contact = pack.draw_contact
 
 
@@ -818,7 +817,9 @@ def test_a_killed_process_continues_to_the_same_store(tmp_path):
         write_scene(tmp_path / f"hr/{k}.tif", 5.0, (k * 900, 0), 96, 96, crs=crs)
     options = "chip=16, stride=12, split_block=2, val=0.3"
     code = (
-        "import os, signal, sys, formats, pack\n"
+        "import os, signal, sys\n"
+        "from datasets import formats\n"
+        "from imagery import pack\n"
         "cut, seen = pack.cut, []\n"
         "def stop(job, work):\n"
         "    seen.append(work)\n"
@@ -829,7 +830,7 @@ def test_a_killed_process_continues_to_the_same_store(tmp_path):
         "listing = formats.read_geotiff('mr', 'hr')\n"
         f"pack.pack(listing, sys.argv[2], {options}, workers=1)\n"
     )
-    env = os.environ | {"PYTHONPATH": str(Path(pack.__file__).parent)}
+    env = os.environ | {"PYTHONPATH": ROOT}
     done = [
         subprocess.run([sys.executable, "-c", code, stop, out], cwd=tmp_path, env=env).returncode
         for stop, out in (("6", "store"), ("99", "store"), ("99", "whole"))
@@ -873,7 +874,7 @@ def test_one_pack_at_a_time_writes_a_store(tmp_path, overwrite):
     with subprocess.Popen(
         [sys.executable, "-c", HOLD, "store"],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(pack.__file__).parent), TESTS])},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([ROOT, TESTS])},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     ) as other:
@@ -889,7 +890,9 @@ def test_one_pack_at_a_time_writes_a_store(tmp_path, overwrite):
 
 
 HOLD = """
-import sys, numpy, formats, landscape, pack
+import sys, numpy, landscape
+from datasets import formats
+from imagery import pack
 pixels = numpy.ones((1, 16, 16), "uint8")
 def opened():
     if opened.times == 1:  # after the survey

@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 
 import finetune
-import geotiff
 import predict
-import scenes
+from imagery import geotiff, scenes
 from model import ViT, load_encoder, save_encoder
 from predict import NO_CLASS, Model, blend_weights, choose_bands, window_starts
 from segment import Segmenter, save_segmenter

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-import geotiff
-import scenes
+from imagery import geotiff, scenes
 
 SIZE = 96  # MR pixels a side: big enough for every class in four scenes
 IDS = range(len(scenes.CLASSES))
@@ -209,9 +208,8 @@ def test_a_folder_that_holds_anything_is_refused(tmp_path, capsys, name):
     assert stop.value.code == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and "Traceback" not in message
-    assert (
-        message.startswith("scenes.py: ") and "exists; remove it, or name a new folder" in message
-    )
+    assert message.startswith("python -m imagery.scenes: ")
+    assert "exists; remove it, or name a new folder" in message
     assert foreign.read_text() == "mine"
 
 

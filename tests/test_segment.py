@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from datasets.tasks import IGNORE, confusion_matrix, mean_iou
 from model import ViT, load_encoder, save_encoder
 from segment import (
     HEADS,
@@ -24,7 +25,6 @@ from segment import (
     save_segmenter,
     token_labels,
 )
-from tasks import IGNORE, confusion_matrix, mean_iou
 
 META = {
     "classes": ["field", "forest", "soil"], "bands": ["R", "NIR"], "positions": [2, 3],

@@ -3,9 +3,9 @@ import pytest
 import torch
 from real_tasks import write_eolearn, write_ukis
 
-import geotiff
-import tasks
-from tasks import IGNORE, confusion_matrix, load_folder, mean_iou
+from datasets import tasks
+from datasets.tasks import IGNORE, confusion_matrix, load_folder, mean_iou
+from imagery import geotiff
 
 UTM = 32633
 

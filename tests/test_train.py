@@ -16,8 +16,8 @@ from stores import write_store
 import train
 from affinity import gram_loss, hr_index, pool_to_mr, token_mse
 from data import Store, draw_crops, read_chips, resample, sample_order
+from imagery.scenes import write_scenes
 from model import IJEPA, LatentMIM, ViT, load_encoder, save_encoder, take_patches
-from scenes import write_scenes
 
 TINY = (
     "--dim 16 --depth 1 --heads 2 --patch 4 --predictor-dim 16 --predictor-depth 1 --targets 2 "

@@ -29,9 +29,9 @@ import torch
 from tqdm import tqdm
 
 import figures
-import geotiff
 from data import FORMAT, INDEX, SPLITS, VERSION, WINDOW, crop_pairs
-from formats import SAME_BAND
+from datasets.formats import SAME_BAND
+from imagery import geotiff
 
 ROWS = [name for name in INDEX if name not in ("chip", "hr", "split")]  # known while packing
 SKIPPED = "mr_source row col hr_source valid reason".split()

@@ -22,7 +22,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-import geotiff
+from imagery import geotiff
 
 SPLITS = ("train", "val", "test")
 IGNORE = -1  # the ignored label in every Task, whatever the files call it

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import geotiff
+from imagery import geotiff
 
 # An image and what is wanted of it. info: geotiff.Info, whose path may name a part, "x.pt#12".
 # bands: positions. nodata: value or None. read(window, bands) -> (bands, height, width), as

@@ -24,8 +24,8 @@ import torch
 from einops import rearrange
 from tqdm import tqdm
 
-import geotiff
-from published import IGNORE, SPLITS, TASKS, find_bands, open_set, read_lines
+from datasets.published import IGNORE, SPLITS, TASKS, find_bands, open_set, read_lines
+from imagery import geotiff
 
 IN_MEMORY = 2 * 2**30  # bytes of images; more of them lie in a temporary file
 UNNAMED_CLASSES = 256  # without a class file, an id beyond this is a fill value, not a class
