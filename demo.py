@@ -20,9 +20,9 @@ import torch
 from einops import rearrange
 
 from figures import composite, save_figure, token_colours
-from finetune import positive
 from imagery import geotiff
-from model import load_encoder
+from run import positive
+from weights import load_encoder
 
 HERE = Path(__file__).parent
 # One small architecture for both objectives: windows of 32 x 32 px are 8 x 8 tokens of 4 px. Tokens

@@ -25,6 +25,7 @@ from landscape import (
     shift_between,
     write_scene,
 )
+from stores import crop_pairs
 
 import data
 from datasets import formats
@@ -348,9 +349,8 @@ def test_south_african_pairs(tmp_path):
     ] == [2.0, 2.0]
     assert meta["gsd"] == {"mr": 10.0, "hr": 5.0}
     assert len(store) > 100 and meta["splits"]["val"] > 0
-    batch = store.batch(store.split("train"))
-    whole = np.array([[0.0, 0.0, 1.0, 1.0]] * len(batch["mr"]))
-    a, b = data.crop_pairs(batch, whole, meta, 64, 64)
+    whole = np.array([[0.0, 0.0, 1.0, 1.0]] * len(store.split("train")))
+    a, b = crop_pairs(store, store.split("train"), whole, 64, 64)
     alike = [np.corrcoef(a[:, k].flatten(), b[:, k].flatten())[0, 1] for k in range(3)]
     off = [np.corrcoef(a[:, k, 8:].flatten(), b[:, k, :-8].flatten())[0, 1] for k in range(3)]
     assert min(alike) > 0.5 and min(np.subtract(alike, off)) > 0.1
@@ -376,8 +376,7 @@ def test_north_dakota_with_a_simulated_mr(tmp_path):
     store = data.Store(tmp_path / "store")
     same = [r for r in rows_of(tmp_path / "store") if Path(r["hr_source"]).name == path.name]
     assert len(same) == len(store) == 35
-    batch = store.batch(np.arange(len(store)))
-    mr, hr = (x.numpy() for x in data.crop_pairs(batch, [[0, 0, 1, 1]] * 35, meta, 64, 64))
+    mr, hr = (x.numpy() for x in crop_pairs(store, np.arange(35), [[0, 0, 1, 1]] * 35, 64, 64))
     shifts = [shift_between(m[3], h[3]) for m, h in zip(mr, hr, strict=True)]
     assert np.abs(shifts).max() < 0.05
 
@@ -1475,7 +1474,7 @@ def test_every_crop_shows_the_same_ground(tmp_path, hr_gsd, shift):
     store = data.Store(tmp_path / "store")
     chips = np.arange(24) % len(store)
     crops = data.draw_crops(3, 1, 24)
-    a, b = data.crop_pairs(store.batch(chips), crops, meta, 32, 32)
+    a, b = crop_pairs(store, chips, crops, 32, 32)
     scale = crops[:, 2:] * 31 / 32  # MR pixels to a pixel of the crop
     shifts = [shift_between(m[0], h[0]) for m, h in zip(a.numpy(), b.numpy(), strict=True)]
     assert np.abs(shifts * scale).max() < 0.05
@@ -1488,6 +1487,5 @@ def test_a_window_at_the_edge_of_the_hr_image_is_moved_into_it(tmp_path):
     assert meta["shape"]["hr"] == (2, 108, 108)
     last = rows_of(tmp_path / "store")[-1]
     assert np.isclose(float(last["hr_row"]), 4 / 3) and np.isclose(float(last["hr_col"]), 4 / 3)
-    batch = data.Store(tmp_path / "store").batch([8])
-    a, b = data.crop_pairs(batch, [[0, 0, 1, 1]], meta, 32, 32)
+    a, b = crop_pairs(data.Store(tmp_path / "store"), [8], [[0, 0, 1, 1]], 32, 32)
     assert np.abs(shift_between(a[0, 0].numpy(), b[0, 0].numpy())).max() < 0.05

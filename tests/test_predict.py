@@ -14,9 +14,10 @@ import torch.nn.functional as F
 import finetune
 import predict
 from imagery import geotiff, scenes
-from model import ViT, load_encoder, save_encoder
+from model import ViT
 from predict import NO_CLASS, Model, blend_weights, choose_bands, window_starts
 from segment import Segmenter, save_segmenter
+from weights import load_encoder, save_encoder
 
 CLASSES = ["water", "forêt", "field", "built <up>", "soil"]
 BANDS = ["B", "G", "R", "NIR"]
@@ -548,6 +549,28 @@ def test_another_scale_is_said_with_the_numbers(tmp_path, trained, capsys):
     maps = [geotiff.read(tmp_path / f"{name}.tif") for name in "abcd"]
     assert np.array_equal(maps[0], maps[3]) and (maps[0] == maps[2]).mean() > 0.999
     assert not np.array_equal(maps[0], maps[1])
+
+
+def test_the_offset_comes_before_the_scale(tmp_path, trained, capsys):
+    """(value - 1000) / 4 of a file is, bit for bit, what another file holds; holes stay holes."""
+    array = image(40, 30)
+    stored = 4 * array + 1000
+    stored[:, 5:9, 5:9] = array[:, 5:9, 5:9] = 0
+    plain, packed = write(tmp_path / "plain.tif", array), write(tmp_path / "packed.tif", stored)
+    units = ("--offset", -1000, "--scale", 0.25)
+    save_encoder(segmenter().encoder, tmp_path / "bare.safetensors")  # normalised by the scene
+    for model, kinds in (
+        (trained, ("--probabilities", "--features")),
+        (tmp_path / "bare.safetensors", ("--features", "--tile", 16)),
+    ):
+        for scene, flags in ((plain, ()), (packed, units)):
+            main("--model", model, scene, tmp_path / scene.stem / "map.tif", *kinds, *flags)
+        printed = capsys.readouterr()
+        assert "warning" not in printed.err
+        for path in (tmp_path / "plain").iterdir():
+            wanted, found = geotiff.read(path), geotiff.read(tmp_path / "packed" / path.name)
+            assert np.array_equal(found, wanted, equal_nan=wanted.dtype == np.float32)
+            path.unlink(), (tmp_path / "packed" / path.name).unlink()
 
 
 def test_what_is_refused_before_any_work(tmp_path, trained, capsys):

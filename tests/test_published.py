@@ -12,8 +12,9 @@ import pytest
 
 from datasets import published, tasks
 from datasets.published import TASKS
-from datasets.tasks import IGNORE, SPLITS, load_task
+from datasets.tasks import SPLITS, load_task
 from imagery import geotiff
+from imagery.bands import IGNORE
 
 TILE = 8  # of layouts' 12 to 24 px, so that some tiles reach beyond the image
 
