@@ -295,7 +295,8 @@ def bench_compile(args):
         for row in pool.map(compiled, *zip(*launches(args.arch or SHARED_LIMIT), strict=True)):
             rows.append(row)
             print(" ".join(f"{row[name]!s:>{width}}" for name, width in cells.items()), flush=True)
-    print("\nstack: bytes per thread in memory, 0 where no register spills. N and D are arguments:")
+    print(f"\nTriton {triton_version()}. ", end="")
+    print("stack: bytes per thread in memory, 0 where no register spills. N and D are arguments:")
     print("a line of gram serves all N of its panels and all D, one of unit all D up to its tile.")
     return rows
 

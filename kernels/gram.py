@@ -35,7 +35,8 @@ tensor (or 16 MB).
 **Given up:** double backward; float64; the 16-bit rotated case above. The loss of a batch in which
 one token is NaN is NaN, as in eager PyTorch, but the NaN may reach the gradient of an image beside.
 No GPU was at hand: the tiles were chosen by what the compiler makes of them (registers, shared
-memory, tensor-core instructions: `python bench.py compile`); no speed on a GPU is measured.
+memory, tensor-core instructions: `python bench.py compile`), that of Triton 3.7.1, which torch 2.13
+brings; no speed on a GPU is measured.
 
 Deterministic: every sum has one order, no atomics. Source of the loss: arXiv 2601.12964; the
 gradient in the forward pass, as fused linear cross-entropy kernels do.
@@ -135,12 +136,11 @@ def gram_kernel(
     i = row + tl.arange(0, BM)
     d = tl.arange(0, BK)[None, :]
     out = (base + i)[:, None] * width + d
-    norm = tl.load(inverse + base + i)[:, None] * (1 / 256)
     total = tl.zeros((BM,), tl.float32)
     radial = tl.zeros((BM,), tl.float32)  # g.s
 
     delta = tl.zeros((BM, BN), tl.float32)  # 256 d
-    for start in range(0, size, BN):
+    for start in range(0, BN if ONE_PANEL else size, BN):  # known to be one: fewer registers
         j = start + tl.arange(0, BN)
         delta = tl.zeros((BM, BN), tl.float32)
         for k in range(0, pad, BK):
@@ -172,6 +172,7 @@ def gram_kernel(
 
     tl.store(loss + tl.program_id(0), tl.sum(total))
     if WANT_GRAD:
+        norm = tl.load(inverse + base + i)[:, None] * (1 / 256)
         for k in range(0, pad, BK):
             mask = (i < size)[:, None] & (d + k < width)
             if ONE_PANEL:  # again, from the panel on the chip: cheaper than rows kept in memory
@@ -186,11 +187,15 @@ def gram_kernel(
 
 # unfused, or a student equal to its teacher would differ from it by a rounding
 UNIT_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
-# (BM, BN, BK, num_warps, num_stages) in 16 bits, by the major compute capability: the largest found
-# that spill no register. SQUARE serves N <= 128 in one panel and N > 256 in several, WIDE
-# holds the columns of a 14 x 14 or 16 x 16 grid. Others than 9 and 10 take the row of 8.
-SQUARE = {8: (128, 128, 32, 8, 2), 9: (128, 128, 64, 8, 3), 10: (128, 128, 32, 8, 3)}
-WIDE = {8: (64, 256, 32, 8, 3), 9: (128, 256, 32, 8, 2), 10: (64, 256, 32, 8, 3)}
+# (BM, BN, BK, num_warps, num_stages) in 16 bits, by the major compute capability; others than 9 and
+# 10 take the row of 8. For N <= 128; for the columns of a 14 x 14 or 16 x 16 grid in one panel; for
+# several panels, whose rows are fewer, so that an image of many tokens is work for many processors.
+# Of the tiles tried the largest that spill no register: on Triton 3.7.1, and on 3.9 as well.
+TILES = {
+    8: ((128, 128, 32, 8, 2), (64, 256, 32, 8, 3), (64, 128, 32, 8, 3)),
+    9: ((128, 128, 64, 8, 3), (128, 256, 32, 8, 2), (64, 128, 64, 8, 3)),
+    10: ((128, 128, 32, 8, 3), (64, 256, 32, 8, 3), (64, 128, 64, 8, 3)),
+}
 
 
 def tiles_for(capability, operand, n, tf32=False):
@@ -198,11 +203,11 @@ def tiles_for(capability, operand, n, tf32=False):
 
     Returns (constants BM, BN, BK, ONE_PANEL, PRECISION, TMA; options for the compiler).
     """
-    major = capability[0] if capability[0] in SQUARE else 8
+    major = capability[0] if capability[0] in TILES else 8
     if operand == torch.float32:
         bm, bn, bk, warps, stages = (64, 64, 32, 4 if tf32 else 8, 2)
     else:
-        bm, bn, bk, warps, stages = (WIDE if 128 < n <= 256 else SQUARE)[major]
+        bm, bn, bk, warps, stages = TILES[major][(n > 128) + (n > 256)]
     constants = {
         "BM": bm,
         "BN": bn,
