@@ -342,7 +342,7 @@ def compiled(arch, kernel, tokens, operands, constants, options):
     constants = {**constants, "s_channel": 1, "t_channel": 1} if kernel == "unit" else constants
     types |= dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "i32") for name in function.arg_names}
-    aligned = "width", "pad", "s_image", "s_token", "t_image", "t_token"
+    aligned = "width", "t_width", "pad", "s_image", "s_token", "t_image", "t_token"
     attributes = {
         (place,): [["tt.divisibility", 16]]
         for place, (name, kind) in enumerate(signature.items())

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import affinity
-from affinity import gram_loss
+from affinity import gram_loss, unit, unit_pairs
+from kernels import forms
 
 ROOT = Path(__file__).parent.parent
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -64,7 +64,7 @@ def rounding_bounds(student, teacher, operand, linear):
     """
     eps, eps32 = 4 * torch.finfo(operand).eps, 4 * torch.finfo(torch.float32).eps
     b, n, _ = student.shape
-    s, t = affinity.unit_pairs(student.double(), teacher.double())
+    s, t = unit_pairs(student.double(), teacher.double())
     u, w = (s - t).abs(), s.abs() + t.abs()
     error = (eps * u + eps32 * w) @ w.mT
     delta, error, s = (s @ s.mT - t @ t.mT).abs(), (error + error.mT) / 2, s.abs()
@@ -107,7 +107,7 @@ def test_large_batches_and_images_are_cut(backend, monkeypatch):
     student, teacher = tokens(5, 30, 16, dtype=torch.float64)
     whole = loss_and_grad(student, teacher, backend)
     for chunk in (30 * 30 * 2, 30 * 7, 1):  # two images, seven rows, one row at a time
-        monkeypatch.setattr(affinity, "CHUNK", chunk)
+        monkeypatch.setattr(forms, "CHUNK", chunk)
         for a, b in zip(loss_and_grad(student, teacher, backend), whole, strict=True):
             torch.testing.assert_close(a, b)
 
@@ -148,15 +148,15 @@ def test_auto_leaves_the_linear_form_where_its_terms_cancel():
     # one bad image is enough, however large the losses beside it
     other = tokens(1, 768, 384, noise=30.0)
     student, teacher = torch.cat((student, other[0])), torch.cat((teacher, other[1]))
-    assert not affinity.linear(student, teacher, False)[2]
-    assert affinity.linear(student[1:], teacher[1:], False)[2]
+    assert not forms.linear(student, teacher, False)[2]
+    assert forms.linear(student[1:], teacher[1:], False)[2]
 
 
 def test_operator_is_well_formed():
     for n, want_grad in ((5, True), (5, False), (40, True)):
         student, teacher = tokens(2, n, 16, group=4)
         args = student.requires_grad_(want_grad), teacher, "auto", torch.float32, want_grad
-        torch.library.opcheck(affinity.gram_fused, args)
+        torch.library.opcheck(forms.gram_fused, args)
 
 
 @pytest.mark.parametrize("backend", ["auto", "matmul", "linear"])
@@ -177,8 +177,8 @@ def test_compiles_without_a_graph_break(backend):
 
 def test_no_gradient_work_without_gradient(monkeypatch):
     wanted = []
-    matmul = affinity.matmul
-    monkeypatch.setattr(affinity, "matmul", lambda *args: wanted.append(args[2]) or matmul(*args))
+    matmul = forms.matmul
+    monkeypatch.setattr(forms, "matmul", lambda *args: wanted.append(args[2]) or matmul(*args))
     student, teacher = tokens(1, 4, 8)
     loss = gram_loss(student, teacher.clone().requires_grad_())
     assert not loss.requires_grad
@@ -226,7 +226,7 @@ def test_double_backward_is_refused():
 
 
 def test_says_once_what_auto_took(caplog):
-    affinity.say.cache_clear()
+    forms.say.cache_clear()
     with caplog.at_level("DEBUG", logger="crossscale"):
         for _ in range(2):
             gram_loss(*tokens(1, 4, 8))
@@ -249,7 +249,7 @@ def test_triton_refuses_what_it_cannot_do():
 
 def test_serves_where_triton_is_missing(monkeypatch):
     """Also that a wish for it is answered by what to install."""
-    affinity.kernel_missing.cache_clear()
+    forms.kernel_missing.cache_clear()
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "kernels.gram", raising=False)
     monkeypatch.delattr("kernels.gram", raising=False)
@@ -257,7 +257,7 @@ def test_serves_where_triton_is_missing(monkeypatch):
     assert gram_loss(student, teacher) > 0
     with pytest.raises(RuntimeError, match=r"Triton is missing or too old .* triton >= 3\.5"):
         gram_loss(student, teacher, backend="triton")
-    affinity.kernel_missing.cache_clear()
+    forms.kernel_missing.cache_clear()
 
 
 @needs_triton
@@ -279,10 +279,10 @@ def test_an_old_gpu_is_told_once_and_served(monkeypatch, caplog):
     from kernels import gram
 
     monkeypatch.setattr(gram, "unsupported", lambda device, dtype: "the GPU is too old")
-    affinity.kernel_missing.cache_clear()
+    forms.kernel_missing.cache_clear()
     for _ in range(2):
-        assert affinity.kernel_missing(torch.device("cuda"), torch.float32) == "the GPU is too old"
-    affinity.kernel_missing.cache_clear()
+        assert forms.kernel_missing(torch.device("cuda"), torch.float32) == "the GPU is too old"
+    forms.kernel_missing.cache_clear()
     (record,) = caplog.records
     assert record.message == "gram_loss: the GPU is too old; the PyTorch form serves"
 
@@ -453,7 +453,7 @@ def rounded_forms(student, teacher, dtype):
     """(loss, gradient) of the kernel's form and of the textbook's, operands rounded to a dtype and
     sums in float32; and the exact ones."""
     exact = loss_and_grad(student.double(), teacher.double(), "eager")
-    s, t = affinity.unit(student), affinity.unit(teacher)
+    s, t = unit(student), unit(teacher)
     scale = 4 / (s.shape[0] * s.shape[1] ** 2) / student.norm(dim=-1, keepdim=True)
 
     def cut(x):
