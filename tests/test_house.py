@@ -15,7 +15,8 @@ ROOMS = {
     "kernels": "torch triton",
     "kernels.forms": "torch",  # without Triton, which not every machine has
     "affinity": "torch kernels",
-    "model": "torch einops",
+    "vit": "torch einops",
+    "model": "torch einops vit",
     "weights": "torch einops numpy safetensors model",
     "data": "torch numpy",
     "figures": "torch einops matplotlib",

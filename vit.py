@@ -1,0 +1,284 @@
+"""The vision transformer: position codes of the grid at hand, patches cut with gaps, and `ViT`.
+
+Parameters carry the names of timm's VisionTransformer. Shapes: B images, C bands, N = rows * cols
+tokens of width D, row-major; `grid` is (rows, cols).
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange
+
+# name: (width, depth, heads), as published for ViT
+SIZES = {
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+    "huge": (1280, 32, 16),
+}
+
+
+# ---- positions and masks ----------------------------------------------------------------------
+
+
+def position_table(grid, dim, kind, spacing=1.0, device="cpu"):
+    """Sine-cosine code of every token of a grid: (rows * cols, dim) float32.
+
+    kind: "ijepa", integer coordinates 0..g-1, or "latentmim", i * g / (g - 1).
+    spacing: distance of two tokens in units of the grid whose coordinates are wanted. 1 numbers
+    this grid's own tokens; 1/r places the tokens of an r times finer grid at their centres on the
+    coarse one, (q + 0.5)/r - 0.5 (METHOD "ground" positions).
+    The first half of the channels encodes the column, the second the row, each as [sin, cos] with
+    frequencies 10000^(-k / (dim/4)). Raises ValueError if dim is no multiple of 4.
+
+    Computed where it is used, from nothing but the shape: there is no table to copy to a device,
+    and none that a tracer could leave its own tensors in.
+    """
+    if dim % 4:
+        raise ValueError(f"a sine-cosine position code needs a width divisible by 4, found {dim}")
+    exact = torch.float32 if torch.device(device).type == "mps" else torch.float64
+    channel = torch.arange(dim // 4, dtype=exact, device=device)
+    codes = []
+    for count in grid:
+        coordinate = (torch.arange(count, dtype=exact, device=device) + 0.5) * spacing - 0.5
+        if kind == "latentmim":
+            coarse = count * spacing
+            coordinate = coordinate * coarse / max(coarse - 1, 1)
+        angle = coordinate[:, None] * 10000.0 ** (-channel / (dim // 4))
+        codes.append(torch.cat([angle.sin(), angle.cos()], dim=1).float())
+    rows, cols = grid
+    return torch.cat([codes[1].repeat(rows, 1), codes[0].repeat_interleave(cols, dim=0)], dim=1)
+
+
+def take(tokens, index):
+    """Tokens (B, N, D) at index (B, K) int64 -> (B, K, D)."""
+    return torch.take_along_dim(tokens, index[:, :, None], dim=1)
+
+
+def take_patches(images, patch, gap, offset):
+    """Cut one patch out of each cell of a gapped image and set the patches side by side.
+
+    images: (B, C, rows * (patch + gap), cols * (patch + gap)). patch, gap: pixels.
+    offset: (B, rows, cols, 2) int64, row and column of the patch in its cell, 0..gap.
+    Returns (B, C, rows * patch, cols * patch). The r times larger view of the same ground is
+    `take_patches(hr, r * patch, r * gap, r * offset)`. Raises ValueError if the size does not fit.
+    Source: Latent MIM's patch gap, which keeps neighbours from touching.
+    """
+    b, _, height, width = images.shape
+    rows, cols = offset.shape[1:3]
+    cell = patch + gap
+    if (height, width) != (rows * cell, cols * cell):
+        raise ValueError(
+            f"images of {height} x {width} px are not {rows} x {cols} cells of {patch} + {gap} px; "
+            f"resize to {rows * cell} x {cols * cell}"
+        )
+    device = images.device
+    pixel = torch.arange(patch, device=device)
+    top = torch.arange(rows, device=device)[:, None] * cell + offset[..., 0]  # (B, rows, cols)
+    left = torch.arange(cols, device=device) * cell + offset[..., 1]
+    y = (top[..., None] + pixel)[..., :, None]  # (B, rows, cols, patch, 1)
+    x = (left[..., None] + pixel)[..., None, :]
+    image = torch.arange(b, device=device).view(-1, 1, 1, 1, 1)
+    patches = images[image, :, y, x]  # (B, rows, cols, patch, patch, C)
+    return rearrange(patches, "b i j p q c -> b c (i p) (j q)")
+
+
+# ---- the vision transformer -------------------------------------------------------------------
+
+
+def init_normal(module):
+    """I-JEPA's start: every weight N(0, 0.02), biases 0.
+
+    Its paper code also rescales by depth, but the training script draws all weights anew.
+    """
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def init_xavier(module):
+    """Latent MIM's start: Xavier uniform for every linear map, patches included, biases 0."""
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.xavier_uniform_(module.weight.data.flatten(1))  # a view: fills the weight itself
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def check_heads(dim, heads):
+    if dim % heads:
+        raise ValueError(f"a width of {dim} does not divide into {heads} attention heads")
+    return heads
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = check_heads(dim, heads)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        q, k, v = rearrange(self.qkv(x), "b n (t h d) -> t b h n d", t=3, h=self.heads)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(rearrange(x, "b h n d -> b n (h d)"))
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = check_heads(dim, heads)
+        self.q_proj = nn.Linear(dim, dim)
+        self.kv_proj = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x, memory):
+        q = rearrange(self.q_proj(x), "b n (h d) -> b h n d", h=self.heads)
+        k, v = rearrange(self.kv_proj(memory), "b n (t h d) -> t b h n d", t=2, h=self.heads)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(rearrange(x, "b h n d -> b n (h d)"))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, dim, heads, mlp_ratio=4.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class ViT(nn.Module):
+    """A plain vision transformer; parameters carry the names of timm's VisionTransformer.
+
+    in_channels: bands. patch_size: pixels. dim: width, a multiple of `heads`.
+    class_token: one more token, which `forward` drops and `encode` keeps in front.
+    pos: "ijepa" or "latentmim" (`position_table` for the grid at hand), or "learned" with
+    pos_grid = (rows, cols) of the stored table, resized to the grid at hand (bicubic).
+    """
+
+    def __init__(
+        self,
+        in_channels=4,
+        patch_size=14,
+        dim=384,
+        depth=12,
+        heads=6,
+        mlp_ratio=4.0,
+        class_token=False,
+        pos="ijepa",
+        pos_grid=None,
+    ):
+        super().__init__()
+        if pos not in ("ijepa", "latentmim", "learned"):
+            raise ValueError(f"pos is {pos!r}; choose ijepa, latentmim or learned")
+        self.config = dict(
+            in_channels=in_channels,
+            patch_size=patch_size,
+            dim=dim,
+            depth=depth,
+            heads=heads,
+            mlp_ratio=mlp_ratio,
+            class_token=class_token,
+            pos=pos,
+            pos_grid=pos_grid,
+        )
+        self.in_channels, self.patch_size, self.dim = in_channels, patch_size, dim
+        self.class_token, self.pos, self.meta = class_token, pos, {}
+        self.patch_embed = nn.Module()
+        self.patch_embed.proj = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
+        self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.head = nn.Identity()  # Latent MIM's projection; `forward` never applies it
+        if class_token:
+            self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
+        if pos == "learned":
+            self.register_buffer("pos_embed", torch.zeros(1, pos_grid[0] * pos_grid[1], dim))
+        else:
+            position_table((1, 1), dim, pos)  # a width without a position code says so now
+        # each framework's own start
+        self.apply(init_xavier if pos == "latentmim" else init_normal)
+
+    def grid(self, images):
+        """(rows, cols) of images (B, C, H, W); ValueError if bands or size do not fit."""
+        _, bands, height, width = images.shape
+        p = self.patch_size
+        if bands != self.in_channels:
+            raise ValueError(f"the encoder reads {self.in_channels} bands, the images have {bands}")
+        if height % p or width % p:
+            raise ValueError(
+                f"images of {height} x {width} px are no multiple of the {p} px patch; "
+                f"resize to {max(1, round(height / p)) * p} x {max(1, round(width / p)) * p}"
+            )
+        return height // p, width // p
+
+    def position(self, grid, spacing, device):
+        if self.pos != "learned":
+            return position_table(grid, self.dim, self.pos, spacing, device)
+        table = rearrange(self.pos_embed, "1 (h w) d -> 1 d h w", h=self.config["pos_grid"][0])
+        if table.shape[-2:] != grid:
+            table = F.interpolate(table, grid, mode="bicubic", antialias=True)
+        return rearrange(table, "1 d h w -> (h w) d")
+
+    def embed(self, images, index=None, spacing=1.0):
+        """What the first block reads: patches and positions, behind the class token if any."""
+        p = self.patch_size
+        position = self.position(self.grid(images), spacing, images.device)
+        patches = rearrange(images, "b c (i p) (j q) -> b (i j) (c p q)", p=p, q=p)
+        if index is not None:
+            # masked tokens are dropped before the embedding: they cost nothing at all
+            patches, position = take(patches, index), position[index]
+        weight, bias = self.patch_embed.proj.weight, self.patch_embed.proj.bias
+        tokens = F.linear(patches, weight.flatten(1), bias) + position
+        if self.class_token:
+            tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
+        return tokens
+
+    def encode(self, images, index=None, spacing=1.0):
+        """As `forward`, with the class token, if there is one, in front: (B, 1 + K, D)."""
+        tokens = self.embed(images, index, spacing)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.norm(tokens)
+
+    def levels(self, images, depths):
+        """Patch tokens after some blocks, each through the last LayerNorm: a list of (B, N, D).
+
+        depths: numbers of blocks, 1 to all, in any order; the last block gives `forward`'s tokens.
+        """
+        tokens, after = self.embed(images), {}
+        for depth, block in enumerate(self.blocks, 1):
+            tokens = block(tokens)
+            if depth in depths:
+                after[depth] = self.norm(tokens)[:, int(self.class_token) :]
+        return [after[depth] for depth in depths]
+
+    def forward(self, images, index=None, spacing=1.0):
+        """Patch tokens after the last LayerNorm.
+
+        images: (B, C, H, W) float, H and W multiples of the patch. index: None for all N tokens,
+        or (B, K) int64, the tokens that the transformer sees. spacing: see `position_table`.
+        Returns (B, N or K, D). Raises ValueError if bands or size do not fit.
+        """
+        return self.encode(images, index, spacing)[:, int(self.class_token) :]
+
+
+def vit(name, **changes):
+    """A `ViT` of a published size, "tiny" to "huge"; `changes` override any of its arguments."""
+    dim, depth, heads = SIZES[name]
+    return ViT(**{"dim": dim, "depth": depth, "heads": heads, **changes})
