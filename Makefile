@@ -7,7 +7,7 @@ READY := $(VENV)/.installed
 
 help:
 	@echo "make demo    pretrain, probe and draw on procedural scenes (6 minutes on 2 CPU cores): out/demo"
-	@echo "make test    the tests"
+	@echo "make test    the tests (those marked slow: make test TEST='-m slow')"
 	@echo "make venv    only install the pinned requirements into $(VENV)"
 	@echo "             PYTHON=python3.13, VENV=path and REQUIREMENTS=file can be set"
 
@@ -23,6 +23,6 @@ demo: $(READY)
 	$(BIN)/python demo.py $(DEMO)
 
 test: $(READY)
-	$(BIN)/python -m pytest $(TEST)
+	$(BIN)/python -m pytest $(or $(TEST),-m 'not slow')
 
 .PHONY: help venv demo test

@@ -36,6 +36,13 @@ def positive(text):
     return value
 
 
+def whole(text):
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return value
+
+
 def between(low, high=math.inf):
     def parse(text):
         value = float(text)
@@ -209,6 +216,20 @@ def read_config(path):
             f"{path}: damaged, or not of a run; start a new run, from its weights with --init"
         ) from None
     return config
+
+
+def flags_of(path, leave):
+    """The flags of a run as they are typed, from its config.json, but for those to leave."""
+    words = []
+    for name, value in read_config(path)["args"].items():
+        flag = "--" + name.replace("_", "-")
+        if name in leave or value is None:
+            continue
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            words += [flag, *map(str, value if isinstance(value, list) else [value])]
+    return words
 
 
 def log_until(path, step):

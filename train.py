@@ -44,15 +44,16 @@ from run import (
     Parser,
     Run,
     between,
+    flags_of,
     git_state,
     health,
     open_run,
     positive,
     precision_of,
-    read_config,
     script,
     start_ranks,
     token_sums,
+    whole,
 )
 from weights import fit_bands, load_encoder, save_encoder
 
@@ -217,13 +218,6 @@ def build_parser():
 # fmt: on
 
 
-def whole(text):
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
-    return value
-
-
 def own_flags():
     """The flags that belong to objectives: {flag: {objective: (help, default, limit)}}."""
     found = {}
@@ -242,7 +236,7 @@ def parse_args(argv=None):
     words = typed
     first = p.parse_known_args(words)[0]
     if first.config:
-        words = words_of(first.config) + words
+        words = flags_of(first.config, leave=("out", "resume", "stop_at", "config")) + words
         first = p.parse_known_args(words)[0]
     if "--store" not in given and not first.config and not first.store[0].exists():
         words = [*trial_words(first.device, first.objective), *words]
@@ -276,20 +270,6 @@ def trial_words(device, objective):
     cpu = device == "cpu" or not torch.cuda.is_available()
     small = [*SMALL, *OBJECTIVES[objective].small.split()] if cpu else []
     return ["--store", str(TRIAL / "pairs"), *small]
-
-
-def words_of(path):
-    """The flags of a run as they are typed, from its config.json."""
-    words = []
-    for name, value in read_config(path)["args"].items():
-        flag = "--" + name.replace("_", "-")
-        if name in ("out", "resume", "stop_at", "config") or value is None:
-            continue
-        if isinstance(value, bool):
-            words.append(flag if value else flag.replace("--", "--no-", 1))
-        else:
-            words += [flag, *map(str, value if isinstance(value, list) else [value])]
-    return words
 
 
 def unused(args, given):
