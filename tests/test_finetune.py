@@ -1,3 +1,4 @@
+import inspect
 import json
 import re
 import shutil
@@ -12,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from real_tasks import SETTINGS, write_eolearn, write_ukis
+from safetensors import safe_open
 
 import finetune
 import geotiff
@@ -72,11 +75,12 @@ def run(scenes, encoder, out, *flags):
     """Run the script in this process; returns the rows that it added."""
     results = Path(out) / "results.jsonl"
     before = results.read_text().splitlines() if results.exists() else []
+    training = [] if {"knn", "ridge"} & {*flags} else ["--epochs", "2"]
     finetune.main([
         "--encoder", str(encoder), "--images", str(scenes / "images"),
         "--masks", str(scenes / "masks"), "--classes", str(scenes / "classes.txt"),
         "--splits", str(scenes), "--tile", "16", "--image-size", "16", "--batch", "16",
-        "--epochs", "2", "--device", "cpu", "--out", str(out), *flags,
+        *training, "--device", "cpu", "--out", str(out), *flags,
     ])  # fmt: skip
     lines = results.read_text().splitlines()
     assert lines[: len(before)] == before
@@ -400,6 +404,125 @@ def test_probes_without_training(scenes, encoder, tmp_path, capsys, protocol):
             finetune.main([*flags, *flag])
         said = capsys.readouterr().err
         assert f"means nothing to --protocol {protocol}; it trains no head" in said
+
+
+# ---- which labels decide what -----------------------------------------------------------------
+
+# each learns so much in six epochs that the best one is late, and early where labels are wrong
+PROTOCOLS = [
+    ["--protocol", "linear", "--lr", "0.02", "--epochs", "6", "--class-weights", "balanced"],
+    ["--protocol", "linear", "--lr", "0.02", "--epochs", "6", "--no-crop"],
+    ["--protocol", "finetune", "--lr", "0.003", "--epochs", "6"],
+    ["--protocol", "ridge"],
+    ["--protocol", "knn", "--labels", "0.1"],  # so few that a tile more would show
+]
+each_protocol = pytest.mark.parametrize("flags", PROTOCOLS, ids=lambda flags: "".join(flags[1:]))
+
+
+def relabelled(scenes, folder, *numbers, change=lambda k, mask: (mask + 1) % 3):
+    """The scenes with other labels in some of them: the next class, so what was right is wrong."""
+    shutil.copytree(scenes, folder)
+    for k in numbers:
+        path = folder / "masks" / f"s{k}.tif"
+        file, mask = geotiff.info(path), change(k, geotiff.read(path)[0])
+        geotiff.write(path, mask.astype(np.uint8), file.transform, file.crs)
+    return folder
+
+
+def watched(monkeypatch, scenes, encoder, out, *flags):
+    """`run`: its rows, tensors and facts of the model that it saved, and each step's weights."""
+    steps, step = [], torch.optim.AdamW.step
+
+    def spy(self):
+        step(self)
+        groups = [group["params"] for group in self.param_groups]
+        steps.append([weight.detach().clone() for group in groups for weight in group])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", spy)
+        rows = run(scenes, encoder, out, *flags)
+    if rows[0]["model"] is None:
+        return rows, {}, {}, steps
+    with safe_open(out / rows[0]["model"], framework="pt") as file:
+        model = {key: file.get_tensor(key) for key in file.keys()}
+        return rows, model, json.loads(file.metadata()["crossscale"])["meta"], steps
+
+
+def alike(first, second):
+    """Whether two lists of tensors, in any nesting of lists and dicts, are equal bit for bit."""
+    if torch.is_tensor(first):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return [*first] == [*second] and alike([*first.values()], [*second.values()])
+    return len(first) == len(second) and all(map(alike, first, second))
+
+
+def without(facts, *names):
+    return {key: value for key, value in facts.items() if key not in names}
+
+
+@each_protocol
+def test_other_test_labels_change_test_scores_alone(scenes, encoder, tmp_path, monkeypatch, flags):
+    other = relabelled(scenes, tmp_path / "other", 4, 5)
+    found = watched(monkeypatch, scenes, encoder, tmp_path / "a", *flags, "--seeds", "2")
+    changed = watched(monkeypatch, other, encoder, tmp_path / "b", *flags, "--seeds", "2")
+    scores = ("miou", "miou_batchmean", "accuracy", "iou")
+    for row, again in zip(found[0], changed[0], strict=True):
+        known = (*CLOCK, *scores, "data_hash", "settings")  # settings: the folders
+        assert without(row, *known) == without(again, *known)
+        assert all(row[score] != again[score] for score in scores)
+    (_, model, facts, steps), (_, same, told, repeated) = found, changed
+    assert alike(steps, repeated) and alike(model, same)
+    assert without(facts, "miou") == without(told, "miou")
+
+
+@each_protocol
+def test_other_validation_labels_only_choose(scenes, encoder, tmp_path, monkeypatch, flags):
+    """They choose an epoch or a penalty; the weights to choose from stay as they are."""
+    other = relabelled(scenes, tmp_path / "other", 3)
+    (row,), model, _, steps = watched(monkeypatch, scenes, encoder, tmp_path / "a", *flags)
+    (again,), changed, _, repeated = watched(monkeypatch, other, encoder, tmp_path / "b", *flags)
+    assert alike(steps, repeated) and row["val_miou"] != again["val_miou"]
+    assert (row["mean"], row["std"]) == (again["mean"], again["std"])
+    if "knn" in flags:
+        assert row["iou"] == again["iou"]
+    elif "ridge" in flags:
+        task = finetune.load_folder(scenes / "images", scenes / "masks", tile=16, splits=scenes)
+        penalties = inspect.signature(segment.probe).parameters["penalties"].default
+        heads = [
+            segment.probe(load_encoder(encoder), task, "ridge", 16, penalties=[each])["head"]
+            for each in penalties
+        ]
+        for saved in (model, changed):
+            assert any(alike([saved["head.weight"], saved["head.bias"]], head) for head in heads)
+    else:
+        assert row["best_epoch"] > again["best_epoch"]
+        for epoch, saved in ((row["best_epoch"], model), (again["best_epoch"], changed)):
+            weights = steps[3 * epoch - 1]  # 3 batches an epoch
+            trained = [saved[k] for k in saved if "finetune" in flags or k.startswith("head.")]
+            assert len(trained) == len(weights)
+            assert all(any(torch.equal(x, weight) for weight in weights) for x in trained)
+
+
+def test_the_saved_seed_is_the_best_on_validation_labels(scenes, encoder, tmp_path):
+    """Validation labels of which seed 0 has none right, and test labels that it has all right."""
+    flags = ["--epochs", "1", "--lr", "0.001"]
+    run(scenes, encoder, tmp_path / "first", *flags)
+    model = load_segmenter(tmp_path / "first")
+
+    def change(k, mask):
+        image = torch.from_numpy(geotiff.read(scenes / "images" / f"s{k}.tif").astype(np.float32))
+        mean, std = (torch.tensor(model.meta[key])[:, None, None] for key in ("mean", "std"))
+        tiles = rearrange((image - mean) / std, "c (i p) (j q) -> (i j) c p q", p=16, q=16)
+        with torch.no_grad():
+            ids = segment.resize(model(tiles), 16).argmax(1)
+        ids = rearrange(ids, "(i j) p q -> (i p) (j q)", i=4).numpy()
+        return (ids + 1) % 3 if k == 3 else ids
+
+    other = relabelled(scenes, tmp_path / "other", 3, 4, 5, change=change)
+    first, second = run(other, encoder, tmp_path / "out", *flags, "--seeds", "2")
+    assert first["val_miou"] == 0 < second["val_miou"] and first["accuracy"] == 1
+    assert load_segmenter(tmp_path / "out").meta["seed"] == 1
 
 
 # ---- the saved model --------------------------------------------------------------------------
