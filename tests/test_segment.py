@@ -534,33 +534,61 @@ def test_probes_tell_a_separable_task_from_a_shuffled_one(protocol, dates):
     assert probe(vit, task, protocol, 12)["miou"] < 0.5
 
 
-@pytest.mark.parametrize("protocol", ["knn", "ridge"])
-def test_probes_repeat_and_read_no_more_than_they_may(protocol):
-    vit, task = small_vit(), toy_task(24)
+@pytest.fixture
+def noisy():
+    """A task whose predictions a single label more would change."""
+    task = toy_task(24)
     task.images += np.random.default_rng(1).normal(0, 300, task.images.shape).astype(np.float32)
-    first = probe(vit, task, protocol, 12, bank=20)
-    again = probe(vit, task, protocol, 12, bank=20)
+    return task
+
+
+@pytest.mark.parametrize("protocol", ["knn", "ridge"])
+def test_probes_repeat_and_read_only_the_tiles_that_they_may(noisy, protocol):
+    vit = small_vit()
+    first = probe(vit, noisy, protocol, 12, bank=20)
+    again = probe(vit, noisy, protocol, 12, bank=20)
     assert first["iou"] == again["iou"] and first["val_miou"] == again["val_miou"]
-    other = probe(vit, task, protocol, 12, bank=20, seed=1)
+    other = probe(vit, noisy, protocol, 12, bank=20, seed=1)
     assert (first["iou"] == other["iou"]) == (protocol == "ridge")
-    task.images[4:8] = 0  # the training tiles that are not chosen, and the test split's labels
-    fewer = probe(vit, task, protocol, 12, train=np.arange(4))
-    task.images[4:8] = 1e6
-    task.labels[16:] = 2 - task.labels[16:]
-    task.labels[16:][task.labels[16:] > 2] = IGNORE
-    changed = probe(vit, task, protocol, 12, train=np.arange(4))
-    assert fewer["val_miou"] == changed["val_miou"]
-    assert torch.equal(fewer["predictions"], changed["predictions"])
+    fewer = probe(vit, noisy, protocol, 12, train=np.arange(4))
+    noisy.images[4:8] = 1e6
+    noisy.labels[4:8] = 0
+    changed = probe(vit, noisy, protocol, 12, train=np.arange(4))
+    assert fewer["val_miou"] == changed["val_miou"] and fewer["iou"] == changed["iou"]
 
 
-def test_the_penalty_is_chosen_on_the_validation_split():
-    vit, task = small_vit(), toy_task(24)
-    best = probe(vit, task, "ridge", 12, penalties=(1e-3,))
-    useless = probe(vit, task, "ridge", 12, penalties=(1e6,))
-    assert best["val_miou"] > useless["val_miou"] + 0.1
-    for penalties in ((1e6, 1e-3), (1e-3, 1e6)):
-        chosen = probe(vit, task, "ridge", 12, penalties=penalties)
-        assert chosen["val_miou"] == best["val_miou"] and chosen["iou"] == best["iou"]
+@pytest.mark.parametrize("protocol", ["knn", "ridge"])
+def test_each_splits_labels_have_one_use(noisy, protocol):
+    """What train.py logs of a probe is of validation labels, the encoder stays as it is."""
+    vit = small_vit()
+    weights = {name: value.clone() for name, value in vit.state_dict().items()}
+    labels, scores = noisy.labels, ("miou", "iou", "miou_batchmean")
+
+    def probed(split):
+        """With the labels of one split moved on by a class."""
+        wrong = np.where(labels == IGNORE, IGNORE, (labels + 1) % 3)
+        noisy.labels = np.where((noisy.split == split)[:, None, None], wrong, labels)
+        return probe(vit, noisy, protocol, 12, penalties=[0.1])
+
+    right, test, val = probed(None), probed("test"), probed("val")
+    assert right["val_miou"] == test["val_miou"] != val["val_miou"]
+    assert torch.equal(right["predictions"], test["predictions"])
+    assert torch.equal(right["predictions"], val["predictions"])
+    assert all(right[score] != test[score] for score in scores)
+    assert all(torch.equal(weights[name], value) for name, value in vit.state_dict().items())
+
+
+def test_the_penalty_is_chosen_on_the_validation_split(noisy):
+    """Labels that one penalty has all right, in the validation split and in the test split."""
+    vit, penalties = small_vit(), (1e-3, 1e-1, 10.0)
+    fits = [probe(vit, noisy, "ridge", 12, penalties=[each]) for each in penalties]
+    noisy.images[noisy.split == "val"] = noisy.images[noisy.split == "test"]
+    for chosen, fit in enumerate(fits):
+        for split, right in (("val", chosen), ("test", chosen - 1)):
+            noisy.labels[noisy.split == split] = fits[right]["predictions"]
+        found = probe(vit, noisy, "ridge", 12, penalties=penalties)
+        assert torch.equal(found["head"][0], fit["head"][0])
+        assert found["val_miou"] == 1 > found["miou"]
 
 
 def test_a_class_that_is_absent_has_no_iou():
