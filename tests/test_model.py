@@ -1,7 +1,9 @@
+import copy
 import json
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -492,14 +494,65 @@ def test_our_export_round_trip(tmp_path, capsys):
     assert (tmp_path / "encoder.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
-def test_our_checkpoint(tmp_path):
+def changed(encoder):
+    """A copy with other weights, as a student's are not its teacher's."""
+    other = copy.deepcopy(encoder)
+    for weight in other.state_dict().values():
+        weight += 0.1 * torch.randn_like(weight)
+    return other
+
+
+def test_our_checkpoint_gives_its_student(tmp_path):
     objective = latentmim()
+    objective.teacher = changed(objective.teacher)
     facts = json.dumps({"config": objective.student.config, "meta": {"bands": ["a", "b", "c"]}})
     state = {"objective": objective.state_dict(), "facts": facts, "step": 3}
     torch.save(state, tmp_path / "ckpt.pt")
     loaded = load_encoder(tmp_path / "ckpt.pt")
     same_tokens(loaded, objective.student)
     assert loaded.meta == {"bands": ["a", "b", "c"]}
+
+
+@pytest.mark.parametrize("right, other", [
+    ("target_encoder.module.", "encoder.module."),  # I-JEPA
+    ("state_dict.module.encoder.", "state_dict.module.target_encoder."),  # Latent MIM
+    ("teacher.backbone.", "student.module.backbone."),  # DINO
+    ("objective.student.", "objective.teacher."),  # ours, in whichever order they lie
+])  # fmt: skip
+@pytest.mark.parametrize("first", ["right", "other"])
+def test_which_of_two_encoders_is_read(tmp_path, right, other, first):
+    encoder = small()
+    places = [(right, encoder), (other, changed(encoder))]
+    tree = {
+        place + name: weight
+        for place, vit in (places if first == "right" else reversed(places))
+        for name, weight in vit.state_dict().items()
+    }
+    torch.save(tree, tmp_path / "both.pt")
+    same_tokens(load_encoder(tmp_path / "both.pt", heads=2), encoder)
+
+
+@pytest.mark.parametrize("grid, side", [((2, 3), (8, 12)), ((3, 1), (12, 4)), ((2, 3), (16, 20))])
+@pytest.mark.parametrize("class_token", [False, True])
+def test_learned_positions_of_a_grid_that_is_no_square(tmp_path, grid, side, class_token):
+    """Saved and read again, at their own grid and resized to another one, by a plain loop."""
+    encoder = small(pos="learned", pos_grid=grid, class_token=class_token)
+    encoder.pos_embed.normal_()
+    save_encoder(encoder, tmp_path / "encoder.safetensors")
+    loaded = load_encoder(tmp_path)
+    assert tuple(loaded.config["pos_grid"]) == grid
+    images = torch.randn(1, 3, *side)
+    with torch.no_grad():
+        assert torch.equal(loaded(images), encoder(images))
+        rows, cols = side[0] // 4, side[1] // 4
+        table = encoder.pos_embed.view(*grid, 16).movedim(2, 0)[None]
+        if (rows, cols) != grid:
+            table = F.interpolate(table, (rows, cols), mode="bicubic", antialias=True)
+        found = loaded.embed(images)[0, int(class_token) :].view(rows, cols, 16)
+        for row, col in np.ndindex(rows, cols):
+            patch = images[:, :, 4 * row : 4 * row + 4, 4 * col : 4 * col + 4]
+            wanted = encoder.patch_embed.proj(patch)[0, :, 0, 0] + table[0, :, row, col]
+            close(found[row, col], wanted)
 
 
 def test_official_ijepa(golden, tmp_path, capsys):
