@@ -551,6 +551,28 @@ def test_another_scale_is_said_with_the_numbers(tmp_path, trained, capsys):
     assert not np.array_equal(maps[0], maps[1])
 
 
+def test_the_offset_comes_before_the_scale(tmp_path, trained, capsys):
+    """(value - 1000) / 4 of a file is, bit for bit, what another file holds; holes stay holes."""
+    array = image(40, 30)
+    stored = 4 * array + 1000
+    stored[:, 5:9, 5:9] = array[:, 5:9, 5:9] = 0
+    plain, packed = write(tmp_path / "plain.tif", array), write(tmp_path / "packed.tif", stored)
+    units = ("--offset", -1000, "--scale", 0.25)
+    save_encoder(segmenter().encoder, tmp_path / "bare.safetensors")  # normalised by the scene
+    for model, kinds in (
+        (trained, ("--probabilities", "--features")),
+        (tmp_path / "bare.safetensors", ("--features", "--tile", 16)),
+    ):
+        for scene, flags in ((plain, ()), (packed, units)):
+            main("--model", model, scene, tmp_path / scene.stem / "map.tif", *kinds, *flags)
+        printed = capsys.readouterr()
+        assert "warning" not in printed.err
+        for path in (tmp_path / "plain").iterdir():
+            wanted, found = geotiff.read(path), geotiff.read(tmp_path / "packed" / path.name)
+            assert np.array_equal(found, wanted, equal_nan=wanted.dtype == np.float32)
+            path.unlink(), (tmp_path / "packed" / path.name).unlink()
+
+
 def test_what_is_refused_before_any_work(tmp_path, trained, capsys):
     scene = write(tmp_path / "a.tif", image(20, 20))
     (tmp_path / "other").mkdir()
