@@ -342,16 +342,18 @@ def test_layer_decay_reaches_the_optimizer(scenes, encoder, tmp_path, monkeypatc
 
 
 def test_class_weights_are_of_the_training_labels_in_use(scenes, encoder, tmp_path, monkeypatch):
-    seen = []
+    seen, loss = [], F.cross_entropy
 
-    def spy(labels, classes):
-        seen.append([*labels])
-        return balanced_weights(seen[-1], classes)
+    def spy(logits, labels, weights, **options):
+        seen.append((labels, weights))
+        return loss(logits, labels, weights, **options)
 
-    monkeypatch.setattr(finetune, "balanced_weights", spy)
-    flags = ["--class-weights", "balanced", "--labels", "0.25", "--epochs", "1"]
-    (row,) = run(scenes, encoder, tmp_path, *flags)
-    assert len(seen[0]) == row["tiles"]["train"] == 12
+    monkeypatch.setattr(F, "cross_entropy", spy)
+    flags = ["--class-weights", "balanced", "--labels", "0.25", "--epochs", "1", "--no-crop"]
+    run(scenes, encoder, tmp_path, *flags)
+    labels = torch.cat([labels for labels, _ in seen])
+    assert len(labels) == 12  # of 48 tiles
+    assert all(torch.equal(w, balanced_weights(labels.numpy(), 3)) for _, w in seen)
 
 
 @pytest.mark.parametrize("head", ["mlp", "upernet"])
