@@ -9,9 +9,13 @@ import torch
 import torch.nn.functional as F
 from conftest import refused
 from safetensors.torch import load_file, save_file
+from stores import write_store
+from test_train import log_of, run, weights_of
 
 import finetune
+import geotiff
 from model import ViT, load_encoder, save_encoder
+from scenes import write_scenes
 from segment import (
     HEADS,
     Segmenter,
@@ -569,6 +573,28 @@ def test_each_splits_labels_have_one_use(noisy, protocol):
     assert torch.equal(right["predictions"], val["predictions"])
     assert all(right[score] != test[score] for score in scores)
     assert all(torch.equal(weights[name], value) for name, value in vit.state_dict().items())
+
+
+def test_a_probe_on_the_way_shows_validation_scores_and_moves_no_weight(tmp_path):
+    """`train.py --probe-task`: other labels change what is logged of them and nothing else."""
+    store, logged, weights = write_store(tmp_path / "pairs"), {}, []
+    for other in ("none", "val", "test"):
+        task = tmp_path / other
+        write_scenes(task, scenes=4, size=64, seed=0)
+        (task / "splits").mkdir()
+        for split, numbers in (("train", (0, 1)), ("val", (2,)), ("test", (3,))):
+            names = [f"scene_{k:03d}" for k in numbers]
+            (task / "splits" / f"{split}.txt").write_text("\n".join(names))
+            for path in (task / "masks" / f"{name}.tif" for name in names if split == other):
+                file, mask = geotiff.info(path), (geotiff.read(path)[0] + 1) % 8
+                geotiff.write(path, mask.astype(np.uint8), file.transform, file.crs)
+        run(store, task / "out", steps=3, probe_task=["geotiff", task], probe_every=2)
+        logged[other] = [entry.get("probe_miou") for entry in log_of(task / "out")]
+        weights.append(weights_of(task / "out"))
+    assert logged["none"] == logged["test"] and logged["none"][0] is None
+    assert all(a != b for a, b in zip(logged["none"][1:], logged["val"][1:], strict=True))
+    for name, value in weights[0].items():
+        assert value.equal(weights[1][name]) and value.equal(weights[2][name])
 
 
 def test_the_penalty_is_chosen_on_the_validation_split(noisy):
