@@ -294,13 +294,15 @@ class SpatialAffinity:
     `token_mse` for the ablation.
     """
 
-    def __init__(self, encode, ratio, loss=gram_loss):
+    def __init__(self, encode, ratio, loss=gram_loss, *, centre=False, exact=False, patch=None):
         self.encode, self.ratio, self.loss = encode, ratio, loss
+        self.centre, self.exact, self.patch = centre, exact, patch
 
     def __call__(self, tokens, index, hr, grid):
-        """tokens: (B, K, D), the student's. index: (B, K) int64, their ids on the MR token grid of
-        (rows, cols). hr: (B, C, H, W), the same ground with ratio times the tokens a side.
-        Returns a scalar, float32, with gradient to the tokens alone."""
         with torch.no_grad():
             teacher = self.encode(hr, hr_index(index, grid, self.ratio))
+        if self.centre:
+            teacher = pool_to_mr(teacher.float(), self.ratio)
+            tokens = tokens.float()
+            teacher, tokens = (v - v.mean(1, keepdim=True) for v in (teacher, tokens))
         return self.loss(tokens, teacher)

@@ -13,14 +13,17 @@ ratio and any offset of the two grids is exact. Crops are made from that on the 
 import argparse
 import csv
 import functools
+import hashlib
 import inspect
 import json
 import os
 import shlex
 import sys
 import tokenize
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -139,6 +142,61 @@ class Store:
         return batch
 
 
+class Chips(NamedTuple):
+    """What a run trains on."""
+
+    stores: list
+    ids: np.ndarray  # (n, 2) int64, number of the store and of its chip
+    has_hr: np.ndarray  # (n,) bool
+    digest: str  # 12 hex digits that change with them
+    bands: dict  # {"mr": names, "hr": names, or None without HR}
+
+
+def open_chips(paths, student="mr", pairs=0, hr_share=1.0, seed=0, skip_flagged=False):
+    """The training chips of several stores: `Chips`.
+
+    student: the sensor that the student sees; of "hr", chips with HR alone. pairs: how many chips
+    must have HR, for a teacher that sees it. hr_share, seed: of `Store`. skip_flagged: leave out
+    what data.py check flagged. Raises ValueError where the stores do not go together or too few
+    chips are left.
+    """
+    stores = [Store(path, hr_share, seed) for path in paths]
+    ids, has_hr, digest, bands, where = [], [], hashlib.sha256(), {"mr": None, "hr": None}, {}
+    for number, (path, store) in enumerate(zip(paths, stores, strict=True)):
+        for sensor in ("mr", "hr") if store.hr is not None else ("mr",):
+            own, first = store.meta["bands"][sensor], where.setdefault(sensor, path)
+            bands[sensor] = bands[sensor] or own
+            if own != bands[sensor] and (sensor == student or (sensor == "hr" and pairs)):
+                raise ValueError(
+                    f"{path}: its {sensor} bands are {','.join(own)}, those of {first} "
+                    f"{','.join(bands[sensor])}; pack both with the same band names"
+                )
+        chips = store.split("train")
+        if skip_flagged:
+            chips = chips[~store.flagged[chips]]
+        if student == "hr":
+            chips = chips[store.has_hr[chips]]
+        if len(chips) == 0:
+            raise ValueError(
+                f"{path}: no chip in its train split"
+                + (", or all are flagged" if skip_flagged else "")
+                + (" has HR" if student == "hr" else "")
+                + "; pack it again"
+            )
+        ids.append(np.column_stack([np.full_like(chips, number), chips]))
+        has_hr.append(store.has_hr[chips])
+        facts = {k: store.meta[k] for k in ("bands", "shape", "dtype", "mean", "std")}
+        for part in (json.dumps(facts).encode(), chips.tobytes(), has_hr[-1].tobytes()):
+            digest.update(part)
+    ids, has_hr = np.concatenate(ids), np.concatenate(has_hr)
+    if has_hr.sum() < pairs:
+        raise ValueError(
+            f"{', '.join(map(str, paths))}: {has_hr.sum() or 'no'} training chip has HR, {pairs} "
+            f"must; pack some with it, raise --hr-share {hr_share:g}, or take --variant mr"
+        )
+    return Chips(stores, ids, has_hr, digest.hexdigest()[:12], bands)
+
+
 def read_rows(array, rows):
     order, back = np.unique(rows, return_inverse=True)  # ascending reads, each row once
     return array[order][back]
@@ -148,20 +206,6 @@ def read_csv(path):
     """The rows of a table, one after the other: an index may have millions."""
     with path.open(newline="", encoding="utf-8") as lines:
         yield from csv.DictReader(lines)
-
-
-def read_chips(stores, chips, sensors=("mr", "hr")):
-    """Read chips of several stores: [(meta, place, batch)], one for each store that has a share.
-
-    chips: (B, 2) int, number of the store and of its chip. place: (n,) int64, which of the B these
-    are. batch: of `Store.batch`.
-    """
-    parts = []
-    for number in np.unique(chips[:, 0]):
-        place = np.flatnonzero(chips[:, 0] == number)
-        batch = stores[number].batch(chips[place, 1], sensors)
-        parts.append((stores[number].meta, torch.from_numpy(place), batch))
-    return parts
 
 
 @contextmanager
@@ -231,86 +275,161 @@ def resample(images, windows, size):
     window; at the image's edge they are cut and the weights renormalised.
     """
     windows = torch.as_tensor(windows)
-    rows = _cubic_weights(windows[:, 0], windows[:, 2], size[0], images.shape[2], images.device)
-    cols = _cubic_weights(windows[:, 1], windows[:, 3], size[1], images.shape[3], images.device)
-    with torch.autocast(images.device.type, enabled=False):  # 16 bits would round the reflectances
-        out = torch.einsum("bchw,btw->bcht", images.float(), cols)
-        return torch.einsum("bsh,bcht->bcst", rows, out)
+    rows, cols = (
+        [tap.to(images.device) for tap in _taps(windows[:, k], windows[:, 2 + k], size[k])]
+        for k in (0, 1)
+    )
+    return _resample(images, rows, cols)
 
 
-def _cubic_weights(start, length, size, pixels, device):
-    """(B, size, pixels) float32 weights of the pixels of one axis; start, length: (B,) pixels."""
+def _taps(start, length, size):
+    """Where the output pixels of one axis lie among the input's: (base, rest, reach), float32.
+
+    start, length: (B,) pixels. base + rest: (B, size) centres; base is whole and rest in 0..1, so
+    that float32 loses nothing far from the origin, and devices without float64 can go on from here.
+    reach: (B,) how much wider the kernel is than in an enlargement.
+    """
     step = length / size
     centre = start[:, None] + (torch.arange(size, device=step.device) + 0.5) * step[:, None]
-    # pixel - floor(centre) is a small whole number, so float32 loses nothing of a distance far
-    # from the origin, and devices without float64 can do the rest
     base = centre.floor()
-    base, rest = (x.to(device, torch.float32)[..., None] for x in (base, centre - base))
-    reach = step.to(device, torch.float32).clamp(min=1)[:, None, None]
-    x = ((torch.arange(pixels, device=device) + 0.5 - base - rest) / reach).abs()
+    return base.float(), (centre - base).float(), step.clamp(min=1).float()
+
+
+def _cubic_weights(taps, pixels):
+    """(B, size, pixels) float32 weights of the pixels of one axis."""
+    base, rest, reach = taps
+    pixel = torch.arange(pixels, device=base.device) + 0.5
+    x = ((pixel - base[..., None] - rest[..., None]) / reach[:, None, None]).abs()
     near = (1.5 * x - 2.5) * x**2 + 1
     far = ((2.5 - 0.5 * x) * x - 4) * x + 2
     weights = torch.where(x < 1, near, torch.where(x < 2, far, 0))
     return weights / weights.sum(-1, keepdim=True)
 
 
-def crop_pairs(batch, crops, meta, mr_size, hr_size=None, mr_from="mr", hr_from="hr"):
-    """Crop MR and HR to the same continuous ground window, resample and normalise them.
+def _resample(images, rows, cols):
+    rows, cols = _cubic_weights(rows, images.shape[2]), _cubic_weights(cols, images.shape[3])
+    with torch.autocast(images.device.type, enabled=False):  # 16 bits would round the reflectances
+        out = torch.einsum("bchw,btw->bcht", images.float(), cols)
+        return torch.einsum("bsh,bcht->bcst", rows, out)
 
-    batch: of Store.batch, pixels on any device, has_hr on the CPU. crops: (B, 4) of draw_crops.
-    meta: Store.meta. mr_size, hr_size: side of the output in pixels. mr_from, hr_from: the sensor
-    whose pixels, mean and std serve as each input ("hr" as MR is the variant `hr`, "mr" as HR is
-    `sa-interp`).
 
-    Returns, on the device of the batch, mr (B, C, mr_size, mr_size) float32, and hr (P, C, hr_size,
-    hr_size) of the P chips that have HR, in their order; None without hr_size. Student and teacher
-    share weights, so HR comes with MR's bands: those that HR lacks hold 0, their mean.
+# ---- from chips to crops: what a step needs is read and worked out on the CPU, as tensors that
+# travel to the device in one go; `render` makes images of it there
+
+
+def read_crops(stores, chips, sensor, crops, size, statistics=None):
+    """Read the pixels of some chips, and where in them the crops lie.
+
+    chips: (n, 2) int, number of the store and of its chip. sensor: "mr", or "hr" (of chips that
+    have HR). crops: (n, 4) of `draw_crops`: equal crops of a chip's two sensors are the same
+    continuous ground. size: pixels a side of the images to come. statistics: (mean, std), a value
+    a band, in place of the stores' own. Returns what `render` takes: a list with a dict of CPU
+    tensors for each store, empty without chips.
     """
-    window = batch["hr_window"]
-    crops = torch.as_tensor(crops, dtype=torch.float64, device=window.device)
-    chip = torch.tensor(meta["shape"]["mr"][1:], dtype=torch.float64, device=window.device)
-    windows = {
-        "mr": torch.cat([crops[:, :2] * chip, crops[:, 2:] * chip], 1),
-        "hr": torch.cat(
-            [window[:, :2] + crops[:, :2] * window[:, 2:], crops[:, 2:] * window[:, 2:]], 1
-        ),
-    }
+    parts, places = [], []
+    for number in np.unique(chips[:, 0]):
+        place = np.flatnonzero(chips[:, 0] == number)
+        store = stores[number]
+        batch = store.batch(chips[place, 1], {sensor})
+        window, crop = batch["hr_window"], torch.from_numpy(crops[place])
+        if sensor == "mr":
+            height, width = batch["mr"].shape[-2:]
+            window = torch.tensor([[0, 0, height, width]], dtype=torch.float64)
+        start, side = window[:, :2] + crop[:, :2] * window[:, 2:], crop[:, 2:] * window[:, 2:]
+        mean, std = statistics or (store.meta[key][sensor] for key in ("mean", "std"))
+        parts.append({
+            "images": batch[sensor],
+            "rows": _taps(start[:, 0], side[:, 0], size),
+            "cols": _taps(start[:, 1], side[:, 1], size),
+            "mean": torch.tensor(mean)[:, None, None],
+            "std": torch.tensor(std)[:, None, None],
+        })  # fmt: skip
+        places.append(place)
+    if len(parts) > 1:  # the images of each store come one after the other
+        parts[0]["order"] = torch.from_numpy(np.concatenate(places).argsort())
+    return parts
 
-    def view(sensor, size, rows=slice(None)):
-        images = resample(batch[sensor][rows], windows[sensor][rows], (size, size))
-        mean, std = (
-            torch.tensor(meta[name][sensor], device=images.device).view(-1, 1, 1)
-            for name in ("mean", "std")
-        )
-        return (images - mean) / std
 
-    mr = view(mr_from, mr_size)
-    if hr_size is None:
-        return mr, None
-    pairs = batch["has_hr"].nonzero()[:, 0]
-    if not len(pairs):
-        return mr, mr.new_empty(0, len(meta["bands"]["mr"]), hr_size, hr_size)
-    if len(pairs) == len(batch["has_hr"]):
-        pairs = slice(None)  # no copy
-    hr = view(hr_from, hr_size, pairs)
-    if hr_from == "hr" and meta["bands"]["hr"] != meta["bands"]["mr"]:
-        place = [meta["bands"]["mr"].index(name) for name in meta["bands"]["hr"]]
-        narrow, hr = hr, hr.new_zeros(len(hr), len(meta["bands"]["mr"]), hr_size, hr_size)
-        hr[:, place] = narrow
-    return mr, hr
+def render(parts):
+    """The images of `read_crops`, normalised, in the order of its chips: (n, C, size, size)
+    float32 on the device of the parts. No copy from the CPU, no answer from the device."""
+    images = [
+        (_resample(part["images"], part["rows"], part["cols"]) - part["mean"]) / part["std"]
+        for part in parts
+    ]
+    return torch.cat(images)[parts[0]["order"]] if len(images) > 1 else images[0]
+
+
+def choose_bands(images, own, wanted):
+    """Images (B, C, H, W) of bands `own` as images of bands `wanted`, two lists of names; a band
+    that they lack holds 0, its mean."""
+    if own == wanted:
+        return images
+    zero = torch.zeros_like(images[:, :1])
+    picked = [images[:, own.index(b), None] if b in own else zero for b in wanted]
+    return torch.cat(picked, dim=1)
+
+
+def next_pairs(seed, step, global_batch, has_hr):
+    """For each sample of a step the next pair in the global order that is another chip: the HR that
+    the control `sa-shuffled` shows. has_hr: (N,) bool, two at least. Returns (global_batch,)."""
+    order = following = sample_order(seed, step, global_batch, len(has_hr))
+    while True:
+        step += 1  # the last samples of a step look into the next one
+        following = np.concatenate([following, sample_order(seed, step, global_batch, len(has_hr))])
+        pairs = np.flatnonzero(has_hr[following])
+        found = np.searchsorted(pairs, np.arange(global_batch), side="right")
+        while found.max() < len(pairs):
+            same = following[pairs[found]] == order
+            if not same.any():
+                return following[pairs[found]]
+            found += same
+
+
+def stream(prepare, start, stop, device):
+    """Yield prepare(step), a tree of CPU tensors, moved to a device, for steps start..stop-1.
+
+    The next step's is read by a thread, pinned and copied on a CUDA stream of its own while this
+    one computes, so the loop waits neither for the disk nor for a copy.
+    """
+    copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def get(step):
+        tree = prepare(step)
+        if copies is None:
+            return moved(tree, lambda x: x.to(device)), None
+        with torch.cuda.stream(copies):
+            tree = moved(tree, lambda x: x.pin_memory().to(device, non_blocking=True))
+            return tree, copies.record_event()
+
+    with ThreadPoolExecutor(1) as ahead:
+        coming = ahead.submit(get, start) if start < stop else None
+        for step in range(start, stop):
+            tree, copied = coming.result()
+            coming = ahead.submit(get, step + 1) if step + 1 < stop else None
+            if copied is not None:
+                here = torch.cuda.current_stream(device)
+                here.wait_event(copied)
+                moved(tree, lambda x: x.record_stream(here))  # noqa: B023, called at once
+            yield tree
+
+
+def moved(tree, move):
+    """A tree of dicts, lists and tuples with move(tensor) in place of each tensor."""
+    if isinstance(tree, dict):
+        return {key: moved(value, move) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(moved(value, move) for value in tree)
+    return move(tree) if torch.is_tensor(tree) else tree
 
 
 def main():
-    import check  # these build on this file
-    import formats
-    import pack
+    from datasets import formats  # these build on this file
+    from imagery import check, pack
 
     # what a reader is told, as far as it takes it
     options = "hr mr_bands hr_bands band_names hr_band_names nodata product level per_site".split()
     options += "mr_dataset hr_dataset splits".split()
-
-    def names(text):
-        return [name.strip() for name in text.split(",")]
 
     parser = argparse.ArgumentParser(
         prog="data.py", description="Paired HR and MR imagery for pretraining.", allow_abbrev=False
@@ -319,7 +438,6 @@ def main():
     about = "measure shift, likeness, doubles and leaks of the pairs of a store"
     p = commands.add_parser("check", help=about, description=about, allow_abbrev=False)
     check.add_flags(p)
-    # fmt: off
     about = (
         "Cut pairs of images into a store: a published set as it was downloaded (--format NAME "
         "ROOT OUT), or images of your own (--mr DIR --hr DIR OUT). After a kill the same command "
@@ -328,69 +446,7 @@ def main():
     p = commands.add_parser(
         "pack", help="cut pairs of images into a store", description=about, allow_abbrev=False
     )
-    p.add_argument("paths", nargs="+", metavar="[ROOT] OUT",
-                   help="folder of the set, not with --mr; folder of the store, to be made")
-    g = p.add_argument_group("input")
-    g.add_argument("--format", choices=formats.FORMATS, default="geotiff",
-                   help="what ROOT holds, as its publisher ships it (default: geotiff)")
-    g.add_argument("--mr", help="in place of ROOT, MR images: folder, file or quoted glob")
-    g.add_argument("--hr", help="HR images: folder, file or quoted glob (default: none, a store "
-                   "of MR alone)")
-    choose = "bands of %s files in the order wanted, names or indices from 0 (default: all)"
-    g.add_argument("--mr-bands", type=names, metavar="B,..", help=choose % "MR")
-    g.add_argument("--hr-bands", type=names, metavar="B,..", help=choose % "HR")
-    g.add_argument("--band-names", type=names, metavar="B,G,R,NIR",
-                   help="what the chosen bands are called (default: as in the first MR file)")
-    g.add_argument("--hr-band-names", type=names, metavar="B,..",
-                   help="the same of HR, where its bands are others (default: as MR's)")
-    g.add_argument("--nodata", type=float,
-                   help="value of missing pixels in files that declare none (default: none)")
-    g.add_argument("--offset", type=float, metavar="DN",
-                   help="added to MR pixels, of unsigned ones to no less than 0; -1000 for "
-                   "Sentinel-2 from processing baseline 04.00 on (default: what SAFE folders say)")
-    g = p.add_argument_group("options of published sets")
-    g.add_argument("--product", choices=["10m", "20m"],
-                   help="sen2venus: pixels of MR (default: 10m)")
-    g.add_argument("--level", choices=["L2A", "L1C"],
-                   help="worldstrat: of Sentinel-2 (default: L2A)")
-    g.add_argument("--hr-product", dest="hr", choices=["rgbn", "ps"],
-                   help="worldstrat: SPOT as taken or pan-sharpened (default: rgbn)")
-    g.add_argument("--per-site", type=int, metavar="N",
-                   help="rapidai4eo, worldstrat: MR dates of each place (default: 1)")
-    g.add_argument("--mr-dataset", metavar="NAME",
-                   help="hdf5: the MR images (default: as in the known files)")
-    g.add_argument("--hr-dataset", metavar="NAME",
-                   help="hdf5: the HR images (default: as in the known files)")
-    g.add_argument("--splits", metavar="FILE",
-                   help="hdf5: JSON {split: [rows]} (default: the one beside the file)")
-    g = p.add_argument_group("origin, goes into meta.json (of published sets it is known)")
-    g.add_argument("--source-name", metavar="TEXT", help="name of the images (default: none)")
-    g.add_argument("--licence", metavar="TEXT", help="their licence (default: none)")
-    g.add_argument("--attribution", metavar="TEXT", help="who is to be named (default: none)")
-    g.add_argument("--url", metavar="URL", help="where they are from (default: none)")
-    g = p.add_argument_group("chips")
-    g.add_argument("--chip", type=int,
-                   help="side in MR pixels (default: whole images of published sets, else 64)")
-    g.add_argument("--stride", type=int, help="step in MR pixels (default: the chip)")
-    g.add_argument("--min-valid", type=float, default=1.0,
-                   help="least fraction of valid pixels in each chip, above 0 (default: 1.0)")
-    g.add_argument("--keep-unpaired", action=argparse.BooleanOptionalAction, default=False,
-                   help="keep MR chips without valid HR (default: no; yes without any HR)")
-    g = p.add_argument_group("splits, where the publisher gives none")
-    g.add_argument("--split-block", type=int, default=8,
-                   help="side in chips of the blocks of ground that are dealt, where no sites are "
-                   "known (default: 8)")
-    g.add_argument("--val", type=float, default=0.1, help="fraction of chips (default: 0.1)")
-    g.add_argument("--test", type=float, default=0.0, help="fraction of chips (default: 0)")
-    g.add_argument("--seed", type=int, default=0,
-                   help="of the deal, and of what --per-site draws (default: 0)")
-    g = p.add_argument_group("run")
-    g.add_argument("--workers", type=int,
-                   help="threads that read and cut (default: the CPUs, at most 8)")
-    g.add_argument("--overwrite", action=argparse.BooleanOptionalAction, default=False,
-                   help="replace a store that is there, or what another command began to pack "
-                   "(default: no)")
-    # fmt: on
+    pack.add_flags(p, formats.FORMATS)
     args = vars(parser.parse_args())
     command = args.pop("command")
     try:

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from einops import rearrange
 
-import geotiff
 from figures import composite, save_figure, token_colours
-from finetune import positive
-from model import load_encoder
+from imagery import geotiff
+from run import positive
+from weights import load_encoder
 
 HERE = Path(__file__).parent
 # One small architecture for both objectives: windows of 32 x 32 px are 8 x 8 tokens of 4 px. Tokens
@@ -182,8 +182,10 @@ def main():
         scenes, task, size, steps, epochs = 4, 4, 128, 20, 10
     out, python, start = args.out.resolve(), sys.executable, time.perf_counter()
 
-    run([python, "scenes.py", out / "pairs", "--scenes", scenes, "--size", size, "--seed", 0])
-    run([python, "scenes.py", out / "task", "--scenes", task, "--size", size, "--seed", 1])
+    run([python, "-m", "imagery.scenes", out / "pairs", "--scenes", scenes, "--size", size,
+         "--seed", 0])  # fmt: skip
+    run([python, "-m", "imagery.scenes", out / "task", "--scenes", task, "--size", size,
+         "--seed", 1])  # fmt: skip
     run([python, "data.py", "pack", "--mr", out / "pairs/mr", "--hr", out / "pairs/hr",
          out / "store", "--chip", SIDE])  # fmt: skip
     for variant in ("mr", "sa"):

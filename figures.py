@@ -45,26 +45,23 @@ def save_figure(figure, path):
     os.replace(partial, path)
 
 
-def draw_tokens(path, mr, hr, tokens, hr_tokens, patch, bands):
-    """A row per pair: HR, MR, student tokens of MR, teacher tokens of HR (as PCA colours).
+def draw_tokens(path, pictures, tokens):
+    """A row per chip: its pictures, then the tokens of student and teacher as PCA colours.
 
-    mr (B, C, h, w), hr (B, C, r h, r w), tokens (B, N, D), hr_tokens (B, N r^2, D) or None, where
-    there is no HR to show. patch: pixels.
+    pictures: {title: (images (B, C, H, W), band names)}. tokens: {title: (tokens (B, N, D), (rows,
+    cols))}, None in place of tokens that there are none of.
     """
     from matplotlib.figure import Figure  # here, so that training does not wait for its import
 
-    def colours(images, tokens):
-        return token_colours(tokens, (images.shape[-2] // patch, images.shape[-1] // patch))
-
-    columns = {"MR": composite(mr, bands), "student tokens (MR)": colours(mr, tokens)}
-    if hr_tokens is not None:
-        columns = {"HR": composite(hr, bands), **columns}
-        columns["teacher tokens (HR)"] = colours(hr, hr_tokens)
-    figure = Figure(figsize=(2.2 * len(columns), 2.2 * len(mr)))
-    axes = figure.subplots(len(mr), len(columns), squeeze=False)
-    for column, (title, pictures) in zip(axes.T, columns.items(), strict=True):
+    columns = {title: composite(*picture) for title, picture in pictures.items()}
+    there = {title: pair for title, pair in tokens.items() if pair[0] is not None}
+    columns |= {title: token_colours(*pair) for title, pair in there.items()}
+    rows = len(next(iter(columns.values())))
+    figure = Figure(figsize=(2.2 * len(columns), 2.2 * rows))
+    axes = figure.subplots(rows, len(columns), squeeze=False)
+    for column, (title, drawn) in zip(axes.T, columns.items(), strict=True):
         column[0].set_title(title, fontsize=9)
-        for axis, picture in zip(column, pictures, strict=True):
+        for axis, picture in zip(column, drawn, strict=True):
             axis.imshow(picture.numpy(), interpolation="nearest")
             axis.axis("off")
     save_figure(figure, path)

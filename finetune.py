@@ -34,9 +34,20 @@ import torch.nn.functional as F
 from einops import rearrange
 from tqdm import tqdm
 
-import geotiff
 from data import draw_crops, resample
-from model import ViT, load_encoder, vit
+from datasets.tasks import (
+    SPLITS,
+    TASKS,
+    fingerprint,
+    list_tasks,
+    load_folder,
+    load_task,
+    own_folder,
+)
+from imagery import geotiff
+from imagery.bands import IGNORE
+from model import ViT, vit
+from run import positive
 from segment import (
     HEADS,
     Segmenter,
@@ -44,21 +55,12 @@ from segment import (
     by_name,
     chunks,
     judge,
+    mean_iou,
     probe,
     resize,
     save_segmenter,
 )
-from tasks import (
-    IGNORE,
-    SPLITS,
-    TASKS,
-    fingerprint,
-    list_tasks,
-    load_folder,
-    load_task,
-    mean_iou,
-    own_folder,
-)
+from weights import load_encoder
 
 UNPREDICTED = 255  # in the class maps; so they hold at most 255 classes
 
@@ -201,13 +203,6 @@ def parse_args(argv):
         parser.error("--heads is for weights; --encoder random has those of its --model")
     return args
 # fmt: on
-
-
-def positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 up")
-    return value
 
 
 def fraction(text):

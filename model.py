@@ -1,7 +1,8 @@
-"""Vision transformer, I-JEPA and Latent MIM, and reading of pretrained encoders.
+"""The vision transformer and the self-supervised objectives: I-JEPA, Latent MIM, MAE.
 
-Reading order: position codes and `ViT`; the predictor and `IJEPA` (arXiv 2301.08243); the decoder
-and `LatentMIM` (arXiv 2407.15837); `save_encoder` and `load_encoder`.
+Reading order: position codes and `ViT`; `Objective`, what train.py asks of every objective; then
+one class each: `IJEPA` (arXiv 2301.08243), `LatentMIM` (arXiv 2407.15837), `MAE` (arXiv
+2111.06377). A fourth one is a class and an entry in `OBJECTIVES`.
 
 An objective owns a `student` and its EMA `teacher`. `draw` makes all of a step's random choices on
 the CPU, `forward(images, masks)` is pure: no random number, no EMA, no device sync. Shapes: B
@@ -9,20 +10,13 @@ images, C bands, N = rows * cols tokens of width D, row-major; `grid` is (rows, 
 """
 
 import copy
-import json
 import math
-import os
-import pickle
-import re
-from functools import lru_cache
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange, repeat
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 # name: (width, depth, heads), as published for ViT
 SIZES = {
@@ -32,13 +26,11 @@ SIZES = {
     "large": (1024, 24, 16),
     "huge": (1280, 32, 16),
 }
-HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}
 
 
 # ---- positions and masks ----------------------------------------------------------------------
 
 
-@torch.compiler.assume_constant_result  # to torch.compile a constant, not a part of the graph
 def position_table(grid, dim, kind, spacing=1.0, device="cpu"):
     """Sine-cosine code of every token of a grid: (rows * cols, dim) float32.
 
@@ -48,26 +40,24 @@ def position_table(grid, dim, kind, spacing=1.0, device="cpu"):
     coarse one, (q + 0.5)/r - 0.5 (METHOD "ground" positions).
     The first half of the channels encodes the column, the second the row, each as [sin, cos] with
     frequencies 10000^(-k / (dim/4)). Raises ValueError if dim is no multiple of 4.
+
+    Computed where it is used, from nothing but the shape: there is no table to copy to a device,
+    and none that a tracer could leave its own tensors in.
     """
-    return cached_table(grid, dim, kind, spacing, torch.device(device))
-
-
-@lru_cache(maxsize=64)  # built once per grid and device: a copy to the GPU would be a sync
-def cached_table(grid, dim, kind, spacing, device):
     if dim % 4:
         raise ValueError(f"a sine-cosine position code needs a width divisible by 4, found {dim}")
-    frequency = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    exact = torch.float32 if torch.device(device).type == "mps" else torch.float64
+    channel = torch.arange(dim // 4, dtype=exact, device=device)
     codes = []
     for count in grid:
-        coordinate = (torch.arange(count, dtype=torch.float64) + 0.5) * spacing - 0.5
+        coordinate = (torch.arange(count, dtype=exact, device=device) + 0.5) * spacing - 0.5
         if kind == "latentmim":
             coarse = count * spacing
             coordinate = coordinate * coarse / max(coarse - 1, 1)
-        angle = coordinate[:, None] * frequency
-        codes.append(torch.cat([angle.sin(), angle.cos()], dim=1))
+        angle = coordinate[:, None] * 10000.0 ** (-channel / (dim // 4))
+        codes.append(torch.cat([angle.sin(), angle.cos()], dim=1).float())
     rows, cols = grid
-    table = torch.cat([codes[1].repeat(rows, 1), codes[0].repeat_interleave(cols, dim=0)], dim=1)
-    return table.float().to(device)
+    return torch.cat([codes[1].repeat(rows, 1), codes[0].repeat_interleave(cols, dim=0)], dim=1)
 
 
 def take(tokens, index):
@@ -303,9 +293,133 @@ def vit(name, **changes):
     return ViT(**{"dim": dim, "depth": depth, "heads": heads, **changes})
 
 
-def freeze_copy(module):
-    """The teacher at step 0: a copy without gradients."""
-    return copy.deepcopy(module).requires_grad_(False)
+# ---- what train.py asks of an objective --------------------------------------------------------
+
+
+class Plan(NamedTuple):
+    """The ends of the schedules of a run: rates, weight decays and momentum, warm-up in steps."""
+
+    lr: float
+    start_lr: float
+    final_lr: float
+    warmup: int
+    weight_decay: float
+    final_weight_decay: float
+    momentum: float
+
+
+class Rates(NamedTuple):
+    """What a step is taken with."""
+
+    lr: float
+    weight_decay: float
+    momentum: float
+
+
+def linear(step, total, start, end):
+    return start + (end - start) * step / total
+
+
+def cosine(step, total, start, end):
+    """Half a cosine from start (step 0) to end (step total)."""
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * step / total))
+
+
+def warmup_cosine(step, total, warmup, start, peak, end):
+    """Linear from start to peak over `warmup` steps, then half a cosine to end."""
+    if step < warmup:
+        return linear(step, warmup, start, peak)
+    return cosine(step - warmup, max(total - warmup, 1), peak, end)
+
+
+class Objective(nn.Module):
+    """A self-supervised objective: a student, its EMA teacher, and all that is its own.
+
+    student: `ViT`. grid: (rows, cols) of its tokens. ratio: HR tokens per MR token side.
+
+    A subclass states `encoder` (arguments of its `ViT`), `defaults` (the paper's values of flags
+    that all objectives share; start_lr and final_lr as shares of lr, lr per image of the global
+    batch where it is `lr_per_image`), `flags` (its own, {name: help, or (help, choices or least
+    value)}, keywords of its constructor, whose defaults are theirs), and the methods `draw`,
+    `target_tokens` and `forward`. The other methods are right where the student sees the image as
+    it is.
+    """
+
+    encoder = {}
+    defaults = {}
+    flags = {}
+    small = ""  # flags of a model that a CPU trains in minutes
+    affinity_flags = ()  # those of `flags` that matter to the affinity alone
+
+    def __init__(self, student, grid, ratio=2):
+        super().__init__()
+        self.student, self.grid, self.ratio = student, grid, ratio
+        self.teacher = copy.deepcopy(student).requires_grad_(False)
+
+    def draw(self, batch, generator):
+        """All random choices of a step for the global batch, on the CPU: {name: tensor (batch,
+        ...)}, "context" (batch, K) int64 among them."""
+        raise NotImplementedError
+
+    def forward(self, images, masks):
+        """images (B, C, H, W) -> loss, the student's tokens (B, K, D), their index (B, K)."""
+        raise NotImplementedError
+
+    def target_tokens(self, images, masks):
+        """What is predicted, (B, ..., D'), for the log."""
+        raise NotImplementedError
+
+    def encode(self, images, masks, index):
+        """Student tokens (B, K, D) at any index (B, K), as the affinity compares them."""
+        return self.student(images, index)
+
+    def hr_tokens(self, images, index=None, spacing=1.0):
+        """The EMA teacher's tokens of HR images, as the affinity compares them."""
+        return self.teacher(images, index, spacing)
+
+    def hr_side(self, patch):
+        """Pixels a side of the HR image on the ground of an MR image, for a teacher of a patch."""
+        return self.ratio * self.grid[0] * patch
+
+    def views(self, hr, masks, patch):
+        """HR images (P, C, side, side) as a teacher of a patch sees them, a patch per HR token."""
+        return hr
+
+    def decays(self, name, parameter):
+        """Does weight decay act on this parameter?"""
+        return parameter.ndim != 1 and "bias" not in name
+
+    def rates(self, step, total, plan):
+        """`Rates` of step 0..total-1: a pure function, so that resuming needs no state."""
+        return Rates(
+            warmup_cosine(step, total, plan.warmup, plan.start_lr, plan.lr, plan.final_lr),
+            cosine(step, total, plan.weight_decay, plan.final_weight_decay),
+            linear(step, total, plan.momentum, 1.0),
+        )
+
+
+@torch.no_grad()
+def ema_update(teacher, student, momentum):
+    """teacher <- momentum * teacher + (1 - momentum) * student, parameter by parameter."""
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+
+
+def regularise(tokens):
+    """VICReg's variance and covariance terms, which keep tokens from saying all the same.
+
+    tokens: (B, K, D), of one step on one device: the terms are not additive over micro-batches.
+    Returns mean_d max(0, 1 - sqrt(var_d + 1e-4)) + sum_{d != e} cov_de^2 / (25 D), float32, with
+    var and cov over the n = B K tokens (n - 1 below). Source: VICReg (arXiv 2105.04906), its
+    weights 25 and 1 scaled; on I-JEPA: C-JEPA (arXiv 2410.19560).
+    """
+    with torch.autocast(tokens.device.type, enabled=False):
+        z = tokens.flatten(0, 1).float()
+        z = z - z.mean(0)
+        covariance = z.mT @ z / (len(z) - 1)
+        variance = covariance.diagonal()
+        spread = F.relu(1 - (variance + 1e-4).sqrt()).mean()
+        apart = covariance.square().sum() - variance.square().sum()
+        return spread + apart / (25 * z.shape[1])
 
 
 # ---- I-JEPA -----------------------------------------------------------------------------------
@@ -344,6 +458,16 @@ def draw_rectangle(batch, grid, generator, low=0.4, high=0.7):
     return block_index(*draw_blocks(batch, 1, size, grid, generator), size, grid).flatten(1)
 
 
+SIZE_STEPS = 256  # areas and aspects of blocks are drawn in so many steps: all can be looked at
+
+
+def context_mask(whole, target, tokens):
+    """Which of N tokens lie in the context block and in no target: (B, W) and (B, M, T) ids ->
+    (B, N) bool."""
+    mask = torch.zeros(len(whole), tokens, dtype=torch.bool).scatter_(1, whole, True)
+    return mask.scatter_(1, target.flatten(1), False)
+
+
 class Predictor(nn.Module):
     """I-JEPA's narrow ViT: from context tokens and target positions to target tokens."""
 
@@ -370,86 +494,113 @@ class Predictor(nn.Module):
         return rearrange(self.proj(self.norm(x[:, -length:])), "(b m) t d -> b m t d", m=blocks)
 
 
-class IJEPA(nn.Module):
+class IJEPA(Objective):
     """Predict the teacher's tokens of hidden blocks from a context block (arXiv 2301.08243).
 
-    student: `ViT`. grid: (rows, cols) of its images, for `draw`. Scales are shares of the grid's
-    area. cut: which ids go when the contexts are cut to the smallest of the global batch,
-    "random", or "last" as published (which drops the bottom of the image).
+    Scales are shares of the grid's area. context_cut: which ids go when the contexts are cut to the
+    smallest of the global batch, "random", or "last" as published (which drops the bottom of the
+    image). Raises ValueError where a single target block could leave `min_context` tokens or fewer.
     """
 
+    defaults = dict(
+        patch=14, mr_size=224, crop_scale=[0.3, 1.0], global_batch=1024,  # 128 on each of 8 GPUs
+        lr=1e-3, start_lr=0.2, final_lr=1e-3, warmup_epochs=40, weight_decay=0.04,
+        final_weight_decay=0.4, beta2=0.999, momentum=0.996,
+    )  # fmt: skip
+    flags = dict(
+        predictor_dim="width of the predictor; paper: 384",
+        predictor_depth="its blocks; paper: 12",
+        targets="target blocks an image; paper: 4",
+        target_scale="share of the grid; paper: 0.15 0.2",
+        context_scale="share of the grid; paper: 0.85 1",
+        context_cut=(
+            "ids that go when contexts are cut to one length; paper: last",
+            ("random", "last"),
+        ),
+    )
+    small = (
+        "--mr-size 32 --targets 3 --target-scale 0.1 0.15 --predictor-dim 48 --predictor-depth 1"
+    )
+    min_context = 10
+    target_aspect, context_aspect = (0.75, 1.5), (1.0, 1.0)
+
     def __init__(
-        self,
-        student,
-        grid,
-        predictor_dim=384,
-        predictor_depth=12,
-        targets=4,
-        target_scale=(0.15, 0.2),
-        target_aspect=(0.75, 1.5),
-        context_scale=(0.85, 1.0),
-        min_context=10,
-        cut="random",
-    ):
-        super().__init__()
-        self.student, self.teacher = student, freeze_copy(student)
+        self, student, grid, predictor_dim=384, predictor_depth=12, targets=4,
+        target_scale=(0.15, 0.2), context_scale=(0.85, 1.0), context_cut="random", ratio=2,
+    ):  # fmt: skip
+        super().__init__(student, grid, ratio)
         heads = student.config["heads"]
         self.predictor = Predictor(student.dim, predictor_dim, predictor_depth, heads)
-        self.grid, self.targets, self.min_context, self.cut = grid, targets, min_context, cut
-        self.target_scale, self.target_aspect = target_scale, target_aspect
-        self.context_scale = context_scale
+        self.targets, self.context_cut = targets, context_cut
+        self.target_scale, self.context_scale = target_scale, context_scale
+        # every size that can be drawn: with a single block, too many tokens must be left
+        steps = torch.linspace(0, 1, SIZE_STEPS + 1, dtype=torch.float64)
+        u = torch.cartesian_prod(steps, steps)
+        block = self.block_sizes(u, target_scale, self.target_aspect).unique(dim=0)
+        whole = self.block_sizes(u, context_scale, self.context_aspect).unique(dim=0)[:, None]
+        if (whole.prod(-1) - block.minimum(whole).prod(-1)).min() <= self.min_context:
+            raise ValueError(
+                f"I-JEPA masks: a single target of scale {target_scale} can leave "
+                f"{self.min_context} or fewer of the context's tokens (scale {context_scale}) on a "
+                f"grid of {grid[0]} x {grid[1]}; lower --target-scale, or take a larger grid"
+            )
 
-    def draw_size(self, scale, aspect, generator):
-        """(rows, cols) of a block of random area and, independently, random aspect."""
-        (s0, s1), (a0, a1) = scale, aspect
-        u = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
-        area = (s0 + u[0] * (s1 - s0)) * self.grid[0] * self.grid[1]
-        ratio = a0 + u[1] * (a1 - a0)
-        sides = math.sqrt(area * ratio), math.sqrt(area / ratio)
-        return tuple(
-            min(max(round(side), 1), cells) for side, cells in zip(sides, self.grid, strict=True)
-        )
+    def block_sizes(self, u, scale, aspect):
+        """(rows, cols) of blocks, area and aspect by u (..., 2) in 0..1: (..., 2) int64."""
+        u = (u * SIZE_STEPS).round() / SIZE_STEPS
+        area = (scale[0] + u[..., 0] * (scale[1] - scale[0])) * self.grid[0] * self.grid[1]
+        ratio = aspect[0] + u[..., 1] * (aspect[1] - aspect[0])
+        sides = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], dim=-1)
+        return sides.round().clamp(min=1).minimum(torch.tensor(self.grid)).long()
 
     def draw(self, batch, generator):
         """One step's masks: {"context": (batch, K), "target": (batch, targets, T)} int64, CPU.
 
         Sizes are drawn once, positions per image; every context is cut to the smallest, so call
-        this with the *global* batch and slice. Raises ValueError if 20 draws leave some image
-        `min_context` context tokens or fewer.
+        this with the *global* batch and slice. An image whose targets leave `min_context` context
+        tokens or fewer is drawn again, up to 20 times; then the draw with most context is kept
+        and targets give way, one after the other, to copies of another, until enough is left.
         """
         tokens = self.grid[0] * self.grid[1]
-        target_size = self.draw_size(self.target_scale, self.target_aspect, generator)
-        context_size = self.draw_size(self.context_scale, (1.0, 1.0), generator)
-        target = torch.empty(batch, self.targets, math.prod(target_size), dtype=torch.int64)
+        u = torch.rand(4, generator=generator, dtype=torch.float64).view(2, 2)
+        target_size = tuple(self.block_sizes(u[0], self.target_scale, self.target_aspect).tolist())
+        whole_size = tuple(self.block_sizes(u[1], self.context_scale, self.context_aspect).tolist())
+        target = torch.zeros(batch, self.targets, math.prod(target_size), dtype=torch.int64)
+        whole = torch.zeros(batch, math.prod(whole_size), dtype=torch.int64)
         kept = torch.zeros(batch, tokens, dtype=torch.bool)
+        count = torch.full((batch,), -1)  # tokens kept; none drawn yet
         for _ in range(20):
-            poor = kept.sum(1) <= self.min_context
+            poor = count <= self.min_context
             if not poor.any():
                 break
             corner = draw_blocks(batch, self.targets, target_size, self.grid, generator)
             new_target = block_index(*corner, target_size, self.grid)
-            corner = draw_blocks(batch, 1, context_size, self.grid, generator)
-            inside = block_index(*corner, context_size, self.grid).flatten(1)
-            new_kept = torch.zeros_like(kept).scatter_(1, inside, True)
-            new_kept.scatter_(1, new_target.flatten(1), False)
-            target[poor], kept[poor] = new_target[poor], new_kept[poor]
-        if (kept.sum(1) <= self.min_context).any():
-            raise ValueError(
-                f"I-JEPA masks: {self.targets} targets of scale {self.target_scale} leave "
-                f"{self.min_context} or fewer context tokens on a grid of {self.grid[0]} x "
-                f"{self.grid[1]}; use smaller or fewer targets (--target-scale, --targets)"
-            )
+            corner = draw_blocks(batch, 1, whole_size, self.grid, generator)
+            new_whole = block_index(*corner, whole_size, self.grid).flatten(1)
+            new_kept = context_mask(new_whole, new_target, tokens)
+            better = poor & (new_kept.sum(1) > count)
+            target[better], whole[better] = new_target[better], new_whole[better]
+            kept[better], count = new_kept[better], count.maximum(new_kept.sum(1) * poor)
+        for image in (count <= self.min_context).nonzero()[:, 0].tolist():
+            self.thin_out(target[image], whole[image], kept[image])
         order = torch.arange(tokens).expand(batch, -1)
-        if self.cut == "random":
+        if self.context_cut == "random":
             order = torch.rand(batch, tokens, generator=generator).argsort(1)
         # ids that are kept first, in `order`, then the batch minimum of them, row-major again
         chosen = order.gather(1, (~kept).gather(1, order).int().argsort(dim=1, stable=True))
         context = chosen[:, : int(kept.sum(1).min())].sort(dim=1).values
         return {"context": context, "target": target}
 
-    def encode(self, images, masks, index):
-        """Student tokens (B, K, D) at any index (B, K), as `SpatialAffinity` compares them."""
-        return self.student(images, index)
+    def thin_out(self, target, whole, kept):
+        """Replace targets of one image, in place, by copies of another until context is left: the
+        one whose removal frees most goes first. target (M, T), whole (W,) ids, kept (N,) bool."""
+        blocks = list(range(len(target)))
+        while kept.sum() <= self.min_context and len(blocks) > 1:
+            without = [[b for b in blocks if b != gone] for gone in blocks]
+            masks = [context_mask(whole[None], target[None, b], len(kept))[0] for b in without]
+            kept[:], blocks = max(zip(masks, without, strict=True), key=lambda m: int(m[0].sum()))
+        gone = [k for k in range(len(target)) if k not in blocks]
+        target[gone] = target[blocks[0]].clone()
 
     @torch.no_grad()
     def target_tokens(self, images, masks):
@@ -460,12 +611,16 @@ class IJEPA(nn.Module):
         return take(tokens, target.flatten(1)).unflatten(1, target.shape[1:])
 
     def forward(self, images, masks):
-        """images (B, C, H, W) -> loss scalar, context tokens (B, K, D), their index (B, K)."""
         grid = self.student.grid(images)
         tokens = self.student(images, masks["context"])
         predicted = self.predictor(tokens, masks["context"], masks["target"], grid)
         loss = F.smooth_l1_loss(predicted.float(), self.target_tokens(images, masks))
         return loss, tokens, masks["context"]
+
+    def rates(self, step, total, plan):
+        # as published: lr and weight decay count steps from 1, the momentum from 0
+        momentum = super().rates(step, total, plan).momentum
+        return super().rates(step + 1, total, plan)._replace(momentum=momentum)
 
 
 # ---- Latent MIM -------------------------------------------------------------------------------
@@ -549,56 +704,99 @@ def info_nce(predicted, target, tau=0.2):
         return F.cross_entropy(scores.mT, label) * (2 * tau)
 
 
-class LatentMIM(nn.Module):
+class LatentMIM(Objective):
     """Predict the teacher's tokens of hidden patches, told apart by InfoNCE (arXiv 2407.15837).
 
-    student: `ViT`, which gets a projection `head` of its own; the teacher has one too. grid: (rows,
-    cols) of patches. gap: pixels between patches, so images are rows * (patch + gap) high.
-    visible: patches that the student sees. affinity_on: which tokens `forward` returns, the
-    projection "head"'s (paper) or the "trunk"'s.
+    The student gets a projection `head` of its own; the teacher has one too. gap: pixels between
+    patches, so images are rows * (patch + gap) high. visible: patches that the student sees.
+    affinity_on: which tokens `forward` returns, the projection "head"'s (paper) or the "trunk"'s.
+    gap_offset: the HR patches of an MR patch lie on its ground ("same"), or are drawn apart
+    ("paper", as published).
     """
 
+    encoder = dict(class_token=True, pos="latentmim")
+    defaults = dict(
+        patch=16, mr_size=280, crop_scale=[0.2, 1.0], global_batch=512,  # 14 cells of 16 + 4 px
+        lr_per_image=1.5e-4 / 256, start_lr=0.25, final_lr=0.25, warmup_epochs=30,
+        weight_decay=0.05, final_weight_decay=0.05, beta2=0.95, momentum=0.99,
+    )  # fmt: skip
+    flags = dict(
+        gap=("pixels between MR patches; paper: 4", 0),
+        visible="patches seen; paper: 20",
+        head_dim="width of the projection; paper: 4096",
+        decoder_dim="width of the decoder; paper: 512",
+        decoder_depth="its blocks; paper: 3",
+        decoder_heads="its attention heads; paper: 16",
+        tau="temperature of InfoNCE; paper: 0.2",
+        affinity_on=("tokens that the affinity compares; paper: head", ("head", "trunk")),
+        gap_offset=(
+            "HR patches on the ground of their MR patch, or drawn apart; paper: paper",
+            ("same", "paper"),
+        ),
+    )
+    small = (
+        "--mr-size 40 --gap 1 --visible 20 --head-dim 256 --decoder-dim 96 --decoder-depth 1 "
+        "--decoder-heads 4"
+    )
+    affinity_flags = ("affinity_on", "gap_offset")
+
     def __init__(
-        self,
-        student,
-        grid,
-        gap=4,
-        visible=20,
-        head_dim=4096,
-        decoder_dim=512,
-        decoder_depth=3,
-        decoder_heads=16,
-        tau=0.2,
-        affinity_on="head",
-    ):
-        super().__init__()
+        self, student, grid, gap=4, visible=20, head_dim=4096, decoder_dim=512, decoder_depth=3,
+        decoder_heads=16, tau=0.2, affinity_on="head", gap_offset="same", ratio=2,
+    ):  # fmt: skip
         if not 0 < visible < grid[0] * grid[1] - 1:
             raise ValueError(
                 f"{visible} visible patches leave fewer than two targets of the "
                 f"{grid[0] * grid[1]} on the grid; lower --visible"
             )
         student.head = projection_head(student.dim, head_dim).apply(init_xavier)
-        self.student, self.teacher = student, freeze_copy(student)
+        super().__init__(student, grid, ratio)
         self.decoder = Decoder(student.dim, decoder_dim, decoder_depth, decoder_heads)
-        self.grid, self.gap, self.visible, self.tau = grid, gap, visible, tau
-        self.affinity_on = affinity_on
+        self.gap, self.visible, self.tau = gap, visible, tau
+        self.affinity_on, self.gap_offset = affinity_on, gap_offset
 
     def draw(self, batch, generator):
         """One step's masks on the CPU, int64: {"context": (batch, visible), "target": (batch, N -
-        visible), "offset": (batch, rows, cols, 2)}, the last for `take_patches`, 0..gap-1."""
+        visible), "offset": (batch, rows, cols, 2)}, the last for `take_patches`, 0..gap-1; and,
+        for gap_offset "paper", "hr_offset" of the ratio times finer cells."""
         rows, cols = self.grid
         order = torch.rand(batch, rows * cols, generator=generator).argsort(1)
-        offset = torch.randint(0, max(self.gap, 1), (batch, rows, cols, 2), generator=generator)
         context, target = order.split([self.visible, rows * cols - self.visible], dim=1)
-        return {"context": context, "target": target, "offset": offset}
+        masks = {"context": context, "target": target}
+        cells = {"offset": 1} | ({"hr_offset": self.ratio} if self.gap_offset == "paper" else {})
+        for name, r in cells.items():
+            shape = (batch, r * rows, r * cols, 2)
+            masks[name] = torch.randint(0, max(self.gap, 1), shape, generator=generator)
+        return masks
 
     def patches(self, images, masks):
         return take_patches(images, self.student.patch_size, self.gap, masks["offset"])
 
     def encode(self, images, masks, index):
-        """Student tokens (B, K, D) at any index (B, K), as `SpatialAffinity` compares them."""
         tokens = self.student(self.patches(images, masks), index)
         return self.student.head(tokens) if self.affinity_on == "head" else tokens
+
+    def hr_tokens(self, images, index=None, spacing=1.0):
+        tokens = self.teacher(images, index, spacing)
+        return self.teacher.head(tokens) if self.affinity_on == "head" else tokens
+
+    def hr_side(self, patch):
+        # gaps included; `views` cuts the patches and fits them to the teacher's
+        return self.ratio * self.grid[0] * (self.student.patch_size + self.gap)
+
+    def views(self, hr, masks, patch):
+        p, r = self.student.patch_size, self.ratio
+        if self.gap_offset == "paper":
+            hr = take_patches(hr, p, self.gap, masks["hr_offset"])
+        else:  # the r * r HR patches of an MR patch lie on its ground
+            hr = take_patches(hr, r * p, r * self.gap, r * masks["offset"])
+        if patch == p:
+            return hr
+        # each r p patch by itself: what touches it in the picture does not on the ground
+        rows, cols = self.grid
+        cells = rearrange(hr, "b c (i p) (j q) -> (b i j) c p q", i=rows, j=cols)
+        cells = F.interpolate(cells, (r * patch, r * patch), mode="bicubic", antialias=True)
+        return rearrange(cells, "(b i j) c p q -> b c (i p) (j q)", i=rows, j=cols)
 
     @torch.no_grad()
     def target_tokens(self, images, masks):
@@ -606,7 +804,6 @@ class LatentMIM(nn.Module):
         return self.teacher.head(self.teacher(self.patches(images, masks), masks["target"]))
 
     def forward(self, images, masks):
-        """images (B, C, H, W) with gaps -> loss, context tokens (B, K, D), their index (B, K)."""
         context, target = masks["context"], masks["target"]
         trunk = self.student.encode(self.patches(images, masks), context)
         tokens = self.student.head(trunk)
@@ -615,262 +812,91 @@ class LatentMIM(nn.Module):
         shown = tokens if self.affinity_on == "head" else trunk
         return loss, shown[:, -context.shape[1] :], context
 
+    def decays(self, name, parameter):
+        return not any(word in name for word in ("bias", "norm", "embed"))
 
-# ---- reading and writing encoders -------------------------------------------------------------
+    def rates(self, step, total, plan):
+        momentum = cosine(step, total, plan.momentum, 1.0)
+        return super().rates(step, total, plan)._replace(momentum=momentum)
 
 
-def save_encoder(encoder, path, **meta):
-    """Write a `ViT` (without projection head) to a safetensors file, atomically.
+# ---- MAE ----------------------------------------------------------------------------------------
 
-    meta: JSON-able facts that travel with the weights, such as bands, mean and std; `load_encoder`
-    returns them as `encoder.meta`.
+
+class MAE(Objective):
+    """Predict the pixels of hidden patches, each normalised by itself (arXiv 2111.06377).
+
+    mask_share: share of the patches that are hidden. The teacher, an EMA of the student, takes no
+    part in the loss: it is there for the affinity. Not in the paper; it shows that the affinity is
+    an add-on.
     """
-    state = {k: v.contiguous() for k, v in encoder.state_dict().items() if k[:5] != "head."}
-    write_tensors(path, state, {"config": encoder.config, "meta": meta})
 
+    defaults = dict(
+        patch=14, mr_size=224, crop_scale=[0.2, 1.0], global_batch=1024,
+        lr_per_image=1.5e-4 / 256, start_lr=0.0, final_lr=0.0, warmup_epochs=30,  # its 40 of 400
+        weight_decay=0.05, final_weight_decay=0.05, beta2=0.95, momentum=0.996,
+    )  # fmt: skip
+    flags = dict(
+        mask_share="share of the patches that are hidden; its paper: 0.75",
+        decoder_dim="width of the decoder; its paper: 512",
+        decoder_depth="its blocks; its paper: 8",
+        decoder_heads="its attention heads; its paper: 16",
+    )
+    small = "--mr-size 32 --decoder-dim 96 --decoder-depth 2 --decoder-heads 4"
 
-def write_tensors(path, state, facts):
-    """Write tensors by name and JSON-able facts to a safetensors file, atomically; the reverse of
-    `read_tensors`."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    # as bytes: safetensors' own writer lets nobody but the owner read the file
-    partial.write_bytes(save(state, metadata={"crossscale": json.dumps(facts)}))
-    os.replace(partial, path)
-
-
-RESAVE = (
-    "python -c \"import torch; c = torch.load('{path}', map_location='cpu', weights_only=False); "
-    "c = c.state_dict() if hasattr(c, 'state_dict') else c; "
-    "torch.save({{k: v for k, v in c.items() if torch.is_tensor(v) or isinstance(v, dict) "
-    "and all(map(torch.is_tensor, v.values()))}}, '{weights}')\""
-)
-
-
-def read_tensors(path):
-    """All tensors of a .safetensors or torch file: (nested dict, crossscale facts or None).
-
-    The facts of our exports are a dict with the dicts config and meta in it.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such encoder; give a run directory or a weights file")
-    if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, framework="pt") as file:
-                facts = (file.metadata() or {}).get("crossscale")
-                state = {key: file.get_tensor(key) for key in file.keys()}
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
-        if facts is None:
-            return state, None
-        try:
-            facts = json.loads(facts)
-            fits = isinstance(facts["config"], dict) and isinstance(facts["meta"], dict)
-        except (ValueError, LookupError, TypeError, RecursionError):
-            fits = False
-        if not fits:
+    def __init__(
+        self, student, grid, mask_share=0.75, decoder_dim=512, decoder_depth=8, decoder_heads=16,
+        ratio=2,
+    ):  # fmt: skip
+        super().__init__(student, grid, ratio)
+        self.visible = round((1 - mask_share) * grid[0] * grid[1])
+        if not 0 < self.visible < grid[0] * grid[1]:
             raise ValueError(
-                f"{path}: its crossscale metadata is no JSON object with the objects config and "
-                "meta; export or fetch it again"
+                f"--mask-share {mask_share} leaves {self.visible} of {grid[0] * grid[1]} patches "
+                "visible; there must be visible and hidden ones"
             )
-        return state, facts
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True), None
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if found is None:
-            raise ValueError(f"{path}: not a readable torch checkpoint; fetch it again") from None
-        raise ValueError(
-            f"{path}: holds more than tensors (a {found[1]}), and reading that could run code; if "
-            f"you trust its source, re-save the weights alone: "
-            + RESAVE.format(path=path, weights=path.with_name(path.stem + "-weights.pt"))
-        ) from None
-    except Exception as error:  # whatever a damaged or foreign file provokes, in one sentence
-        reason = str(error).splitlines()[0] if str(error) else "it ends too soon"
-        raise ValueError(f"{path}: not a readable torch checkpoint ({reason})") from None
+        position_table((1, 1), decoder_dim, "ijepa")  # as in `ViT`
+        self.embed = nn.Linear(student.dim, decoder_dim)
+        self.mask_token = nn.Parameter(torch.randn(1, 1, decoder_dim) * 0.02)
+        self.blocks = nn.ModuleList(Block(decoder_dim, decoder_heads) for _ in range(decoder_depth))
+        self.norm = nn.LayerNorm(decoder_dim, eps=1e-6)
+        self.proj = nn.Linear(decoder_dim, student.patch_size**2 * student.in_channels)
+        for part in (self.embed, self.blocks, self.proj):
+            part.apply(init_xavier)
+
+    def draw(self, batch, generator):
+        """One step's masks: {"context": (batch, K), "target": (batch, N - K)} int64, CPU."""
+        order = torch.rand(batch, self.grid[0] * self.grid[1], generator=generator).argsort(1)
+        return {"context": order[:, : self.visible], "target": order[:, self.visible :]}
+
+    def target_tokens(self, images, masks):
+        """Pixels of the hidden patches over all bands, less their mean, over their deviation."""
+        p = self.student.patch_size
+        pixels = rearrange(images, "b c (i p) (j q) -> b (i j) (p q c)", p=p, q=p)
+        pixels = take(pixels, masks["target"])
+        mean, var = pixels.mean(-1, keepdim=True), pixels.var(-1, keepdim=True)
+        return (pixels - mean) / (var + 1e-6).sqrt()
+
+    def forward(self, images, masks):
+        context, target = masks["context"], masks["target"]
+        tokens = self.student(images, context)
+        width = self.mask_token.shape[-1]
+        position = position_table(self.student.grid(images), width, "ijepa", device=images.device)
+        seen, asked = self.embed(tokens) + position[context], self.mask_token + position[target]
+        x = torch.cat([seen, asked], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        predicted = self.proj(self.norm(x[:, -target.shape[1] :]))
+        loss = F.mse_loss(predicted.float(), self.target_tokens(images, masks))
+        return loss, tokens, context
 
 
-def find_encoder(tree, path):
-    """The ViT state dict in a checkpoint: (flat dict, where it was found)."""
-    flat, stack = {}, [("", tree)]
-    while stack:
-        prefix, node = stack.pop()
-        for key, value in node.items():
-            if isinstance(value, dict):
-                stack.append((f"{prefix}{key}.", value))
-            elif torch.is_tensor(value):
-                flat[f"{prefix}{key}"] = value
-    ending = "blocks.0.attn.qkv.weight"
-    found = [key[: -len(ending)] for key in flat if re.search(r"(^|\.)" + re.escape(ending), key)]
-    # a checkpoint may hold several: I-JEPA's own evaluation reads the target encoder, Latent MIM's
-    # and ours the student; ViTs trained by DINO the teacher
-    order = [
-        r"objective\.student\.",
-        r"target_encoder\.(module\.)?",
-        r"(state_dict\.)?(module\.)?encoder\.",
-        r"teacher\..*",
-        r"student\..*",
-        r".*",
-    ]
-    for pattern in order:
-        for prefix in sorted(found):
-            if re.fullmatch(pattern, prefix):
-                inside = [key for key in flat if key.startswith(prefix)]
-                return {key[len(prefix) :]: flat[key] for key in inside}, prefix
-    raise ValueError(
-        f"{path}: no vision transformer found (no key ends in {ending}); "
-        f"it holds {', '.join(sorted(flat)[:3]) or 'no tensors'} ..."
-    )
+OBJECTIVES = {"ijepa": IJEPA, "latentmim": LatentMIM, "mae": MAE}
 
 
-def load_encoder(path, heads=None):
-    """Read a pretrained encoder from a run directory or a weights file -> `ViT` in eval mode.
+def __getattr__(name):
+    if name == "load_encoder":  # its room is weights.py, which builds on this file
+        from weights import load_encoder
 
-    Understands our exports and checkpoints, official I-JEPA and Latent MIM files, and timm, MAE and
-    DINO ViT state dicts, as .safetensors or as torch files (`weights_only=True`: nothing in them is
-    run). Width, depth, patch and bands are read off the weights; `heads` follows from the width for
-    the published sizes. `encoder.meta` holds what the export says of its data, {} for other files.
-    Prints what was recognised and what was left out. Raises FileNotFoundError or ValueError.
-    """
-    path = Path(path)
-    if path.is_dir():
-        path = path / "encoder.safetensors"
-    tree, facts = read_tensors(path)
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path}: holds a {type(tree).__name__}, not a dict of weights")
-    try:
-        return parse_encoder(tree, facts, path, heads)
-    except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ValueError) as e:
-        if str(e).startswith(f"{path}:"):
-            raise
-        reason = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
-        raise ValueError(f"{path}: not the weights of a plain ViT ({reason})") from None
-
-
-def parse_encoder(tree, facts, path, heads):
-    """`load_encoder` for what `read_tensors` found."""
-    state, found_at = find_encoder(tree, path)
-    if facts is None and isinstance(tree.get("facts"), str):  # our ckpt.pt
-        facts = json.loads(tree["facts"])
-    notes = []
-
-    # Latent MIM's names: embed.proj (D, row * col * channel), pos_embed.pos_embeds
-    patches = state.pop("embed.proj.weight", None)
-    if patches is not None:
-        values = patches.shape[1]
-        # 4 bands or 3 where the rest is a square, else the fewest that leave a square
-        bands = next(
-            c for c in (4, 3, *range(1, values + 1)) if values == c * math.isqrt(values // c) ** 2
-        )
-        side = math.isqrt(values // bands)
-        state["patch_embed.proj.weight"] = rearrange(
-            patches, "d (p q c) -> d c p q", p=side, q=side
-        )
-        state["patch_embed.proj.bias"] = state.pop("embed.proj.bias")
-        notes.append("Latent MIM's flat patch weights")
-    table = state.pop("pos_embed.pos_embeds", None)
-    table = state.pop("pos_embed", None) if table is None else table
-
-    # LayerScale multiplies a branch's output: the same as scaling its last linear map
-    for key in [key for key in state if key.endswith((".ls1.gamma", ".ls2.gamma"))]:
-        gamma = state.pop(key)
-        last = key[: -len("ls1.gamma")] + ("attn.proj." if ".ls1." in key else "mlp.fc2.")
-        state[last + "weight"] = state[last + "weight"] * gamma[:, None]
-        state[last + "bias"] = state[last + "bias"] * gamma
-        if "LayerScale folded in" not in notes:
-            notes.append("LayerScale folded in")
-
-    weight = state.get("patch_embed.proj.weight")
-    if weight is None or weight.ndim != 4:
-        raise ValueError(f"{path}: no patch embedding (patch_embed.proj.weight) beside the blocks")
-    dim, bands, patch = weight.shape[:3]
-    config = dict(
-        in_channels=bands,
-        patch_size=patch,
-        dim=dim,
-        depth=1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
-        mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / dim
-        if "blocks.0.mlp.fc1.weight" in state
-        else 4.0,
-        class_token="cls_token" in state,
-    )
-    if facts is not None:
-        config = facts["config"]
-    else:
-        config["heads"] = heads or HEADS.get(dim)
-        if config["heads"] is None:
-            raise ValueError(f"{path}: width {dim} is no published size; give heads=")
-    if table is not None:
-        table = table.reshape(-1, dim).float()
-        side = math.isqrt(len(table))
-        grid = tuple(config.get("pos_grid") or (side, side))
-        if config["class_token"] and len(table) == grid[0] * grid[1] + 1:
-            state["cls_token"] = state["cls_token"] + table[0]  # its position, for good
-            table = table[1:]
-        if grid[0] * grid[1] != len(table):
-            raise ValueError(f"{path}: a position table of {len(table)} rows is no square grid")
-        for kind in ("ijepa", "latentmim"):
-            if torch.allclose(position_table(grid, dim, kind), table, atol=1e-4):
-                config["pos"] = kind
-                notes.append(f"sine-cosine positions ({kind}) checked and dropped")
-                break
-        else:
-            config["pos"], config["pos_grid"] = "learned", grid
-            state["pos_embed"] = table[None]
-            notes.append(f"learned positions of a {grid[0]} x {grid[1]} grid")
-    elif facts is None:
-        notes.append("no position table: I-JEPA's sine-cosine positions assumed")
-
-    encoder = ViT(**config)
-    wanted = encoder.state_dict()
-    missing = sorted(wanted.keys() - state.keys())
-    wrong = sorted(k for k in wanted.keys() & state.keys() if wanted[k].shape != state[k].shape)
-    extra = sorted(state.keys() - wanted.keys())
-    # what would change the tokens; a head or a predictor beside the encoder would not
-    blocking = [k for k in extra if re.match(r"blocks\.|norm_pre|.*(reg|dist|storage)\w*_token", k)]
-    if missing or wrong or blocking:
-        raise ValueError(
-            f"{path}: another architecture than a plain ViT: "
-            f"{len(missing)} weights missing, {len(wrong)} of another shape, {len(blocking)} "
-            f"unknown (such as {(missing + wrong + blocking)[0]})"
-        )
-    broken = [key for key in wanted if not state[key].isfinite().all()]
-    if broken:
-        raise ValueError(f"{path}: {len(broken)} weights hold NaN or inf (such as {broken[0]})")
-    encoder.load_state_dict({key: state[key].float() for key in wanted})
-    encoder.meta = facts["meta"] if facts else {}
-    left = sorted({key.split(".")[0] for key in extra})
-    notes += [f"left out: {', '.join(left)}"] if left else []
-    print(
-        f"{path}: {'crossscale ' if facts else ''}ViT at {found_at or 'top level'}: "
-        f"{encoder.in_channels} bands, patch {patch}, {dim} wide, {config['depth']} deep, "
-        f"{config['heads']} heads" + "".join(f"; {note}" for note in notes)
-    )
-    return encoder.eval()
-
-
-def fit_bands(encoder, bands):
-    """The encoder for images of `bands`, a list of names such as ["B", "G", "R", "NIR"].
-
-    Its own bands are those of `encoder.meta`, or R, G, B for 3-band weights without. Known bands
-    keep their weights, in their new place; 3-band weights are inflated, every other band getting
-    the mean of the three, and all scaled by 3 / len(bands), so that a patch which is equal in all
-    bands gives the same token as before. Returns `encoder` itself where nothing changes, also where
-    the number of bands fits and the names tell nothing. Raises ValueError if the number does not.
-    """
-    if encoder.in_channels not in (3, len(bands)):
-        raise ValueError(
-            f"the encoder reads {encoder.in_channels} bands, the data has {len(bands)} "
-            f"({','.join(bands)}); only 3-band weights can be inflated"
-        )
-    own = encoder.meta.get("bands") or ["R", "G", "B"]
-    same_count = encoder.in_channels == len(bands)
-    if own == bands or (same_count and set(own) != set(bands)):
-        return encoder
-    weight = encoder.patch_embed.proj.weight.data
-    kernels, mean = dict(zip(own, weight.unbind(1), strict=True)), weight.mean(1)
-    weight = torch.stack([kernels.get(band, mean) for band in bands], dim=1)
-    fitted = ViT(**{**encoder.config, "in_channels": len(bands)})
-    state = {"patch_embed.proj.weight": weight * encoder.in_channels / len(bands)}
-    fitted.load_state_dict({**encoder.state_dict(), **state})
-    return fitted
+        return load_encoder
+    raise AttributeError(f"module 'model' has no attribute {name!r}")

@@ -27,12 +27,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import geotiff
+from datasets.formats import find_files
 from figures import composite, save_figure
-from finetune import positive
-from formats import find_files
-from model import ViT, load_encoder, read_tensors
+from imagery import geotiff
+from model import ViT
+from run import positive
 from segment import Segmenter, encode, load_segmenter, resize
+from weights import load_encoder, read_tensors
 
 NO_CLASS = 255  # nodata of the class maps; so they hold at most 255 classes
 PREVIEW = 1000  # px a side at most, of --png

@@ -1,8 +1,9 @@
 """A segmentation model: an encoder with a head that turns its tokens into class logits.
 
 Reading order: `encode`, the tokens of images; `UperNet` and `Segmenter`; `save_segmenter` and
-`load_segmenter`; `batches` and `judge`, how a task is read and scored; `probe`, which judges an
-encoder without a training loop. Shapes: B images of C bands, g x g tokens of width D, row-major.
+`load_segmenter`; `batches`, `judge` and `mean_iou`, how a task is read and scored; `probe`, which
+judges an encoder without a training loop. Shapes: B images of C bands, g x g tokens of width D,
+row-major.
 """
 
 import json
@@ -18,8 +19,8 @@ from einops import rearrange
 from torch import nn
 from tqdm import tqdm
 
-from model import parse_encoder, read_tensors, write_tensors
-from tasks import IGNORE, confusion_matrix, mean_iou
+from imagery.bands import IGNORE
+from weights import parse_encoder, read_tensors, write_tensors
 
 HEADS = ("linear", "mlp", "upernet")
 
@@ -361,6 +362,37 @@ def judge(model, stream, classes, image_size=None):
             scores.append(mean_iou(small)[0])
     mean = float(np.nanmean(scores)) if np.isfinite(scores).any() else math.nan
     return matrix, torch.cat(predictions), mean
+
+
+def confusion_matrix(prediction, label, classes, ignore_index=IGNORE):
+    """Count label and prediction pairs; matrices of batches and ranks add up to the split's.
+
+    prediction, label: integer tensors of one shape. classes: their number. Pixels whose label is
+    ignore_index do not count. Returns (classes, classes) int64, rows label, columns prediction.
+    Raises ValueError for an id that is not below `classes`.
+    """
+    counted = label != ignore_index
+    label, prediction = label[counted].long(), prediction[counted].long()
+    for name, ids in (("label", label), ("prediction", prediction)):
+        if ids.numel() and not 0 <= ids.min() <= ids.max() < classes:
+            raise ValueError(
+                f"{name} ids reach from {ids.min()} to {ids.max()}; {classes} classes go from 0 "
+                f"to {classes - 1}"
+            )
+    pairs = label * classes + prediction
+    return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+
+
+def mean_iou(matrix):
+    """Intersection over union from a confusion matrix (classes, classes), rows label.
+
+    Returns (mean as float, (classes,) float64). A class absent from both labels and predictions
+    has IoU NaN and is left out of the mean; a matrix of zeros has mean NaN.
+    """
+    matrix = matrix.cpu().double()
+    hit = matrix.diagonal()
+    iou = hit / (matrix.sum(0) + matrix.sum(1) - hit)  # 0 / 0 = NaN is the absent class
+    return iou.nanmean().item(), iou
 
 
 # ---- probes without a training loop -----------------------------------------------------------

@@ -1,199 +1,123 @@
 """Pretrain a ViT on mid-resolution images, with high-resolution pairs as a teacher's evidence.
 
-    python train.py --store pairs --variant sa                        one process, CPU or GPU
-    torchrun --nproc_per_node=8 train.py --store pairs --variant sa   eight GPUs, the same run
-    python train.py --store pairs more/ --hr-share 0.25               two stores, HR for a quarter
+    torchrun --nproc_per_node=8 train.py                 on pairs/, or on scenes drawn for a trial
+    python train.py --store pairs --variant sa           one process, CPU or GPU: the same run
+    python train.py --store pairs more/ --hr-share 0.25  two stores, HR for a quarter of the pairs
 
-I-JEPA or Latent MIM on the MR images, plus spatial affinity (arXiv 2601.12964). Top to bottom:
-schedules, health, flags, run directory, model, one step's randomness and losses, and `main`, which
-joins them. Sample order, crops and masks are functions of (seed, step, position in the global
-batch), so any number of ranks and any accumulation train the same run, and resuming needs nothing
-but the weights and the step.
+I-JEPA, Latent MIM or MAE on the MR images, plus spatial affinity (arXiv 2601.12964). Top to bottom:
+what the variants see, health, flags, chips, teachers, one step's randomness, its affinity, and
+`main`, which sets up and ends in the loop. Sample order, crops and masks are functions of (seed,
+step, position in the global batch), so any number of ranks and any accumulation train the same run,
+and resuming needs nothing but the weights and the step.
 """
 
 import argparse
 import contextlib
-import hashlib
+import inspect
 import json
-import math
-import os
 import platform
 import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+import model as models
 from affinity import SpatialAffinity, gram_loss, token_mse
-from data import Store, crop_pairs, draw_crops, read_chips, sample_order
-from figures import draw_tokens
-from model import (
-    IJEPA,
-    SIZES,
-    LatentMIM,
-    draw_rectangle,
-    fit_bands,
-    load_encoder,
-    read_tensors,
-    save_encoder,
-    take_patches,
-    vit,
+from data import (
+    choose_bands,
+    draw_crops,
+    next_pairs,
+    open_chips,
+    read_crops,
+    render,
+    sample_order,
+    stream,
 )
-from segment import probe
-from tasks import load_task
+from figures import draw_tokens
+from model import OBJECTIVES, SIZES, draw_rectangle, ema_update, regularise, vit
+from run import (
+    Parser,
+    Run,
+    between,
+    git_state,
+    health,
+    open_run,
+    positive,
+    precision_of,
+    read_config,
+    script,
+    start_ranks,
+    token_sums,
+)
+from weights import fit_bands, load_encoder, save_encoder
 
-# What the paper uses where the two frameworks differ; any flag overrides it.
-PAPER = {
-    "ijepa": dict(
-        patch=14,
-        mr_size=224,
-        crop_scale=[0.3, 1.0],
-        global_batch=1024,  # 128 on each of 8 GPUs
-        lr=1e-3,
-        start_lr=2e-4,
-        final_lr=1e-6,
-        warmup_epochs=40,
-        weight_decay=0.04,
-        final_weight_decay=0.4,
-        beta2=0.999,
-        momentum=0.996,
-    ),
-    "latentmim": dict(
-        patch=16,
-        mr_size=280,  # 14 cells of 16 + 4
-        crop_scale=[0.2, 1.0],
-        global_batch=512,
-        lr=None,  # 1.5e-4 x global batch / 256, see main
-        start_lr=None,  # lr / 4
-        final_lr=None,  # lr / 4
-        warmup_epochs=30,
-        weight_decay=0.05,
-        final_weight_decay=0.05,
-        beta2=0.95,
-        momentum=0.99,
-    ),
+
+class Variant(NamedTuple):
+    """What the student sees, what its HR teacher sees, and the loss between the two."""
+
+    student: str
+    teacher: str | None = None
+    loss: object = None
+
+
+VARIANTS = {
+    "mr": Variant("mr"),
+    "hr": Variant("hr"),  # the HR crop, resampled to the MR input's size
+    "sa": Variant("mr", "hr", gram_loss),
+    "sa-interp": Variant("mr", "mr", gram_loss),  # the MR crop resampled up: no real detail
+    "sa-mse": Variant("mr", "hr", token_mse),  # tokens, not their relations
+    "sa-shuffled": Variant("mr", "hr of the next pair", gram_loss),  # real detail, of other ground
 }
+
 # What may differ between a run and its continuation
 FREE_ON_RESUME = {
-    "out",
-    "resume",
-    "device",
-    "device_batch",
-    "compile",
-    "log_every",
-    "save_every",
-    "stop_at",
-    "probe_task",
-    "probe_every",
-}
+    "out", "resume", "config", "device", "device_batch", "compile", "log_every", "save_every",
+    "stop_at", "probe_task", "probe_every",
+}  # fmt: skip
 
+# Flags of the affinity, which variants without one refuse
+AFFINITY_FLAGS = (
+    "ratio", "affinity_weight", "affinity_index", "affinity_centre", "hr_teacher", "pos",
+)  # fmt: skip
 
-# ---- schedules: pure functions of the step
-
-
-def linear(step, total, start, end):
-    return start + (end - start) * step / total
-
-
-def cosine(step, total, start, end):
-    """Half a cosine from start (step 0) to end (step total)."""
-    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * step / total))
-
-
-def warmup_cosine(step, total, warmup, start, peak, end):
-    """Linear from start to peak over `warmup` steps, then half a cosine to end."""
-    if step < warmup:
-        return linear(step, warmup, start, peak)
-    return cosine(step - warmup, max(total - warmup, 1), peak, end)
-
-
-def decays(objective, name, parameter):
-    """Does weight decay act on this parameter? As published for each framework."""
-    if objective == "ijepa":
-        return parameter.ndim != 1 and "bias" not in name
-    return not any(word in name for word in ("bias", "norm", "embed"))
-
-
-@torch.no_grad()
-def ema_update(teacher, student, momentum):
-    """teacher <- momentum * teacher + (1 - momentum) * student, parameter by parameter."""
-    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
-
-
-# ---- health: sums over tokens, so that any number of ranks logs the same numbers
-
-
-@torch.no_grad()
-def token_sums(tokens, target):
-    """Sums over student tokens (B, K, D) and target tokens (B, ..., D): a list of tensors that add
-    up over micro-batches and ranks, for `health`."""
-    x, y = tokens.flatten(0, -2).double(), target.flatten(0, -2).double()
-    unit = torch.nn.functional.normalize(x, dim=-1)
-    count = torch.tensor([len(x), len(y)], dtype=torch.float64, device=x.device)
-    return [x.mT @ x, unit.sum(0), y.sum(0), y.square().sum(0), count]
-
-
-def health(second_moment, unit_sum, target_sum, target_square, count):
-    """What tells whether training is healthy, from `token_sums`.
-
-    rank: exp of the entropy of the tokens' normalised singular values (effective rank; RankMe,
-    arXiv 2210.02885), 1 to D. cosine: mean cosine between any two student tokens. target_var:
-    variance of the targets over tokens, averaged over D.
-    """
-    values = torch.linalg.eigvalsh(second_moment).clamp_min(0).sqrt()
-    share = values / values.sum().clamp_min(1e-300)
-    n, m = count
-    variance = (target_square / m - (target_sum / m).square()).mean()
-    return {
-        "rank": float(torch.special.entr(share).sum().exp()),
-        "cosine": float((unit_sum / n).square().sum()),
-        "target_var": float(variance),
-    }
+# Without --store and without pairs/: procedural scenes, and without a GPU a model that a CPU trains
+TRIAL = Path("out/scenes")
+SMALL = (
+    "--model tiny --dim 96 --depth 4 --heads 4 --patch 4 --crop-scale 0.6 1 --global-batch 32 "
+    "--lr 1e-3 --momentum 0.99 --steps 500 --log-every 25"
+).split()
 
 
 # ---- flags
 
 
-def positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 up")
-    return value
-
-
-def between(low, high=math.inf):
-    def parse(text):
-        value = float(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
-        return value
-
-    return parse
-
-
 # fmt: off
-def parse_args(argv=None):
-    p = argparse.ArgumentParser(
-        description="Pretrain with I-JEPA or Latent MIM and spatial affinity.",
+def build_parser():
+    p = Parser(
+        prog="train.py",
+        description="Pretrain with I-JEPA, Latent MIM or MAE, and spatial affinity.",
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     on_off = argparse.BooleanOptionalAction
 
     g = p.add_argument_group("run")
-    g.add_argument("--store", type=Path, required=True, nargs="+", metavar="DIR",
+    g.add_argument("--store", type=Path, default=[Path("pairs")], nargs="+", metavar="DIR",
                    help="folders written by data.py pack, each with its own sensors and statistics")
     g.add_argument("--out", type=Path, help="run directory; out/OBJECTIVE-VARIANT-sSEED if not set")
-    g.add_argument("--objective", choices=sorted(PAPER), default="ijepa", help="self-supervision")
-    g.add_argument("--variant", choices=["mr", "hr", "sa", "sa-interp", "sa-mse"], default="sa",
+    g.add_argument("--objective", choices=OBJECTIVES, default="ijepa", help="self-supervision")
+    g.add_argument("--variant", choices=VARIANTS, default="sa",
                    help="mr, hr: that sensor alone; sa: MR with HR affinity; sa-interp: the 'HR' "
-                   "is the MR crop resampled; sa-mse: tokens instead of Gram matrices")
+                   "is the MR crop resampled; sa-mse: tokens instead of Gram matrices; "
+                   "sa-shuffled: HR of another pair")
     g.add_argument("--seed", type=int, default=0, help="weights, order, crops and masks")
+    g.add_argument("--config", type=Path, metavar="RUN/config.json", help="repeat that run: its "
+                   "flags, but for --out, --resume and --stop-at; flags given beside it win")
     g.add_argument("--resume", action=on_off, default=False, help="continue the run in --out")
     g.add_argument("--stop-at", type=positive, metavar="STEP", help="save and stop here, early")
 
@@ -204,8 +128,7 @@ def parse_args(argv=None):
     g.add_argument("--skip-flagged", action=on_off, default=False,
                    help="leave out the chips that data.py check flagged")
     g.add_argument("--mr-size", type=positive, help="pixels a side that MR crops are resampled "
-                   "to; paper: 224 (ijepa), 280 (latentmim, gaps included)")
-    g.add_argument("--ratio", type=positive, default=2, help="HR per MR token side; paper: 2")
+                   "to; paper: 224 (ijepa, mae), 280 (latentmim, gaps included)")
     g.add_argument("--crop-scale", type=between(0.001, 1), nargs=2, metavar=("MIN", "MAX"),
                    help="share of the chip's area; paper: 0.3 1 (ijepa), 0.2 1 (latentmim)")
 
@@ -214,39 +137,37 @@ def parse_args(argv=None):
     g.add_argument("--patch", type=positive, help="pixels; paper: 14 (ijepa), 16 (latentmim)")
     g.add_argument("--dim", type=positive, help="width, instead of the model's")
     g.add_argument("--depth", type=positive, help="blocks, instead of the model's")
-    g.add_argument("--heads", type=positive, help="attention heads, instead of the model's")
+    g.add_argument("--heads", type=positive, help="attention heads, instead of the model's, or of "
+                   "--init where the file does not tell")
     g.add_argument("--init", type=Path, metavar="CKPT", help="start from this encoder, whose "
                    "architecture replaces the flags above; 3-band weights are inflated")
 
-    g = p.add_argument_group("I-JEPA")
-    g.add_argument("--predictor-dim", type=positive, default=384, help="width; paper: 384")
-    g.add_argument("--predictor-depth", type=positive, default=12, help="blocks; paper: 12")
-    g.add_argument("--targets", type=positive, default=4, help="target blocks an image; paper: 4")
-    g.add_argument("--target-scale", type=between(0.001, 1), nargs=2, default=[0.15, 0.2],
-                   metavar=("MIN", "MAX"), help="share of the grid; paper: 0.15 0.2")
-    g.add_argument("--context-scale", type=between(0.001, 1), nargs=2, default=[0.85, 1.0],
-                   metavar=("MIN", "MAX"), help="share of the grid; paper: 0.85 1")
-    g.add_argument("--context-cut", choices=["random", "last"], default="random",
-                   help="ids that go when contexts are cut to one length; paper: last")
-
-    g = p.add_argument_group("Latent MIM")
-    g.add_argument("--gap", type=int, default=4, help="pixels between MR patches; paper: 4")
-    g.add_argument("--visible", type=positive, default=20, help="patches seen; paper: 20")
-    g.add_argument("--head-dim", type=positive, default=4096, help="projection width; paper: 4096")
-    g.add_argument("--decoder-dim", type=positive, default=512, help="width; paper: 512")
-    g.add_argument("--decoder-depth", type=positive, default=3, help="blocks; paper: 3")
-    g.add_argument("--decoder-heads", type=positive, default=16, help="attention heads; paper: 16")
-    g.add_argument("--tau", type=between(1e-3), default=0.2, help="InfoNCE temperature; paper: 0.2")
-    g.add_argument("--gap-offset", choices=["same", "paper"], default="same",
-                   help="HR patches on the ground of their MR patch, or drawn apart; "
-                   "paper: paper")
+    g = p.add_argument_group("of one objective (model.py)")
+    for name, takers in own_flags().items():
+        text = "; ".join(f"{taker}: {help} (default: {value})"
+                         for taker, (help, value, _) in takers.items())
+        _, value, limit = next(iter(takers.values()))
+        kind = dict(default=argparse.SUPPRESS, help=text)
+        if isinstance(value, str):
+            kind |= dict(choices=limit)
+        elif isinstance(value, tuple):
+            kind |= dict(type=between(0.001, 1), nargs=2, metavar=("MIN", "MAX"))
+        elif isinstance(value, float):
+            kind |= dict(type=between(0.001 if limit is None else limit))
+        else:
+            kind |= dict(type=positive if limit is None else whole)
+        g.add_argument("--" + name.replace("_", "-"), **kind)
 
     g = p.add_argument_group("affinity")
+    g.add_argument("--ratio", type=positive, default=2, help="HR per MR token side; paper: 2")
     g.add_argument("--affinity-weight", type=between(0), default=1.0, help="lambda; paper: 1")
-    g.add_argument("--affinity-on", choices=["head", "trunk"], default="head",
-                   help="Latent MIM tokens it compares, projected or not; paper: head")
     g.add_argument("--affinity-index", choices=["visible", "block"], default="visible",
                    help="the context, or a rectangle in a second student pass")
+    g.add_argument("--affinity-centre", choices=["none", "image"], default="none",
+                   help="subtract the mean of an image's tokens first; paper: none")
+    g.add_argument("--hr-teacher", default="ema", metavar="ema|WEIGHTS", help="who sees the HR "
+                   "image: the student's EMA, or any encoder that weights.py reads, frozen; "
+                   "paper: ema")
     g.add_argument("--pos", choices=["grid", "ground"], default="grid",
                    help="HR token positions, 0..rg-1 or in MR grid units; paper: grid")
 
@@ -260,10 +181,11 @@ def parse_args(argv=None):
                    "128 a GPU (ijepa, here 1024), 512 (latentmim)")
     g.add_argument("--device-batch", type=positive, help="pairs at once on a rank, the rest "
                    "accumulates; less needs less memory (none: up to 128 on a GPU, 16 on a CPU)")
-    g.add_argument("--lr", type=between(0), help="peak; paper: 1e-3 (ijepa), 1.5e-4 x global "
-                   "batch / 256 (latentmim)")
-    g.add_argument("--start-lr", type=between(0), help="paper: 2e-4 (ijepa), lr / 4 (latentmim)")
-    g.add_argument("--final-lr", type=between(0), help="paper: 1e-6 (ijepa), lr / 4 (latentmim)")
+    g.add_argument("--lr", type=between(0), help="peak; paper: 1e-3 (ijepa, meant for a global "
+                   "batch of 1024), 1.5e-4 x global batch / 256 (latentmim, mae)")
+    g.add_argument("--start-lr", type=between(0), help="paper: lr / 5 (ijepa), lr / 4 (latentmim)")
+    g.add_argument("--final-lr", type=between(0), help="paper: lr / 1000 (ijepa), lr / 4 "
+                   "(latentmim)")
     g.add_argument("--weight-decay", type=between(0),
                    help="paper: 0.04 (ijepa), 0.05 (latentmim)")
     g.add_argument("--final-weight-decay", type=between(0),
@@ -272,6 +194,9 @@ def parse_args(argv=None):
                    help="AdamW's; paper: 0.999 (ijepa), 0.95 (latentmim)")
     g.add_argument("--momentum", type=between(0, 1), help="of the EMA teacher at the start, 1 at "
                    "the end; paper: 0.996 (ijepa), 0.99 (latentmim)")
+    g.add_argument("--vicreg", type=between(0), default=0.0, help="weight of VICReg's variance and "
+                   "covariance terms on the context tokens of each micro-batch (they change with "
+                   "--device-batch and ranks); paper: 0")
 
     g = p.add_argument_group("probe")
     g.add_argument("--probe-task", nargs=2, metavar=("NAME", "DIR"), help="a task of finetune.py "
@@ -284,171 +209,145 @@ def parse_args(argv=None):
     g.add_argument("--precision", choices=["auto", "float32", "bfloat16", "float16"],
                    default="auto", help="autocast; auto: bfloat16 on a GPU that has it, else "
                    "float16; float32 on the CPU")
-    g.add_argument("--compile", action=on_off, default=False, help="torch.compile the objective")
+    g.add_argument("--compile", action=on_off, default=False, help="torch.compile the objective "
+                   "and the teacher's pass")
     g.add_argument("--log-every", type=positive, default=50, help="steps between log lines")
     g.add_argument("--save-every", type=positive, default=1000, help="steps between checkpoints")
-
-    objective = p.parse_known_args(argv)[0].objective
-    p.set_defaults(**PAPER[objective])
-    args = p.parse_args(argv)
-    for name in ("crop_scale", "target_scale", "context_scale"):
-        low, high = getattr(args, name)
-        if low > high:
-            p.error(f"argument --{name.replace('_', '-')}: MIN {low} is above MAX {high}")
-    for name in ("seed", "gap"):
-        if getattr(args, name) < 0:
-            p.error(f"argument --{name}: {getattr(args, name)} is below 0")
-    if args.out is None:
-        args.out = Path("out") / f"{args.objective}-{args.variant}-s{args.seed}"
-    if args.lr is None:
-        args.lr = 1.5e-4 * args.global_batch / 256
-    if args.start_lr is None:
-        args.start_lr = args.lr / 4
-    if args.final_lr is None:
-        args.final_lr = args.lr / 4
-    return args
+    return p
 # fmt: on
 
 
-# ---- the run directory
+def whole(text):
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return value
 
 
-def git_state():
-    """(commit, dirty) of this checkout; (None, None) outside git."""
-    here = Path(__file__).parent
-    try:
-        ask = [["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "-uno"]]
-        commit, status = (
-            subprocess.run(a, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-            for a in ask
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None, None
-    return commit, bool(status)
+def own_flags():
+    """The flags that belong to objectives: {flag: {objective: (help, default, limit)}}."""
+    found = {}
+    for name, objective in OBJECTIVES.items():
+        defaults = inspect.signature(objective.__init__).parameters
+        for flag, text in objective.flags.items():
+            text, limit = (text, None) if isinstance(text, str) else text
+            found.setdefault(flag, {})[name] = (text, defaults[flag].default, limit)
+    return found
 
 
-def write_atomic(path, write):
-    """write(temporary path), flushed to disk, then renamed to path."""
-    partial = path.with_name(path.name + ".partial")
-    write(partial)
-    with open(partial, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+def parse_args(argv=None):
+    """All flags of a run, resolved: what its config.json records."""
+    p, typed = build_parser(), sys.argv[1:] if argv is None else list(argv)
+    given = {word.split("=")[0] for word in typed if word.startswith("--")}
+    words = typed
+    first = p.parse_known_args(words)[0]
+    if first.config:
+        words = words_of(first.config, p) + words
+        first = p.parse_known_args(words)[0]
+    objective = OBJECTIVES[first.objective]
+    trial = "--store" not in given and not first.config and not first.store[0].exists()
+    if trial:
+        words = ["--store", str(TRIAL / "pairs"), *words]
+        if first.device == "cpu" or not torch.cuda.is_available():
+            words = [*SMALL, *objective.small.split(), *words]
+        print(f"no {first.store[0]}/ here, so scenes are drawn for a trial; bring your own with "
+              "python data.py pack, then --store\nthe flags of this trial: train.py "
+              + " ".join(words), flush=True)  # fmt: skip
+    own = {flag: takers[first.objective][1] for flag, takers in own_flags().items()
+           if first.objective in takers}  # fmt: skip
+    rates = dict(objective.defaults)
+    lr, start, final = (rates.pop(k, None) for k in ("lr", "start_lr", "final_lr"))
+    per_image = rates.pop("lr_per_image", None)
+    p.set_defaults(**rates)
+    args = p.parse_args(words)
+    for flag, why in unused(args, given):
+        p.error(f"--{flag.replace('_', '-')}: {why}")
+    for name, value in own.items():
+        vars(args).setdefault(name, list(value) if isinstance(value, tuple) else value)
+    for name, value in vars(args).items():
+        if name.endswith("_scale") and value[0] > value[1]:
+            p.error(f"argument --{name.replace('_', '-')}: MIN {value[0]} is above MAX {value[1]}")
+    if args.seed < 0:
+        p.error(f"argument --seed: {args.seed} is below 0")
+    if args.out is None:
+        args.out = Path("out") / f"{args.objective}-{args.variant}-s{args.seed}"
+    if args.lr is None:
+        args.lr = lr if per_image is None else per_image * args.global_batch
+    args.start_lr = start * args.lr if args.start_lr is None else args.start_lr
+    args.final_lr = final * args.lr if args.final_lr is None else args.final_lr
+    return args
 
 
-def open_run(out, resume, config):
-    """Check or make the run directory; returns the checkpoint to continue from, or None.
-
-    config: {"args": every flag}. Raises ValueError if the folder is not ours, holds a run and
-    `resume` is off, or holds a run of other flags.
-    """
-    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    ours = "config.json" in names and names & {"log.jsonl", "ckpt.pt", "ckpt.previous.pt"}
-    if (out.exists() and not out.is_dir()) or (names and not ours):
-        raise ValueError(f"--out {out}: exists and is not a run directory; choose another")
-    path, previous = out / "ckpt.pt", out / "ckpt.previous.pt"
-    if not path.is_file() and previous.is_file():
-        path = previous  # killed between the two renames of `save_checkpoint`
-    if resume and not ours:
-        raise ValueError(f"--resume: no run in {out} (no config.json); start it without --resume")
-    if not path.is_file():
-        return None  # no run, or one that stopped before its first checkpoint: nothing to lose
-    if not resume:
-        raise ValueError(
-            f"--out {out}: holds a run; add --resume to continue it, or choose another"
-        )
-    try:
-        before = json.loads((out / "config.json").read_text())
-        before = before["args"] | {key: before[key] for key in ("steps", "precision", "chips")}
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(
-            f"{out / 'config.json'}: damaged, or not of a run; start a new run from the weights "
-            f"with --init {out / 'ckpt.pt'}"
-        ) from None
-    now = config["args"] | {key: config[key] for key in ("steps", "precision", "chips")}
-    for name, value in now.items():
-        if name == "chips" and before[name] != value:
-            raise ValueError(
-                f"{out}: was trained on chips {before[name]}, the stores now hold {value}; bring "
-                f"back what was packed and flagged then, or start a new run with --init {out}"
-            )
-        if name not in FREE_ON_RESUME and before.get(name) != value:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(
-                f"{out}: was trained with {flag} {before.get(name)}, now {value}; repeat its flags "
-                f"to continue, or start a new run from its weights with --init {out}"
-            )
-    try:
-        return read_tensors(path)[0]
-    except ValueError as error:
-        if path == previous:
-            raise
-        raise ValueError(
-            f"{error}; rename {previous} to {path.name} to continue from the one before"
-        ) from None
+def words_of(path, parser):
+    """The flags of a run as they are typed, from its config.json."""
+    words = []
+    for name, value in read_config(path)["args"].items():
+        flag = "--" + name.replace("_", "-")
+        if name in ("out", "resume", "stop_at", "config") or value is None:
+            continue
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            words += [flag, *map(str, value if isinstance(value, list) else [value])]
+    return words
 
 
-def log_until(path, step):
-    """The lines of a log that belong to steps up to `step`; a kill may have cut the last one."""
-    kept = ""
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            kept += line + "\n" if json.loads(line)["step"] <= step else ""
-    return kept
+def unused(args, given):
+    """The flags that were given but would do nothing: [(name, why)]."""
+    own, takers = OBJECTIVES[args.objective], own_flags()
+    idle = {name: f"not for --objective {args.objective}, but for {', '.join(takes)}"
+            for name, takes in takers.items() if args.objective not in takes}  # fmt: skip
+    if VARIANTS[args.variant].teacher is None:
+        why = f"--variant {args.variant} has no affinity that it could change"
+        idle |= dict.fromkeys((*AFFINITY_FLAGS, *own.affinity_flags), why)
+    if args.variant == "mr":
+        idle["hr_share"] = "--variant mr looks at no HR"
+    if args.init:
+        why = f"the architecture is that of --init {args.init}"
+        idle |= dict.fromkeys(("model", "patch", "dim", "depth"), why)
+    if "--steps" in given:
+        idle["epochs"] = "--steps says how long to train"
+    if not args.probe_task:
+        idle["probe_every"] = "there is no --probe-task"
+    return [(k, why) for k, why in idle.items() if "--" + k.replace("_", "-") in given]
 
 
-def save_checkpoint(path, state):
-    """Write state to path, flushed to disk before it takes the name; the one before is kept."""
-    new = path.with_name("ckpt.new.pt")
-    write_atomic(new, lambda to: torch.save(state, to))
-    if path.is_file():
-        os.replace(path, path.with_name("ckpt.previous.pt"))
-    os.replace(new, path)
+def draw_trial(store, ranks):
+    """Draw procedural scenes and pack them where `store` is to be, on rank 0."""
+    if store == TRIAL / "pairs" and ranks.rank == 0 and not store.exists():
+        here = Path(__file__).parent
+        images = TRIAL / "images"
+        for words in (
+            ["-m", "imagery.scenes", images, "--scenes", "24", "--size", "256", "--seed", "0"],
+            [here / "data.py", "pack", "--mr", images / "mr", "--hr", images / "hr", store,
+             "--chip", "32"],
+        ):  # fmt: skip
+            if words[0] == "-m" and images.exists():
+                continue
+            print("$ python " + " ".join(map(str, words)), flush=True)
+            words = [str(Path(w).resolve()) if isinstance(w, Path) else w for w in words]
+            if subprocess.run([sys.executable, *words], cwd=here).returncode:
+                raise ValueError(f"{store}: could not be made; give --store")
+    ranks.wait()
 
 
-def duration(seconds):
-    """Seconds as a reader says them: 40 s, 12 min, 1 h 12 min."""
-    minutes = round(seconds / 60)
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def report(entry, total, seconds_left):
-    """One log line, and a sentence where training has collapsed."""
-    memory = f"{entry['gb']:.1f} GB | " if entry["gb"] else ""
-    if "probe_miou" in entry:
-        memory = f"probe {entry['probe_miou']:.4f} | {memory}"
-    print(
-        f"step {entry['step']:05d}/{total} | loss {entry['loss']:.4f} (ssl {entry['ssl']:.4f} aff "
-        f"{entry['affinity']:.4f}) | rank {entry['rank']:.1f} | cos {entry['cosine']:.2f} | var "
-        f"{entry['target_var']:.2f} | grad {entry['grad_norm']:.2f} | lr {entry['lr']:.1e} | ema "
-        f"{entry['momentum']:.4f} | {entry['ms']:.0f} ms | {entry['images_per_s']:,.0f} img/s | "
-        f"{memory}{duration(seconds_left)} left",
-        flush=True,
-    )
-    if entry["rank"] < 2:
-        print(
-            f"WARNING: the student's tokens have collapsed (effective rank {entry['rank']:.2f}): "
-            f"they all say the same. Start again with a lower --lr or a higher --momentum."
-        )
-
-
-# ---- the model
+# ---- the model and its HR teacher
 
 
 def build_objective(args, bands):
     """The objective with its student, from the flags; ValueError if size and patch do not fit."""
+    kind = OBJECTIVES[args.objective]
     if args.init:
-        given = load_encoder(args.init)
+        given = load_encoder(args.init, args.heads)
         encoder = fit_bands(given, bands).train()
         if encoder is not given:
             print(f"--init: {given.in_channels}-band weights fitted to {','.join(bands)}")
     else:
         sizes = {k: v for k in ("dim", "depth", "heads") if (v := getattr(args, k)) is not None}
-        latent = {"class_token": True, "pos": "latentmim"} if args.objective == "latentmim" else {}
-        encoder = vit(args.model, in_channels=len(bands), patch_size=args.patch, **sizes, **latent)
-    gap = args.gap if args.objective == "latentmim" else 0
+        shape = dict(in_channels=len(bands), patch_size=args.patch, **kind.encoder)
+        encoder = vit(args.model, **sizes, **shape)
+    own = {name: getattr(args, name) for name in kind.flags}
+    gap = own.get("gap", 0)
     cell = encoder.patch_size + gap
     if args.mr_size % cell:
         raise ValueError(
@@ -457,462 +356,381 @@ def build_objective(args, bands):
             + f"; try {max(1, round(args.mr_size / cell)) * cell}"
         )
     grid = (args.mr_size // cell, args.mr_size // cell)
-    if args.objective == "ijepa":
-        return IJEPA(
-            encoder,
-            grid,
-            args.predictor_dim,
-            args.predictor_depth,
-            targets=args.targets,
-            target_scale=tuple(args.target_scale),
-            context_scale=tuple(args.context_scale),
-            cut=args.context_cut,
-        )
-    return LatentMIM(
-        encoder,
-        grid,
-        gap=gap,
-        visible=args.visible,
-        head_dim=args.head_dim,
-        decoder_dim=args.decoder_dim,
-        decoder_depth=args.decoder_depth,
-        decoder_heads=args.decoder_heads,
-        tau=args.tau,
-        affinity_on=args.affinity_on,
-    )
+    return kind(encoder, grid, ratio=args.ratio, **own)
+
+
+class Teacher(NamedTuple):
+    """Who sees the HR image: a callable (hr, index, spacing) -> tokens, the bands and the patch
+    that it takes, and (mean, std) of the sensor's bands where it does not take the store's."""
+
+    tokens: object
+    bands: list
+    patch: int
+    statistics: tuple | None = None
+
+
+def build_teacher(args, objective, bands, device):
+    """The HR teacher of a variant, of any variant for the last picture."""
+    seen = bands["hr"] if VARIANTS[args.variant].teacher != "mr" else bands["mr"]
+    if args.hr_teacher == "ema":
+        # it shares the student's weights, so it takes its bands: those that HR lacks hold their
+        # mean, and those that it has beyond them would be lost without a word
+        own = bands[VARIANTS[args.variant].student]
+        more = [band for band in seen or [] if band not in own]
+        if more and VARIANTS[args.variant].teacher:
+            raise ValueError(
+                f"--store {args.store[0]}: HR has the bands {','.join(more)} that MR "
+                f"({','.join(own)}) has not, and the EMA teacher reads MR's; give --hr-teacher "
+                "WEIGHTS that read them, or pack MR's bands alone (--hr-bands)"
+            )
+        return Teacher(objective.hr_tokens, own, objective.student.patch_size)
+    encoder = load_encoder(args.hr_teacher, args.heads if not args.init else None)
+    meta = encoder.meta
+    own = meta.get("bands") or (["R", "G", "B"] if encoder.in_channels == 3 else seen)
+    if not set(own) <= set(seen):
+        encoder, own, meta = fit_bands(encoder, seen), seen, {}
+    statistics = None
+    if VARIANTS[args.variant].teacher != "mr" and {"mean", "std"} <= meta.keys():
+        of = {band: (m, s) for band, m, s in zip(own, meta["mean"], meta["std"], strict=True)}
+        statistics = tuple(zip(*(of.get(band, (0.0, 1.0)) for band in seen), strict=True))
+    print(f"--hr-teacher: reads {','.join(own)}, normalised by "
+          + ("its own statistics" if statistics else "the store's"))  # fmt: skip
+    encoder.requires_grad_(False).to(device)
+    return Teacher(encoder, own, encoder.patch_size, statistics)
 
 
 def build_affinity(args, teacher):
-    """Spatial affinity with the EMA teacher as HR teacher; None for the variants without."""
-    if args.variant in ("mr", "hr"):
+    """Spatial affinity with a teacher; None for the variants without."""
+    variant = VARIANTS[args.variant]
+    if variant.loss is None:
         return None
     spacing = 1 / args.ratio if args.pos == "ground" else 1.0
-
-    def encode(hr, index):
-        tokens = teacher(hr, index, spacing)
-        return teacher.head(tokens) if args.affinity_on == "head" else tokens
-
-    return SpatialAffinity(encode, args.ratio, token_mse if args.variant == "sa-mse" else gram_loss)
-
-
-# ---- the chips
-
-
-def training_chips(args, stores):
-    """Which chips a run trains on: (n, 2) int64 store and chip, has_hr (n,) bool, and 12 hex digits
-    that change with them. Raises ValueError where stores do not go together or nothing is left."""
-    sensor = "hr" if args.variant == "hr" else "mr"
-    chips, has_hr, digest = [], [], hashlib.sha256()
-    for number, (path, store) in enumerate(zip(args.store, stores, strict=True)):
-        bands, first = (each.meta["bands"][sensor] for each in (store, stores[0]))
-        if bands != first:
-            raise ValueError(
-                f"{path}: its {sensor} bands are {','.join(bands)}, those of {args.store[0]} "
-                f"{','.join(first)}; pack both with the same --band-names"
-            )
-        ids = store.split("train")
-        if args.skip_flagged:
-            ids = ids[~store.flagged[ids]]
-        if args.variant == "hr":
-            ids = ids[store.has_hr[ids]]
-        if len(ids) == 0:
-            raise ValueError(
-                f"{path}: no chip in its train split"
-                + (", or all are flagged" if args.skip_flagged else "")
-                + (" has HR" if args.variant == "hr" else "")
-                + "; pack it again"
-            )
-        chips.append(np.column_stack([np.full_like(ids, number), ids]))
-        has_hr.append(store.has_hr[ids])
-        facts = {k: store.meta[k] for k in ("bands", "shape", "dtype", "mean", "std")}
-        for part in (json.dumps(facts).encode(), ids.tobytes(), has_hr[-1].tobytes()):
-            digest.update(part)
-    chips, has_hr = np.concatenate(chips), np.concatenate(has_hr)
-    if args.variant.startswith("sa") and not has_hr.any():
-        raise ValueError(
-            f"--variant {args.variant}: no training chip has HR; pack some with it, raise "
-            f"--hr-share {args.hr_share:g}, or take --variant mr"
-        )
-    return chips, has_hr, digest.hexdigest()[:12]
+    encode = partial(teacher.tokens, spacing=spacing)
+    return SpatialAffinity(
+        torch.compile(encode) if args.compile else encode,
+        args.ratio,
+        variant.loss,
+        centre=args.affinity_centre == "image",
+        # a teacher in a basis of its own loses the small loss in 16 bits (GRAM, "Where its
+        # exactness ends")
+        exact=args.hr_teacher != "ema",
+        patch=teacher.patch,
+    )
 
 
 # ---- one step
 
 
 def draw_step(args, objective, step):
-    """All random choices of a step for the whole global batch, on the CPU: dict of tensors whose
-    first axis is the position in the global batch."""
+    """All random choices of a step for the whole global batch, on the CPU: the masks, a dict of
+    tensors whose first axis is the position in the global batch, and the crops, (batch, 4)."""
     # a torch CPU generator keeps 32 bits of its seed: mix both numbers into them
     mixed = np.random.SeedSequence((args.seed, step, 2)).generate_state(1)[0]
     generator = torch.Generator().manual_seed(int(mixed))
     masks = objective.draw(args.global_batch, generator)
-    crops = draw_crops(args.seed, step, args.global_batch, tuple(args.crop_scale))
-    masks["crop"] = torch.from_numpy(crops)
     if args.affinity_index == "block":
         masks["block"] = draw_rectangle(args.global_batch, objective.grid, generator)
-    if args.gap_offset == "paper":
-        cells = [args.ratio * cells for cells in objective.grid]
-        shape = (args.global_batch, *cells, 2)
-        masks["hr_offset"] = torch.randint(0, max(args.gap, 1), shape, generator=generator)
-    return masks
+    return masks, draw_crops(args.seed, step, args.global_batch, tuple(args.crop_scale))
 
 
-def step_losses(args, model, objective, affinity, parts, masks):
-    """Losses of one micro-batch on its device: SSL, affinity (the mean over the pairs in it, 0
-    without), how many pairs those are, and, for `health`, student tokens and MR images.
+def prepare(args, chips, objective, teacher, ranks, device_batch, step):
+    """What a rank needs of a step, on the CPU: a list with a dict for each of its micro-batches.
 
-    model: `objective`, or what DDP and torch.compile made of it. parts: of `read_chips`, with the
-    crops of its chips in each batch.
+    "mr" and "hr": of `read_crops`, HR of the pairs alone. "masks": this micro-batch's. "pairs":
+    which of its chips are pairs, None where all are. "share": its number of pairs over the mean
+    number of a micro-batch, so that the affinity is a mean over the pairs of the global batch.
     """
-    views = [
-        crop_pairs(
-            batch,
-            batch["crop"],
-            meta,
-            args.mr_size,
-            args.ratio * args.mr_size if affinity else None,
-            mr_from="hr" if args.variant == "hr" else "mr",
-            hr_from="mr" if args.variant == "sa-interp" else "hr",
-        )
-        for meta, _, batch in parts
-    ]
-    mr = in_order([mr for mr, _ in views], [place for _, place, _ in parts])
-    loss_ssl, tokens, index = model(mr, masks)
-    places = [place[batch["has_hr"]] for _, place, batch in parts]  # on the CPU, as the masks were
-    pairs = torch.cat(places).sort()[0]
-    if affinity is None or not len(pairs):
-        return loss_ssl, torch.zeros_like(loss_ssl), 0, tokens, mr
-    hr = in_order([hr for _, hr in views], places)
-    compared = tokens
-    if args.affinity_index == "block":
+    variant = VARIANTS[args.variant]
+    order = sample_order(args.seed, step, args.global_batch, len(chips.ids))
+    masks, crops = draw_step(args, objective, step)
+    paired, taught = chips.has_hr[order], order
+    if variant.teacher == "hr of the next pair":
+        taught = next_pairs(args.seed, step, args.global_batch, chips.has_hr)
+    stride, parts = ranks.world * device_batch, []
+    for first in range(ranks.rank * device_batch, args.global_batch, stride):
+        here = slice(first, first + device_batch)
+        pairs = first + np.flatnonzero(paired[here])
+        ids = chips.ids[order[here]]
+        part = {
+            "mr": read_crops(chips.stores, ids, variant.student, crops[here], args.mr_size),
+            "hr": [],
+            "masks": {name: mask[here] for name, mask in masks.items()},
+            "pairs": None if len(pairs) == device_batch else torch.from_numpy(pairs - first),
+            "share": len(pairs) / max(paired.sum(), 1) * (args.global_batch / device_batch),
+        }
+        if variant.teacher:
+            ids, side = chips.ids[taught[pairs]], objective.hr_side(teacher.patch)
+            sensor = variant.teacher[:2]
+            part["hr"] = read_crops(
+                chips.stores, ids, sensor, crops[pairs], side, teacher.statistics
+            )
+        parts.append(part)
+    return parts
+
+
+def affinity_of(objective, affinity, part, mr, hr, tokens, index):
+    """The affinity of a micro-batch's pairs, a mean: scalar. tokens, index: the student's."""
+    masks, pairs = part["masks"], part["pairs"]
+    if "block" in masks:
         index = masks["block"]
-        compared = objective.encode(mr, masks, index)
-    # the chips without HR learn from the SSL loss alone
-    pairs = slice(None) if len(pairs) == len(mr) else pairs.to(mr.device)
-    if args.objective == "latentmim":
-        patch, r = objective.student.patch_size, args.ratio
-        if args.gap_offset == "paper":
-            hr = take_patches(hr, patch, args.gap, masks["hr_offset"][pairs])
-        else:  # the r * r HR patches of an MR patch lie on its ground
-            hr = take_patches(hr, r * patch, r * args.gap, r * masks["offset"][pairs])
-    loss_affinity = affinity(compared[pairs], index[pairs], hr, objective.grid)
-    return loss_ssl, loss_affinity, len(hr), tokens, mr
-
-
-def in_order(parts, places):
-    """Join tensors whose rows belong at `places` (CPU), in the order of the places."""
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat(parts)[torch.cat(places).argsort().to(parts[0].device)]
+        tokens = objective.encode(mr, masks, index)
+    if pairs is not None:  # the chips without HR learn from the SSL loss alone
+        tokens, index = tokens[pairs], index[pairs]
+        masks = {name: mask[pairs] for name, mask in masks.items()}
+    hr = objective.views(hr, masks, affinity.patch)
+    return affinity(tokens, index, hr, objective.grid)
 
 
 # ---- the run
 
 
-def main(args):
-    # Ranks. torchrun sets these; without it there is one.
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
-    if cuda and not torch.cuda.is_available():
-        raise ValueError("--device cuda: no GPU found; use --device cpu")
-    device = torch.device("cpu")
-    if cuda:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    precision = args.precision
-    if precision == "auto":
-        bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bfloat16" if bf16 else "float16" if cuda else "float32"
-    autocast = torch.autocast(
-        device.type, getattr(torch, precision), enabled=precision != "float32"
-    )
-
-    # The batch: one update is accumulation x ranks x device batch, position by position.
-    # Unless set, as many at once as fit: the paper's 128 on a GPU, 16 on a CPU, or fewer.
-    device_batch = args.device_batch or max(
-        n for n in range(1, 129 if cuda else 17) if args.global_batch // world % n == 0
-    )
-    if args.global_batch % (device_batch * world):
-        unit = device_batch * world
+def micro_batches(args, ranks):
+    """Pairs at once on a rank, and how many times that: one update is accumulation x ranks x
+    device batch, position by position. ValueError if --global-batch does not divide so."""
+    # unless set, as many at once as fit: the paper's 128 on a GPU, 16 on a CPU, or fewer
+    most = 128 if ranks.device.type == "cuda" else 16
+    share = args.global_batch // ranks.world
+    device_batch = args.device_batch or max(n for n in range(1, most + 1) if share % n == 0)
+    unit = device_batch * ranks.world
+    if args.global_batch % unit:
         near = args.global_batch // unit * unit
         raise ValueError(
             f"--global-batch {args.global_batch} is not a multiple of --device-batch "
-            f"{device_batch} x {world} ranks = {unit}; try "
+            f"{device_batch} x {ranks.world} ranks = {unit}; try "
             + " or ".join(str(n) for n in (near, near + unit) if n)
         )
-    accumulation = args.global_batch // (device_batch * world)
+    return device_batch, args.global_batch // unit
 
-    def share(values):
-        """This rank's part of a tensor over the global batch, micro-batch after micro-batch."""
-        mine = values.view(accumulation, world, device_batch, *values.shape[1:])[:, rank]
-        return mine.flatten(0, 1)
 
-    # Data, model, affinity. The same seed gives the same weights on every rank.
-    stores = [Store(path, args.hr_share, args.seed) for path in args.store]
-    sensor = "hr" if args.variant == "hr" else "mr"
-    train, has_hr, chips_hash = training_chips(args, stores)
-    flagged = sum(int(store.flagged[store.split("train")].sum()) for store in stores)
-    flagged = f", {flagged} flagged left out" if args.skip_flagged else ""
-    bands = stores[0].meta["bands"][sensor]
-    total = args.steps or max(1, round(args.epochs * len(train) / args.global_batch))
-    warmup = round(total * args.warmup_epochs / 300)
+def restore(path, saved, objective, optimizer, scaler):
+    """Load a checkpoint, a dict; returns the steps that are done."""
+    try:
+        objective.load_state_dict(saved["objective"])
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+        return int(saved["step"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{path}: a checkpoint of another architecture or program "
+            f"({str(error).splitlines()[0]}); choose another --out, or --init from it"
+        ) from None
+
+
+def draw_picture(args, chips, objective, teacher, device):
+    """tokens.png: what the tokens tell apart, on ground held out of training where there is any."""
+    variant, store = VARIANTS[args.variant], chips.stores[0]
+    ids = store.split("val") if len(store.split("val")) else store.split("train")
+    ids = ids[store.has_hr[ids]][:4] if store.has_hr[ids].any() else ids[:4]
+    ids, whole = np.column_stack([0 * ids, ids]), np.tile([0.0, 0.0, 1.0, 1.0], (len(ids), 1))
+    encoder, grid, r = objective.student, objective.grid, args.ratio
+    sensor = "mr" if variant.teacher == "mr" else "hr"
+
+    def images(sensor, side, statistics=None):
+        parts = read_crops([store], ids, sensor, whole, side, statistics)
+        return render([{k: v.to(device) if torch.is_tensor(v) else [t.to(device) for t in v]
+                        for k, v in part.items()} for part in parts])  # fmt: skip
+
+    mr = images(variant.student, grid[0] * encoder.patch_size)
+    hr = hr_tokens = None
+    if store.has_hr[ids[:, 1]].all() and chips.bands[sensor]:
+        hr = images(sensor, r * grid[0] * teacher.patch, teacher.statistics)
+        spacing = 1 / r if args.pos == "ground" else 1.0
+    with torch.no_grad():
+        tokens = encoder(mr)
+        if hr is not None and set(chips.bands[sensor]) & set(teacher.bands):
+            seen = choose_bands(hr, chips.bands[sensor], teacher.bands)
+            encode = teacher.tokens if args.hr_teacher != "ema" else objective.teacher
+            hr_tokens = encode(seen, spacing=spacing)
+    fine = (r * grid[0], r * grid[1])
+    pictures = {} if hr is None else {"HR": (hr, chips.bands[sensor])}
+    pictures["MR"] = (mr, chips.bands[variant.student])
+    draw_tokens(
+        args.out / "tokens.png", pictures,
+        {"student tokens (MR)": (tokens, grid), "teacher tokens (HR)": (hr_tokens, fine)},
+    )  # fmt: skip
+
+
+def main(args):
+    ranks = start_ranks(args.device)
+    device, cuda = ranks.device, ranks.device.type == "cuda"
+    precision = precision_of(args.precision, device)
+    enabled = precision != "float32"
+    autocast = torch.autocast(device.type, getattr(torch, precision), enabled=enabled)
+    device_batch, accumulation = micro_batches(args, ranks)
+    draw_trial(args.store[0], ranks)
+
+    # Chips, model, teacher. The same seed gives the same weights on every rank.
+    variant = VARIANTS[args.variant]
+    pairs = 0 if variant.teacher is None else 2 if args.variant == "sa-shuffled" else 1
+    chips = open_chips(
+        args.store, variant.student, pairs, args.hr_share, args.seed, args.skip_flagged
+    )
+    bands = chips.bands[variant.student]
+    total = args.steps or max(1, round(args.epochs * len(chips.ids) / args.global_batch))
     torch.manual_seed(args.seed)
     objective = build_objective(args, bands).to(device)
-    encoder = objective.student
-    affinity = build_affinity(args, objective.teacher)
-    draw_step(args, objective, 0)  # masks that cannot be drawn say so now
-    if args.probe_task and rank == 0:
-        task = load_task(*args.probe_task, bands=bands)
-    probe_size = objective.grid[0] * encoder.patch_size
+    teacher = build_teacher(args, objective, chips.bands, device)
+    affinity = build_affinity(args, teacher)
+    encoder, probe = objective.student, None
+    if args.probe_task and ranks.rank == 0:
+        probe = load_probe(args.probe_task, bands, encoder, objective.grid)
 
-    # Optimiser: two groups, with and without weight decay.
+    # Two groups of weights, with and without weight decay.
     named = [(n, p) for n, p in objective.named_parameters() if p.requires_grad]
     groups = [
-        {"params": [p for n, p in named if decays(args.objective, n, p) == yes], "decay": yes}
-        for yes in (True, False)
+        {"params": [p for n, p in named if objective.decays(n, p) == decays], "decays": decays}
+        for decays in (True, False)
     ]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), fused=cuda)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "float16")
+    plan = models.Plan(
+        args.lr, args.start_lr, args.final_lr, round(total * args.warmup_epochs / 300),
+        args.weight_decay, args.final_weight_decay, args.momentum,
+    )  # fmt: skip
 
-    # Run directory and resume.
-    commit, dirty = git_state()
+    # The run directory: a new run, or one that goes on.
+    commit, edits = git_state()
     config = {
         "args": json.loads(json.dumps(vars(args), default=str)),
         "encoder": encoder.config,
         "steps": total,
-        "chips": chips_hash,
-        "ranks": world,
+        "chips": chips.digest,
+        "ranks": ranks.world,
         "accumulation": accumulation,
         "precision": precision,
         "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or "cpu",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "commit": commit,
-        "dirty": dirty,
+        "dirty": bool(edits),
     }
     # several stores: the encoder is said to read what the first one holds
+    first = chips.stores[0].meta
     facts = {
         "objective": args.objective,
         "variant": args.variant,
         "bands": bands,
-        **{key: stores[0].meta[key][sensor] for key in ("mean", "std", "gsd")},
+        **{key: first[key][variant.student] for key in ("mean", "std", "gsd")},
         "mr_size": args.mr_size,
-        "sources": [source for store in stores for source in store.meta["sources"]],
+        "sources": [source for store in chips.stores for source in store.meta["sources"]],
         "commit": commit,
     }
-    saved = open_run(args.out, args.resume, config)
-    start = 0
+    saved, start = open_run(args.out, args.resume, config, FREE_ON_RESUME), 0
     if saved is not None:
-        try:
-            objective.load_state_dict(saved["objective"])
-            optimizer.load_state_dict(saved["optimizer"])
-            scaler.load_state_dict(saved["scaler"])
-            start = int(saved["step"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(
-                f"{args.out / 'ckpt.pt'}: a checkpoint of another architecture or program "
-                f"({str(error).splitlines()[0]}); choose another --out, or --init from it"
-            ) from None
-    if world > 1:
-        # only now, when every rank has made the same checks and none can be left waiting
-        dist.init_process_group("nccl" if cuda else "gloo")
-        dist.barrier()
-    if rank == 0:
-        args.out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(config, indent=1) + "\n"
-        write_atomic(args.out / "config.json", lambda to: to.write_text(text))
-        # log lines after the checkpoint belong to steps that will be taken again
-        log_path = args.out / "log.jsonl"
-        kept = log_until(log_path, start)
-        write_atomic(log_path, lambda to: to.write_text(kept))
+        start = restore(args.out / "ckpt.pt", saved, objective, optimizer, scaler)
+    stop = min(total, args.stop_at or total)
+    ranks.wait()  # every rank has read the folder before it changes
+    run = Run(args.out, ranks, start, stop, total, args.log_every, args.save_every)
+    run.begin(config, start, edits)
+    if ranks.rank == 0:
+        trunk = sum(p.numel() for n, p in encoder.named_parameters() if not n.startswith("head."))
+        flagged = sum(int(s.flagged[s.split("train")].sum()) for s in chips.stores)
+        flagged = f", {flagged} flagged left out" if args.skip_flagged else ""
         print(
-            f"{args.out}: {args.objective} {args.variant}, encoder of "
-            f"{sum(p.numel() for p in encoder.parameters()) / 1e6:.1f} M parameters, grid "
-            f"{objective.grid[0]} x {objective.grid[1]} of {encoder.patch_size} px, "
-            f"{len(train)} chips, {has_hr.sum()} with HR{flagged}, steps {start} to {total}, batch "
-            f"{args.global_batch} = {accumulation} x {world} ranks x {device_batch}, {precision}",
+            f"{args.out}: {args.objective} {args.variant}, encoder of {trunk / 1e6:.1f} M "
+            f"parameters, grid {objective.grid[0]} x {objective.grid[1]} of {encoder.patch_size} "
+            f"px, {len(chips.ids)} chips, {chips.has_hr.sum()} with HR{flagged}, steps {start} to "
+            f"{total}, batch {args.global_batch} = {accumulation} x {ranks.world} ranks x "
+            f"{device_batch}, {precision}",
             flush=True,
         )
 
     model = objective
-    if world > 1:
-        ids = [device] if cuda else None
-        model = DistributedDataParallel(model, ids, broadcast_buffers=False)
+    if ranks.world > 1:
+        # averages the gradients over the ranks, each a mean over its share of the global batch
+        model = DistributedDataParallel(model, [device] if cuda else None, broadcast_buffers=False)
     if args.compile:
         model = torch.compile(model)
+    seen = chips.bands[(variant.teacher or "hr")[:2]]
+    ready = partial(prepare, args, chips, objective, teacher, ranks, device_batch)
 
-    # the pixels that this variant looks at, and no others, are read and travel to the device
-    sensors = {sensor} | ({"mr" if args.variant == "sa-interp" else "hr"} if affinity else set())
-
-    def prepare(step):
-        """What a rank needs of a step: [(parts, masks)] of its micro-batches, and how many pairs
-        there are in the global batch. Pinned, so that the copy to a GPU overlaps."""
-        order = sample_order(args.seed, step, args.global_batch, len(train))
-        masks = draw_step(args, objective, step)
-        mine = share(torch.from_numpy(order)).numpy()
-        masks = {key: share(value) for key, value in masks.items()}
-        ready = []
-        for micro in range(accumulation):
-            part = slice(micro * device_batch, (micro + 1) * device_batch)
-            crops, parts = masks["crop"][part], read_chips(stores, train[mine[part]], sensors)
-            parts = [
-                (meta, place, pin(batch | {"crop": crops[place]})) for meta, place, batch in parts
-            ]
-            ready.append((parts, pin({k: v[part] for k, v in masks.items() if k != "crop"})))
-        return ready, int(has_hr[order].sum())
-
-    # has_hr stays on the CPU: it decides shapes, and a GPU's answer would have to be waited for
-    def pin(tensors):
-        return {k: v.pin_memory() if cuda and k != "has_hr" else v for k, v in tensors.items()}
-
-    def to_device(tensors):
-        return {
-            k: v if k == "has_hr" else v.to(device, non_blocking=True) for k, v in tensors.items()
-        }
-
-    # The loop. The next step's chips and masks are read while this one computes.
-    stop = min(total, args.stop_at or total)
-    ahead = ThreadPoolExecutor(1)
-    coming = ahead.submit(prepare, start) if start < stop else None
-    clock, logged = time.perf_counter(), start
-    for step in range(start, stop):
-        ijepa = args.objective == "ijepa"  # whose lr and weight decay count steps from 1
-        lr = warmup_cosine(step + ijepa, total, warmup, args.start_lr, args.lr, args.final_lr)
-        weight_decay = cosine(step + ijepa, total, args.weight_decay, args.final_weight_decay)
-        momentum = (linear if ijepa else cosine)(step, total, args.momentum, 1.0)
+    # The loop. `stream` reads the next step's chips and draws its masks while this one computes.
+    for step, parts in zip(range(start, stop), stream(ready, start, stop, device), strict=True):
+        rates = objective.rates(step, total, plan)
         for group in optimizer.param_groups:
-            group["lr"] = lr
-            group["weight_decay"] = weight_decay if group["decay"] else 0.0
-        saving = (step + 1) % args.save_every == 0 or step + 1 == stop
-        probing = args.probe_task and (step + 1 == stop or (step + 1) % args.probe_every == 0)
-        logging = saving or probing or step == 0 or (step + 1) % args.log_every == 0
+            group["lr"] = rates.lr
+            group["weight_decay"] = rates.weight_decay if group["decays"] else 0.0
+        probes = args.probe_task and (step + 1 == stop or (step + 1) % args.probe_every == 0)
+        logs = run.logs(step) or probes
 
-        ready, pairs = coming.result()
-        if step + 1 < stop:
-            coming = ahead.submit(prepare, step + 1)
-        losses, sums = torch.zeros(2, device=device), None
-        for micro, (parts, masks) in enumerate(ready):
-            parts = [(meta, place, to_device(batch)) for meta, place, batch in parts]
-            masks = to_device(masks)
-            # gradients travel once an update
-            last = world == 1 or micro == accumulation - 1
-            with contextlib.nullcontext() if last else model.no_sync():
+        losses, sums = torch.zeros(3, device=device), None
+        for part in parts:
+            # gradients travel between ranks once an update, with the last micro-batch
+            travel = ranks.world == 1 or part is parts[-1]
+            with autocast, contextlib.nullcontext() if travel else model.no_sync():
+                mr = render(part["mr"])
+                loss_ssl, tokens, index = model(mr, part["masks"])
+                loss_affinity = loss_vicreg = torch.zeros_like(loss_ssl)
+                if part["hr"]:  # the same ground, as a teacher of other bands may see it
+                    hr = choose_bands(render(part["hr"]), seen, teacher.bands)
+                    loss_affinity = affinity_of(objective, affinity, part, mr, hr, tokens, index)
+                    loss_affinity = loss_affinity * part["share"]
+                if args.vicreg:
+                    loss_vicreg = regularise(tokens)
+                loss = loss_ssl + args.affinity_weight * loss_affinity + args.vicreg * loss_vicreg
+            scaler.scale(loss / accumulation).backward()
+            losses += torch.stack([loss_ssl, loss_affinity, loss_vicreg]).detach() / accumulation
+            if logs:
                 with autocast:
-                    loss_ssl, loss_affinity, here, tokens, mr = step_losses(
-                        args, model, objective, affinity, parts, masks
-                    )
-                    # the mean over the pairs of the global batch, whatever share is here: 1 where
-                    # all chips are pairs
-                    loss_affinity = loss_affinity * (here * accumulation * world / max(pairs, 1))
-                    loss = loss_ssl + args.affinity_weight * loss_affinity
-                scaler.scale(loss / accumulation).backward()
-            losses += torch.stack([loss_ssl, loss_affinity]).detach() / accumulation
-            if logging:
-                with autocast:
-                    more = token_sums(tokens.detach(), objective.target_tokens(mr, masks))
+                    target = objective.target_tokens(mr, part["masks"])
+                places = objective.grid[0] * objective.grid[1]
+                more = token_sums(tokens.detach(), index, places, target)
                 sums = [a + b for a, b in zip(sums, more, strict=True)] if sums else more
-        if logging:
+        if logs:
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.get_total_norm([p.grad for _, p in named if p.grad is not None])
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
         # EMA after the step, so the teacher never saw a gradient of the batch it judges
-        ema_update(objective.teacher, encoder, momentum)
+        ema_update(objective.teacher, encoder, rates.momentum)
 
-        if logging:  # the only device syncs of the loop
-            if world > 1:
-                losses /= world
-                for value in (losses, *sums):
-                    dist.all_reduce(value)
-            ssl, aff = losses.tolist()
-            value = ssl + args.affinity_weight * aff
-            if not math.isfinite(value):
-                raise ValueError(
-                    f"step {step + 1}: the loss is {value}; {args.out} keeps what was saved before;"
-                    f" start again with a lower --lr, or with --precision bfloat16 or float32"
-                )
-            now = time.perf_counter()
-            seconds = (now - clock) / (step + 1 - logged)
-            clock, logged = now, step + 1
-            entry = {
-                "step": step + 1,
-                "loss": value,
-                "ssl": ssl,
-                "affinity": aff,
-                **health(*sums),
-                "grad_norm": float(norm),
-                "lr": lr,
-                "weight_decay": weight_decay,
-                "momentum": momentum,
-                "ms": 1000 * seconds,
-                "images_per_s": args.global_batch / seconds,
-                "gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else None,
-            }
-            if probing and rank == 0:  # the others wait in the next step's reduction
-                entry["probe_miou"] = probe(encoder, task, "knn", probe_size)["val_miou"]
-                clock = time.perf_counter()
-            if rank == 0:
-                report(entry, total, seconds * (stop - step - 1))
-                with open(log_path, "a") as log:
-                    log.write(json.dumps(entry) + "\n")
-        if saving and not all(p.isfinite().all() for _, p in named):
-            raise ValueError(
-                f"step {step + 1}: the update left weights that are not finite; {args.out} keeps "
-                f"what was saved before; start again with a lower --lr"
-            )
-        if saving and rank == 0:
-            state = {
-                "objective": objective.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
-                "step": step + 1,
-                "facts": json.dumps({"config": encoder.config, "meta": facts | {"step": step + 1}}),
-            }
-            save_checkpoint(args.out / "ckpt.pt", state)
-            save_encoder(encoder, args.out / "encoder.safetensors", **facts, step=step + 1)
-    ahead.shutdown()
-    if rank == 0 and stop < total:
+        if logs:  # the only device syncs of the loop
+            losses /= ranks.world
+            ssl, aff, vicreg = ranks.sum([losses, *sums])[0].tolist()
+            value = ssl + args.affinity_weight * aff + args.vicreg * vicreg
+            check_finite(value, "the loss is", step, args.out)
+            entry = {"loss": value, "ssl": ssl, "affinity": aff}
+            entry |= {"vicreg": vicreg} if args.vicreg else {}
+            entry |= health(*sums) | {"grad_norm": float(norm)} | rates._asdict()
+            if probes and ranks.rank == 0:  # the others wait in the next step's reduction
+                entry["probe_miou"] = probe()
+            run.log(step, entry, args.global_batch)
+        if run.saves(step):
+            size = torch.nn.utils.get_total_norm([p.detach() for _, p in named])
+            check_finite(size.item(), "the update left weights of norm", step, args.out)
+            if ranks.rank == 0:
+                meta = facts | {"step": step + 1}
+                modules = {"objective": objective, "optimizer": optimizer, "scaler": scaler}
+                about = json.dumps({"config": encoder.config, "meta": meta})
+                run.save(step, modules, facts=about)
+                save_encoder(encoder, args.out / "encoder.safetensors", **meta)
+
+    if ranks.rank == 0 and stop < total:
         print(f"{args.out}: stopped after step {stop} of {total}; --resume continues")
-
-    if rank == 0 and start < stop == total:
-        # what the tokens tell apart, on ground held out of training where there is any
-        store, meta = stores[0], stores[0].meta
-        if args.variant == "hr":
-            meta = meta | {"bands": {"mr": bands, "hr": bands}}
-        chips = store.split("val") if len(store.split("val")) else store.split("train")
-        paired = chips[store.has_hr[chips]]
-        batch = to_device(store.batch((paired if len(paired) else chips)[:4]))
-        whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]], dtype=torch.float64, device=device)
-        size = objective.grid[0] * encoder.patch_size
-        mr, hr = crop_pairs(
-            batch, whole.expand(len(batch["mr"]), -1), meta, size, args.ratio * size,
-            mr_from=sensor, hr_from="mr" if args.variant == "sa-interp" else "hr",
-        )  # fmt: skip
-        spacing = 1 / args.ratio if args.pos == "ground" else 1.0
-        with torch.no_grad():
-            tokens = encoder(mr)
-            hr_tokens = objective.teacher(hr, spacing=spacing) if len(hr) else None
-        draw_tokens(args.out / "tokens.png", mr, hr, tokens, hr_tokens, encoder.patch_size, bands)
+    if ranks.rank == 0 and start < stop == total:
+        draw_picture(args, chips, objective, teacher, device)
         print(f"{args.out}: encoder.safetensors to share, tokens.png to look at")
-    if world > 1:
-        # DDP first: it lets go of the process group under Python's lock, for which gloo's threads
-        # may be waiting, and as the last owner it would wait for them in turn
-        del model
-        dist.destroy_process_group()
+    # DDP lets go of the process group under Python's lock, for which gloo's threads may be waiting:
+    # it goes before `script` ends the group, whose last owner would wait for them in turn
+    del model
+
+
+def check_finite(value, what, step, out):
+    if not np.isfinite(value):
+        raise ValueError(
+            f"step {step + 1}: {what} {value}; {out} keeps what was saved before; start again with "
+            f"a lower --lr, or with --precision bfloat16 or float32"
+        )
+
+
+def load_probe(task, bands, encoder, grid):
+    """A function that tells the validation mIoU of nearest neighbours on a task (name, folder)."""
+    from datasets.tasks import load_task  # reads imagery: not for those who do not ask
+    from segment import probe
+
+    task = load_task(*task, bands=bands)
+    return lambda: probe(encoder, task, "knn", grid[0] * encoder.patch_size)["val_miou"]
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
-    try:
-        main(arguments)
-    except (ValueError, OSError) as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(
-            "train.py: interrupted; the same command with --resume continues from the last "
-            f"checkpoint, made every {arguments.save_every} steps",
-            file=sys.stderr,
-        )
-        sys.exit(130)
+    script(main, parse_args, "the same command with --resume continues from the last checkpoint")

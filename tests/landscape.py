@@ -5,9 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-import formats
-import geotiff
-import pack
+from datasets import formats
+from imagery import geotiff, pack
 
 RNG = np.random.default_rng(0)
 EAST, NORTH = 400000.0, 5200000.0

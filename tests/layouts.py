@@ -12,7 +12,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-import geotiff
+from imagery import geotiff
 
 SPLITS = ("train", "val", "test")
 PLACE = (10.0, 0.0, 500000.0, 0.0, -10.0, 5000000.0), 32633

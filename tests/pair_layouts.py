@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import torch
 
-import geotiff
+from imagery import geotiff
 
 RNG = np.random.default_rng(0)
 

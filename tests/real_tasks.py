@@ -15,7 +15,7 @@ import numpy as np
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-import geotiff  # noqa: E402  (the root is on the path only now when run by hand)
+from imagery import geotiff  # noqa: E402  (the root is on the path only now when run by hand)
 
 SETTINGS = {
     "ukis": ["--bands", "0,1,2,3", "--tile", "64", "--block", "2"],

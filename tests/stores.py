@@ -10,6 +10,16 @@ import torch.nn.functional as F
 import data
 
 
+def crop_pairs(store, chips, crops, mr_size, hr_size=None, mr_from="mr", hr_from="hr"):
+    """The same ground in both sensors of some chips of one store, as train.py reads it."""
+    ids, crops = np.column_stack([np.zeros_like(chips), chips]), np.array(crops, float)
+    views = ((mr_from, mr_size), (hr_from, hr_size))
+    return tuple(
+        data.render(data.read_crops([store], ids, sensor, crops, size)) if size else None
+        for sensor, size in views
+    )
+
+
 def write_store(
     path,
     chips=16,

@@ -13,11 +13,9 @@ from conftest import refused
 from landscape import EAST, NORTH, landscape, write_scene
 from stores import write_store
 
-import check
 import data
-import pack
-import scenes
-from formats import read_geotiff
+from datasets.formats import read_geotiff
+from imagery import check, pack, scenes
 
 NOISE = np.random.default_rng(1)
 

@@ -10,9 +10,11 @@ import pytest
 from conftest import ROOT, refused
 
 SCRIPTS = (
-    "train.py;finetune.py;predict.py;scenes.py;demo.py;data.py pack;data.py check;bench.py gram"
+    "train.py;finetune.py;predict.py;demo.py;bench.py gram;data.py pack;data.py check;"
+    "-m imagery.scenes"
 ).split(";")
-MODULES = sorted(p.stem for p in ROOT.glob("*.py"))
+FILES = [p.relative_to(ROOT) for d in (".", "datasets", "imagery") for p in ROOT.glob(f"{d}/*.py")]
+MODULES = sorted(".".join(p.with_suffix("").parts) for p in FILES if p.stem != "__init__")
 
 
 def python(*words):
@@ -34,7 +36,9 @@ def test_every_flag_has_a_help(script):
     assert [flag for flag in bare if not re.search(rf"{flag}\b[^\n]*  \S", text)] == []
 
 
-@pytest.mark.parametrize("words", ["train --sto", "finetune --enc", "scenes --sce", "demo --obj"])
+@pytest.mark.parametrize(
+    "words", ["train --sto", "finetune --enc", "imagery.scenes --sce", "demo --obj"]
+)
 def test_flags_are_never_abbreviated(words, monkeypatch):
     script, flag = words.split()
     module = importlib.import_module(script)
@@ -64,10 +68,10 @@ def test_a_step_trains_without_triton(tmp_path):
 
 def test_readme_names_what_is_there():
     readme = (ROOT / "README.md").read_text()
-    for module, name in re.findall(r"`(\w+)\.(\w+)`", readme):
+    for module, name in re.findall(r"`([\w.]+)\.(\w+)`", readme):
         if module in MODULES and name not in ("py", "png", "csv"):
             assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
-    for file in re.findall(r"`((?:runs/|tests/|kernels/)?\w+\.(?:py|txt))`", readme):
+    for file in re.findall(r"`((?:[a-z]+/)?\w+\.(?:py|txt))`", readme):
         if file != "task/classes.txt":
             assert (ROOT / file).exists(), file
     flags = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", readme)) - {"--nproc"}

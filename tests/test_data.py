@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from conftest import refused
 from landscape import RNG, pair, shift_between
-from stores import write_store
+from stores import crop_pairs, write_store
 
 import data
-import pack
-from formats import read_geotiff
+from datasets.formats import read_geotiff
+from imagery import pack
 
 SHARED = Path(os.environ.get("CROSSSCALE_SHARED", Path(__file__).parents[2] / "shared")) / "data"
 
@@ -143,17 +143,15 @@ def test_crops_show_the_same_ground(tmp_path, hr_gsd, hr_shift):
     assert np.allclose(meta["pixel_ratio"], 10 / hr_gsd, rtol=1e-12)
     store = data.Store(tmp_path / "store")
     assert len(store) == 9
-    batch = store.batch(np.arange(9))
     crops = data.draw_crops(0, 0, 9)
-    a, b = data.crop_pairs(batch, crops, meta, 48, 48)
+    a, b = crop_pairs(store, np.arange(9), crops, 48, 48)
     assert a.shape == b.shape == (9, 2, 48, 48) and a.dtype == b.dtype == torch.float32
     for i in range(9):
         # pixels of the output -> MR pixels
         scale = crops[i, 2:] * 32 / 48
         assert np.abs(shift_between(a[i, 0].numpy(), b[i, 0].numpy()) * scale).max() < 0.02
-    half = torch.tensor([0.5 * 10 / hr_gsd] * 2 + [0, 0])
-    wrong = batch | {"hr_window": batch["hr_window"] + half}
-    _, b = data.crop_pairs(wrong, crops, meta, 48, 48)
+    store._window[:, :2] += 0.5 * 10 / hr_gsd  # a plain mistake of half an MR pixel shows
+    _, b = crop_pairs(store, np.arange(9), crops, 48, 48)
     scale = crops[0, 2:] * 32 / 48
     assert np.allclose(shift_between(a[0, 0].numpy(), b[0, 0].numpy()) * scale, -0.5, atol=0.05)
 
@@ -161,21 +159,21 @@ def test_crops_show_the_same_ground(tmp_path, hr_gsd, hr_shift):
 def test_crops_of_either_sensor_stand_in_for_the_other(tmp_path):
     mr, hr = pair(tmp_path, side=64)
     meta = pack.pack(read_geotiff(mr, hr), tmp_path / "store", chip=32, val=0)
-    batch = data.Store(tmp_path / "store").batch([0, 3])
+    store = data.Store(tmp_path / "store")
+    batch = store.batch([0, 3])
     whole = np.array([[0, 0, 1, 1.0]] * 2)
 
     def normal(sensor):
         mean, std = (np.array(meta[k][sensor])[:, None, None] for k in ("mean", "std"))
         return (batch[sensor].numpy() - mean) / std
 
-    a, b = data.crop_pairs(batch, whole, meta, 32, 64)
+    a, b = crop_pairs(store, [0, 3], whole, 32, 64)
     assert np.allclose(a, normal("mr"), atol=1e-4)
     assert np.allclose(b, normal("hr"), atol=1e-4)
-    a, b = data.crop_pairs(batch, whole, meta, 32, mr_from="hr")
-    assert b is None
+    a, _ = crop_pairs(store, [0, 3], whole, 32, mr_from="hr")
     small = F.interpolate(torch.tensor(normal("hr")), (32, 32), mode="bicubic", antialias=True)
     assert np.allclose(a, small, atol=1e-4)
-    _, b = data.crop_pairs(batch, whole, meta, 32, 64, hr_from="mr")
+    _, b = crop_pairs(store, [0, 3], whole, 32, 64, hr_from="mr")
     large = F.interpolate(torch.tensor(normal("mr")), (64, 64), mode="bicubic", antialias=True)
     assert np.allclose(b, large, atol=1e-4)
 
@@ -283,12 +281,7 @@ def test_chips_without_hr(tmp_path):
     assert batch["mr"].equal(every["mr"])
     for i in range(4):
         assert batch["hr"][i].equal(every["hr"][i] if i != 1 else torch.zeros_like(every["hr"][i]))
-    crops = data.draw_crops(0, 0, 4)
-    mr, hr = data.crop_pairs(batch, crops, whole.meta, 12, 24)
-    same_mr, same_hr = data.crop_pairs(every, crops, whole.meta, 12, 24)
-    assert mr.equal(same_mr) and hr.equal(same_hr[[0, 2, 3]])
-    _, none = data.crop_pairs(part.batch([0, 1]), crops[:2], part.meta, 12, 24)
-    assert none.shape == (0, 4, 24, 24)
+    assert data.read_crops([part], np.empty((0, 2), int), "hr", np.empty((0, 4)), 24) == []
 
 
 def test_a_store_of_mr_alone(tmp_path):
@@ -296,8 +289,6 @@ def test_a_store_of_mr_alone(tmp_path):
     assert store.hr is None and not store.has_hr.any() and len(store.split("train")) == 14
     batch = store.batch([1, 2])
     assert "hr" not in batch
-    mr, hr = data.crop_pairs(batch, data.draw_crops(0, 0, 2), store.meta, 12, 24)
-    assert mr.shape == (2, 4, 12, 12) and hr.shape == (0, 4, 24, 24)
 
 
 def test_hr_share_is_exact_reproducible_and_nested(tmp_path):
@@ -315,20 +306,13 @@ def test_hr_share_is_exact_reproducible_and_nested(tmp_path):
     assert batch["has_hr"].sum() == 14 and not batch["hr"][~batch["has_hr"]].any()
 
 
-def test_hr_with_fewer_bands_takes_their_places(tmp_path):
-    bands = ["B", "G", "R", "RE", "NIR"]
-    whole = data.Store(write_store(tmp_path / "whole", bands=bands))
-    store = data.Store(write_store(tmp_path / "rgb", bands=bands, hr_bands=["G", "R"]))
-    batch, every = store.batch([0, 5]), whole.batch([0, 5])
-    crops = data.draw_crops(0, 0, 2)
-    mr, hr = data.crop_pairs(batch, crops, store.meta, 12, 24)
-    same_mr, same_hr = data.crop_pairs(every, crops, whole.meta, 12, 24)
-    assert mr.equal(same_mr)
-    assert hr[:, 1:3].equal(same_hr[:, 1:3]) and not hr[:, [0, 3, 4]].any()
-    narrow, _ = data.crop_pairs(batch, crops, store.meta, 24, mr_from="hr")
-    assert narrow.shape == (2, 2, 24, 24)
-    _, wide = data.crop_pairs(batch, crops, store.meta, 12, 24, hr_from="mr")
-    assert wide.shape == (2, 5, 24, 24) and wide[:, 0].any()
+def test_bands_are_chosen_by_name():
+    images = torch.arange(6.0).view(1, 3, 1, 2) + 1
+    own = ["B", "G", "R"]
+    assert data.choose_bands(images, own, own) is images
+    found = data.choose_bands(images, own, ["R", "NIR", "B"])
+    assert found.equal(torch.stack([images[:, 2], 0 * images[:, 0], images[:, 0]], 1))
+    assert data.choose_bands(images, own, ["G"]).equal(images[:, 1:2])
 
 
 def test_flags(tmp_path):
@@ -341,16 +325,56 @@ def test_flags(tmp_path):
         refused(path, "flags.csv", "")
 
 
-def test_chips_of_several_stores(tmp_path):
+def test_crops_of_several_stores_keep_their_order(tmp_path):
     stores = [
         data.Store(write_store(tmp_path / "a", size=16)),
         data.Store(write_store(tmp_path / "b", size=20, ratio=3, pairs=[4, 1], seed=1)),
     ]
-    chips = np.array([[1, 4], [0, 3], [1, 0], [0, 3], [1, 1]])
-    parts = data.read_chips(stores, chips)
-    assert [meta["shape"]["mr"][1] for meta, *_ in parts] == [16, 20]
-    for number, (_, place, batch) in enumerate(parts):
-        assert (chips[place, 0] == number).all()
-        alone = stores[number].batch(chips[place, 1])
-        assert all(batch[key].equal(alone[key]) for key in alone)
-    assert len(data.read_chips(stores, chips[:1], ["mr"])) == 1
+    chips = np.array([[1, 4], [0, 3], [1, 1], [0, 3], [1, 1]])
+    crops = data.draw_crops(0, 0, 5)
+    for sensor in ("mr", "hr"):
+        images = data.render(data.read_crops(stores, chips, sensor, crops, 12))
+        assert images.shape == (5, 4, 12, 12)
+        for i in range(5):
+            each = slice(i, i + 1)
+            alone = data.render(data.read_crops(stores, chips[each], sensor, crops[each], 12))
+            torch.testing.assert_close(images[each], alone)
+    # statistics of a teacher's own
+    own = ([5.0] * 4, [2.0] * 4)
+    plain = data.render(data.read_crops(stores, chips, "mr", crops, 12, ([0.0] * 4, [1.0] * 4)))
+    torch.testing.assert_close(
+        data.render(data.read_crops(stores, chips, "mr", crops, 12, own)), (plain - 5) / 2
+    )
+
+
+@pytest.mark.parametrize("count, batch", [(7, 3), (4, 4), (2, 5), (30, 8)])
+def test_next_pairs_are_the_next_ones_in_the_global_order(count, batch):
+    """Against a plain walk; never the chip's own HR, and whatever the batch is cut into."""
+    has_hr = np.random.default_rng(count).random(count) < 0.6
+    has_hr[:2] = True
+    whole = np.concatenate([data.sample_order(3, step, batch, count) for step in range(40)])
+    for step in range(4):
+        found = data.next_pairs(3, step, batch, has_hr)
+        for place in range(batch):
+            at = step * batch + place
+            later = (c for c in whole[at + 1 :] if has_hr[c] and c != whole[at])
+            assert found[place] == next(later)
+
+
+def test_a_stream_reads_ahead_in_order_and_passes_errors_on():
+    seen = []
+
+    def prepare(step):
+        seen.append(step)
+        if step == 5:
+            raise ValueError("a damaged file")
+        return [{"x": torch.tensor([step]), "share": 0.5, "none": None, "two": (torch.ones(1),)}]
+
+    cpu = torch.device("cpu")
+    steps = data.stream(prepare, 2, 4, cpu)
+    (first,) = next(steps)
+    assert first["x"] == 2 and first["share"] == 0.5 and first["none"] is None
+    assert [part["x"].item() for (part,) in steps] == [3] and seen == [2, 3]
+    assert list(data.stream(prepare, 3, 3, cpu)) == []
+    with pytest.raises(ValueError, match="a damaged file"):
+        list(data.stream(prepare, 4, 7, cpu))

@@ -32,17 +32,16 @@ def test_token_colours_tell_groups_apart_and_mean_one_thing_in_all_images():
     assert token_colours(torch.ones(1, 6, 8), (2, 3)).isfinite().all()
 
 
-@pytest.mark.parametrize("hr", [True, False])
+@pytest.mark.parametrize("hr", [torch.randn(2, 24, 8), None])
 def test_draw_tokens_writes_one_picture(tmp_path, hr):
     path = tmp_path / "tokens.png"
     draw_tokens(
         path,
-        torch.randn(2, 4, 8, 12),
-        torch.randn(2, 4, 16, 24) if hr else None,
-        torch.randn(2, 6, 16),
-        torch.randn(2, 24, 16) if hr else None,
-        4,
-        ["B", "G", "R", "NIR"],
+        {
+            "HR": (torch.randn(2, 2, 16, 24), ["VV", "VH"]),
+            "MR": (torch.randn(2, 4, 8, 12), ["B", "G", "R", "NIR"]),
+        },
+        {"student": (torch.randn(2, 6, 16), (2, 3)), "teacher": (hr, (4, 6))},
     )
     assert [p.name for p in tmp_path.iterdir()] == ["tokens.png"]
     picture = imread(path)

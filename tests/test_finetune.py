@@ -18,12 +18,13 @@ from real_tasks import SETTINGS, write_eolearn, write_ukis
 from safetensors import safe_open
 
 import finetune
-import geotiff
 import segment
 from finetune import balanced_weights, crop_labels, layer_groups, segmentation_loss
-from model import ViT, load_encoder, save_encoder
-from segment import Segmenter, judge, load_segmenter, normalised
-from tasks import IGNORE, confusion_matrix, mean_iou
+from imagery import geotiff
+from imagery.bands import IGNORE
+from model import ViT
+from segment import Segmenter, confusion_matrix, judge, load_segmenter, mean_iou, normalised
+from weights import load_encoder, save_encoder
 
 ROOT = Path(__file__).parent.parent
 

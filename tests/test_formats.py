@@ -1,4 +1,4 @@
-"""formats.py: each published layout is read as it is shipped; every message."""
+"""datasets/formats.py: each published layout is read as it is shipped; every message."""
 
 import json
 import os
@@ -12,9 +12,8 @@ import torch
 from conftest import refused
 
 import data
-import formats
-import geotiff
-import pack
+from datasets import formats
+from imagery import geotiff, pack
 
 BGRN = ["B", "G", "R", "NIR"]
 

@@ -1,4 +1,4 @@
-"""geotiff.py against tifffile's own whole-image reader, and its every message."""
+"""imagery/geotiff.py against tifffile's own whole-image reader, and its every message."""
 
 import os
 import struct
@@ -10,7 +10,7 @@ import pytest
 import tifffile
 from conftest import refused
 
-import geotiff
+from imagery import geotiff
 
 SHARED = Path(os.environ.get("CROSSSCALE_SHARED", Path(__file__).parents[2] / "shared")) / "data"
 TRANSFORM = (10.0, 0.0, 399960.25, 0.0, -10.0, 5300040.1)

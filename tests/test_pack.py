@@ -1,4 +1,4 @@
-"""pack.py: packing keeps the ground, splits share none; every message."""
+"""imagery/pack.py: packing keeps the ground, splits share none; every message."""
 
 import json
 import os
@@ -26,16 +26,16 @@ from landscape import (
     shift_between,
     write_scene,
 )
+from stores import crop_pairs
 
 import data
-import formats
-import geotiff
-import pack
+from datasets import formats
+from imagery import geotiff, pack
 
 SHARED = Path(os.environ.get("CROSSSCALE_SHARED", Path(__file__).parents[2] / "shared")) / "data"
 
 
-TESTS = str(Path(__file__).parent)
+ROOT, TESTS = map(str, (Path(__file__).parents[1], Path(__file__).parent))
 draw_contact = pack.draw_contact
 
 
@@ -347,9 +347,8 @@ def test_south_african_pairs(tmp_path):
     ] == [2.0, 2.0]
     assert meta["gsd"] == {"mr": 10.0, "hr": 5.0}
     assert len(store) > 100 and meta["splits"]["val"] > 0
-    batch = store.batch(store.split("train"))
-    whole = np.array([[0.0, 0.0, 1.0, 1.0]] * len(batch["mr"]))
-    a, b = data.crop_pairs(batch, whole, meta, 64, 64)
+    whole = np.array([[0.0, 0.0, 1.0, 1.0]] * len(store.split("train")))
+    a, b = crop_pairs(store, store.split("train"), whole, 64, 64)
     alike = [np.corrcoef(a[:, k].flatten(), b[:, k].flatten())[0, 1] for k in range(3)]
     off = [np.corrcoef(a[:, k, 8:].flatten(), b[:, k, :-8].flatten())[0, 1] for k in range(3)]
     assert min(alike) > 0.5 and min(np.subtract(alike, off)) > 0.1
@@ -375,8 +374,7 @@ def test_north_dakota_with_a_simulated_mr(tmp_path):
     store = data.Store(tmp_path / "store")
     same = [r for r in rows_of(tmp_path / "store") if Path(r["hr_source"]).name == path.name]
     assert len(same) == len(store) == 35
-    batch = store.batch(np.arange(len(store)))
-    mr, hr = (x.numpy() for x in data.crop_pairs(batch, [[0, 0, 1, 1]] * 35, meta, 64, 64))
+    mr, hr = (x.numpy() for x in crop_pairs(store, np.arange(35), [[0, 0, 1, 1]] * 35, 64, 64))
     shifts = [shift_between(m[3], h[3]) for m, h in zip(mr, hr, strict=True)]
     assert np.abs(shifts).max() < 0.05
 
@@ -793,7 +791,9 @@ def test_a_killed_process_continues_to_the_same_store(tmp_path):
         write_scene(tmp_path / f"hr/{k}.tif", 5.0, (k * 900, 0), 96, 96, crs=crs)
     options = "chip=16, stride=12, split_block=2, val=0.3"
     code = (
-        "import os, signal, sys, formats, pack\n"
+        "import os, signal, sys\n"
+        "from datasets import formats\n"
+        "from imagery import pack\n"
         "cut, seen = pack.cut, []\n"
         "def stop(job, work):\n"
         "    seen.append(work)\n"
@@ -804,7 +804,7 @@ def test_a_killed_process_continues_to_the_same_store(tmp_path):
         "listing = formats.read_geotiff('mr', 'hr')\n"
         f"pack.pack(listing, sys.argv[2], {options}, workers=1)\n"
     )
-    env = os.environ | {"PYTHONPATH": str(Path(pack.__file__).parent)}
+    env = os.environ | {"PYTHONPATH": ROOT}
     done = [
         subprocess.run([sys.executable, "-c", code, stop, out], cwd=tmp_path, env=env).returncode
         for stop, out in (("6", "store"), ("99", "store"), ("99", "whole"))
@@ -848,7 +848,7 @@ def test_one_pack_at_a_time_writes_a_store(tmp_path, overwrite):
     with subprocess.Popen(
         [sys.executable, "-c", HOLD, "store"],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(pack.__file__).parent), TESTS])},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([ROOT, TESTS])},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     ) as other:
@@ -863,7 +863,9 @@ def test_one_pack_at_a_time_writes_a_store(tmp_path, overwrite):
 
 
 HOLD = """
-import sys, numpy, formats, landscape, pack
+import sys, numpy, landscape
+from datasets import formats
+from imagery import pack
 pixels = numpy.ones((1, 16, 16), "uint8")
 def opened():
     if opened.times == 1:  # after the survey
@@ -1438,7 +1440,7 @@ def test_every_crop_shows_the_same_ground(tmp_path, hr_gsd, shift):
     store = data.Store(tmp_path / "store")
     chips = np.arange(24) % len(store)
     crops = data.draw_crops(3, 1, 24)
-    a, b = data.crop_pairs(store.batch(chips), crops, meta, 32, 32)
+    a, b = crop_pairs(store, chips, crops, 32, 32)
     scale = crops[:, 2:] * 31 / 32  # MR pixels to a pixel of the crop
     shifts = [shift_between(m[0], h[0]) for m, h in zip(a.numpy(), b.numpy(), strict=True)]
     assert np.abs(shifts * scale).max() < 0.05
@@ -1451,6 +1453,5 @@ def test_a_window_at_the_edge_of_the_hr_image_is_moved_into_it(tmp_path):
     assert meta["shape"]["hr"] == (2, 108, 108)
     last = rows_of(tmp_path / "store")[-1]
     assert np.isclose(float(last["hr_row"]), 4 / 3) and np.isclose(float(last["hr_col"]), 4 / 3)
-    batch = data.Store(tmp_path / "store").batch([8])
-    a, b = data.crop_pairs(batch, [[0, 0, 1, 1]], meta, 32, 32)
+    a, b = crop_pairs(data.Store(tmp_path / "store"), [8], [[0, 0, 1, 1]], 32, 32)
     assert np.abs(shift_between(a[0, 0].numpy(), b[0, 0].numpy())).max() < 0.05

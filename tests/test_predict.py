@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from conftest import refused
 
 import finetune
-import geotiff
 import predict
-import scenes
-from model import ViT, load_encoder, save_encoder
+from imagery import geotiff, scenes
+from model import ViT
 from predict import NO_CLASS, Model, blend_weights, choose_bands, window_starts
 from segment import Segmenter, save_segmenter
+from weights import load_encoder, save_encoder
 
 CLASSES = ["water", "forêt", "field", "built <up>", "soil"]
 BANDS = ["B", "G", "R", "NIR"]

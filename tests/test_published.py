@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from conftest import refused
 
-import geotiff
-import published
-import tasks
-from published import TASKS
-from tasks import IGNORE, SPLITS, load_task
+from datasets import published, tasks
+from datasets.published import TASKS
+from datasets.tasks import SPLITS, load_task
+from imagery import geotiff
+from imagery.bands import IGNORE
 
 TILE = 8  # of layouts' 12 to 24 px, so that some tiles reach beyond the image
 

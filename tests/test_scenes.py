@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from conftest import refused
 
-import geotiff
-import scenes
+from imagery import geotiff, scenes
 
 SIZE = 96  # MR pixels a side: big enough for every class in four scenes
 IDS = range(len(scenes.CLASSES))
@@ -205,7 +204,7 @@ def test_a_folder_that_holds_anything_is_refused(tmp_path, name):
     foreign = tmp_path / "out" / name
     foreign.parent.mkdir(parents=True)
     foreign.write_text("mine")
-    with refused(SystemExit, "scenes.py: ", tmp_path / "out"):
+    with refused(SystemExit, "python -m imagery.scenes: ", tmp_path / "out"):
         scenes.main([str(tmp_path / "out"), "--scenes", "1", "--size", "16"])
     assert foreign.read_text() == "mine"
 

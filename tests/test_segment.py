@@ -13,25 +13,28 @@ from stores import write_store
 from test_train import log_of, run, weights_of
 
 import finetune
-import geotiff
-from model import ViT, load_encoder, save_encoder
-from scenes import write_scenes
+from imagery import geotiff
+from imagery.bands import IGNORE
+from imagery.scenes import write_scenes
+from model import ViT
 from segment import (
     HEADS,
     Segmenter,
     UperNet,
     batches,
+    confusion_matrix,
     encode,
     fit_bank,
     fit_ridge,
     judge,
     knn_scores,
     load_segmenter,
+    mean_iou,
     probe,
     save_segmenter,
     token_labels,
 )
-from tasks import IGNORE, confusion_matrix, mean_iou
+from weights import load_encoder, save_encoder
 
 META = {
     "classes": ["field", "forest", "soil"], "bands": ["R", "NIR"], "positions": [2, 3],
@@ -445,6 +448,59 @@ def test_judge_by_hand():
     assert batchmean == pytest.approx(np.mean(scores), abs=1e-6)
     assert abs(mean_iou(native)[0] - batchmean) > 1e-3  # another resolution and another mean
     assert math.isnan(judge(segmenter, stream, 3)[2])
+
+
+# ---- metric -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int16, torch.uint8])
+def test_confusion_matrix_is_the_slow_loop(dtype):
+    rng = np.random.default_rng(0)
+    label, prediction = rng.integers(0, 5, (2, 3, 7, 5))
+    label[0, :2] = 200
+    slow = np.zeros((5, 5), int)
+    for a, b in zip(label.ravel(), prediction.ravel(), strict=True):
+        if a != 200:
+            slow[a, b] += 1
+    label, prediction = torch.tensor(label).to(dtype), torch.tensor(prediction).to(dtype)
+    fast = confusion_matrix(prediction, label, 5, 200)
+    assert fast.dtype == torch.int64
+    assert np.array_equal(fast, slow)
+    assert (fast.sum(0) != fast.sum(1)).any()  # so that swapped axes would be seen
+
+
+def test_confusion_matrices_of_batches_add_up():
+    label, prediction = torch.from_numpy(np.random.default_rng(0).integers(0, 4, (2, 6, 5, 5)))
+    label[3] = IGNORE
+    parts = zip(prediction.split(4), label.split(4), strict=True)
+    assert torch.equal(
+        sum(confusion_matrix(p, t, 4) for p, t in parts), confusion_matrix(prediction, label, 4)
+    )
+
+
+def test_confusion_matrix_without_a_labelled_pixel_is_zero():
+    assert not confusion_matrix(torch.zeros(2, 3), torch.full((2, 3), IGNORE), 4).any()
+
+
+@pytest.mark.parametrize("label, prediction", [(3, 0), (-2, 0), (0, 3), (0, -1)])
+def test_confusion_matrix_refuses_ids_that_no_class_has(label, prediction):
+    with refused(ValueError, label or prediction, "0 to 2"):
+        confusion_matrix(torch.tensor([prediction]), torch.tensor([label]), 3)
+
+
+def test_mean_iou_by_hand():
+    # class 0: 6 / (6 + 2 + 1), class 1: 3 / (3 + 1 + 2), class 2 absent, class 3 only predicted
+    matrix = torch.tensor([[6, 1, 0, 1], [1, 3, 0, 0], [0, 0, 0, 0], [0, 1, 0, 0]])
+    matrix[3, 1], matrix[1, 0] = 0, 1
+    miou, iou = mean_iou(matrix)
+    assert iou[:2].tolist() == [6 / 9, 3 / 5]
+    assert iou[2].isnan()
+    assert iou[3] == 0  # predicted where it is not: a wrong class counts, an absent one does not
+    assert miou == pytest.approx((6 / 9 + 3 / 5 + 0) / 3)
+
+
+def test_mean_iou_of_nothing_is_nan():
+    assert np.isnan(mean_iou(torch.zeros(3, 3, dtype=torch.int64))[0])
 
 
 # ---- probes without a training loop -----------------------------------------------------------

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,20 +10,29 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, refused
 from stores import write_store
 
+import data
+import run as runs
 import train
-from data import Store, read_chips
-from model import ViT, load_encoder, save_encoder
-from scenes import write_scenes
+from affinity import gram_loss, hr_index, pool_to_mr, token_mse
+from data import Chips, Store, draw_crops, open_chips, resample, sample_order
+from imagery.scenes import write_scenes
+from model import IJEPA, MAE, LatentMIM, ViT, take_patches
+from weights import load_encoder, save_encoder
 
 TINY = (
-    "--dim 16 --depth 1 --heads 2 --patch 4 --predictor-dim 16 --predictor-depth 1 --targets 2 "
-    "--target-scale 0.08 0.12 --head-dim 16 --decoder-dim 16 --decoder-depth 1 --decoder-heads 2 "
-    "--gap 2 --visible 10 --global-batch 4 --log-every 1 --lr 1e-3 --device cpu"
-).split()
-SIZE = {"ijepa": "24", "latentmim": "36"}  # 6 x 6 tokens
+    "--dim 16 --depth 1 --patch 4 --heads 2 --global-batch 4 --log-every 1 --lr 1e-3 --device cpu"
+)
+DECODER = "--decoder-dim 16 --decoder-depth 1 --decoder-heads 2"
+OWN = {  # 6 x 6 tokens
+    "ijepa": "--mr-size 24 --predictor-dim 16 --predictor-depth 1 --targets 2 "
+    "--target-scale 0.08 0.12",
+    "latentmim": f"--mr-size 36 --head-dim 16 --gap 2 --visible 10 {DECODER}",
+    "mae": f"--mr-size 24 {DECODER}",
+}
+every_objective = pytest.mark.parametrize("objective", OWN)
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +40,15 @@ def store(tmp_path_factory):
     return write_store(tmp_path_factory.mktemp("store") / "pairs")
 
 
+CPU = torch.device("cpu")
+
+
 def command(store, out, objective="ijepa", steps=2, **flags):
     stores = store if isinstance(store, list) else [store]
-    words = [*TINY, "--out", out, "--objective", objective, "--steps", steps, "--store", *stores]
-    words += ["--mr-size", SIZE[objective]]
+    words = [*TINY.split(), *OWN[objective].split(), "--out", out, "--objective", objective]
+    words += ["--steps", steps, "--store", *stores]
+    if "init" in flags:  # it brings its own architecture
+        words = words[6:]
     for name, value in flags.items():
         words.append("--" + name.replace("_", "-"))
         words += value if isinstance(value, list) else [] if value is True else [value]
@@ -57,94 +72,11 @@ def same_weights(a, b):
     assert all(a[key].equal(b[key]) for key in a)
 
 
-# ---- schedules
-
-
-def test_ijepa_schedules_golden(golden):
-    z = golden("b_ijepa_schedules")
-    total, warmup = int(z["T"]), int(z["warmup_steps"])
-    for step in range(total):
-        lr = train.warmup_cosine(step + 1, total, warmup, 2e-4, 1e-3, 1e-6)
-        assert lr == pytest.approx(float(z["lr"][step]), rel=1e-9)
-        # the published counter is one ahead for weight decay too: z["wd"][s] belongs to s + 1
-        weight_decay = train.cosine(step + 1, total, 0.04, 0.4)
-        assert weight_decay == pytest.approx(float(z["wd"][step]), rel=1e-9)
-        momentum = train.linear(step, total, 0.996, 1.0)
-        assert momentum == pytest.approx(float(z["ema"][step]), rel=1e-9)
-
-
-def test_latentmim_schedules_golden(golden):
-    z = golden("d_latentmim_schedules")
-    base, low = float(z["base_lr"]), float(z["base_lr"] * z["min_lr_frac"])
-    for epoch, lr, momentum in zip(z["epoch"], z["lr"], z["mom"], strict=True):
-        found = train.warmup_cosine(float(epoch), 300, 30, low, base, low)
-        assert found == pytest.approx(float(lr), rel=1e-9)
-        assert train.cosine(float(epoch), 300, 0.99, 1.0) == pytest.approx(float(momentum))
-
-
-def test_weight_decay_groups_golden(golden):
-    z = golden("d_latentmim_tiny_author")
-    for names, expected in ((z["wd_names"], True), (z["nowd_names"], False)):
-        for name in names:
-            parameter = torch.zeros(2, 2)
-            assert train.decays("latentmim", str(name), parameter) == expected, name
-    matrix, vector = torch.zeros(2, 2), torch.zeros(2)
-    assert train.decays("ijepa", "predictor.mask_token", torch.zeros(1, 1, 2))
-    assert train.decays("ijepa", "student.patch_embed.proj.weight", matrix)
-    assert not train.decays("ijepa", "student.norm.weight", vector)
-    assert not train.decays("ijepa", "student.blocks.0.attn.qkv.bias", vector)
-
-
-def test_ema(golden):
-    z = golden("d_latentmim_tiny_author")
-    name = "blocks.0.attn.qkv.weight"
-    teacher, student = torch.nn.Linear(64, 192), torch.nn.Linear(64, 192)
-    teacher.weight.data = z[f"sd/target_encoder.{name}"].clone()
-    student.weight.data = z[f"sd/encoder.{name}"].clone()
-    train.ema_update(teacher, student, 0.9)
-    torch.testing.assert_close(teacher.weight.data, z[f"ema0.9/target_encoder.{name}"])
-
-
-# ---- health
-
-
-def test_health_knows_collapse_from_variety():
-    generator = torch.Generator().manual_seed(0)
-    varied = torch.randn(8, 64, 32, generator=generator)
-    flat = torch.ones(8, 64, 32) + 1e-4 * varied
-    good = train.health(*train.token_sums(varied, 2 * varied))
-    bad = train.health(*train.token_sums(flat, flat))
-    assert good["rank"] > 28 and abs(good["cosine"]) < 0.01
-    assert good["target_var"] == pytest.approx(4, rel=0.1)
-    assert bad["rank"] < 1.1 and bad["cosine"] > 0.99 and bad["target_var"] < 1e-6
-    unit = F.normalize(varied.flatten(0, 1).double(), dim=-1)
-    assert good["cosine"] == pytest.approx(float((unit @ unit.mT).mean()))
-    values = torch.linalg.svdvals(varied.flatten(0, 1).double())
-    share = values / values.sum()
-    assert good["rank"] == pytest.approx(float((-share * share.log()).sum().exp()))
-    # sums over parts are the sums over the whole
-    parts = [train.token_sums(v, 2 * v) for v in varied.split(3)]
-    joined = train.health(*[sum(values) for values in zip(*parts, strict=True)])
-    assert joined == pytest.approx(good)
-
-
-def test_collapse_is_called_out_in_words(capsys):
-    entry = dict.fromkeys(
-        "step loss ssl affinity cosine target_var grad_norm lr momentum ms images_per_s".split(), 1
-    )
-    train.report(entry | {"rank": 1.2, "gb": None}, 10, 4000)
-    said = capsys.readouterr().out
-    assert "tokens have collapsed (effective rank 1.20)" in said and "1 h 7 min left" in said
-    train.report(entry | {"rank": 20.0, "gb": 2.5}, 10, 40)
-    said = capsys.readouterr().out
-    assert "collapsed" not in said and "2.5 GB | 40 s left" in said
-
-
 # ---- runs
 
 
-@pytest.mark.parametrize("objective", ["ijepa", "latentmim"])
-@pytest.mark.parametrize("variant", ["mr", "hr", "sa", "sa-interp", "sa-mse"])
+@every_objective
+@pytest.mark.parametrize("variant", train.VARIANTS)
 def test_variants(store, tmp_path, objective, variant, capsys):
     out = tmp_path / "run"
     run(store, out, objective, variant=variant)
@@ -161,9 +93,9 @@ def test_variants(store, tmp_path, objective, variant, capsys):
     assert encoder.meta["std"] == Store(store).meta["std"][sensor]
     assert config["encoder"] == encoder.config
     assert encoder.meta["variant"] == variant and encoder.meta["step"] == 2
-    assert {p.name for p in out.iterdir()} == {
-        "config.json", "log.jsonl", "ckpt.pt", "encoder.safetensors", "tokens.png",
-    }  # fmt: skip
+    files = {"config.json", "log.jsonl", "ckpt.pt", "encoder.safetensors", "tokens.png"}
+    assert {p.name for p in out.iterdir()} - {"edits.diff"} == files
+    assert (out / "edits.diff").exists() == config["dirty"]
     assert "step 00002/2 | loss" in capsys.readouterr().out
     # the teacher moved, and not as far as the student
     run(store, tmp_path / "start", objective, variant=variant, stop_at=1, lr=0, start_lr=0,
@@ -206,7 +138,7 @@ def test_options_train_and_matter(store, tmp_path, objective, flags):
     assert abs(a[-1]["loss"] - b[-1]["loss"]) > 1e-5
 
 
-@pytest.mark.parametrize("objective", ["ijepa", "latentmim"])
+@every_objective
 def test_losses_fall(store, tmp_path, objective):
     run(store, tmp_path / "run", objective, steps=30, lr=3e-3)
     log = log_of(tmp_path / "run")
@@ -215,7 +147,7 @@ def test_losses_fall(store, tmp_path, objective):
         assert sum(e[key] for e in last) < sum(e[key] for e in first)
 
 
-@pytest.mark.parametrize("objective", ["ijepa", "latentmim"])
+@every_objective
 def test_resume_is_bit_for_bit(store, tmp_path, objective):
     flags = dict(steps=4, affinity_index="block")
     run(store, tmp_path / "whole", objective, **flags)
@@ -242,7 +174,7 @@ def spawn(words, ranks):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("objective", ["ijepa", "latentmim"])
+@every_objective
 def test_any_number_of_ranks_trains_the_same_run(store, tmp_path, objective):
     """1 rank, 1 rank with accumulation, 2 ranks, 2 ranks with accumulation."""
     flags = dict(steps=5, affinity_index="block") if objective == "latentmim" else dict(steps=5)
@@ -265,17 +197,20 @@ def test_any_number_of_ranks_trains_the_same_run(store, tmp_path, objective):
             )
 
 
-@pytest.mark.parametrize("objective", ["ijepa", "latentmim"])
+@every_objective
 def test_all_of_a_steps_randomness_depends_on_seed_and_step(store, objective):
-    flags = dict(affinity_index="block", gap_offset="paper", global_batch=8)
-    draws = []
-    for seed in (0, 1, 2**40):
-        args = parsed(store, objective, **flags, seed=seed)
+    flags = dict(gap_offset="paper") if objective == "latentmim" else {}
+
+    def draw(seed, step):
+        args = parsed(store, objective, affinity_index="block", global_batch=8, seed=seed, **flags)
         built = train.build_objective(args, ["B", "G", "R", "NIR"])
-        draws += [train.draw_step(args, built, step) for step in (3, 4)]
-    again = train.draw_step(args, built, 4)
-    expected = {"context", "target", "crop", "block", "hr_offset"}
-    assert expected | ({"offset"} if objective == "latentmim" else set()) == set(again)
+        masks, crops = train.draw_step(args, built, step)
+        return masks | {"crops": torch.from_numpy(crops)}
+
+    draws = [draw(seed, step) for seed in (0, 1, 2**40) for step in (3, 4)]
+    again = draw(2**40, 4)
+    expected = {"context", "target", "crops", "block"}
+    assert set(again) - expected == ({"offset", "hr_offset"} if flags else set())
     for key, value in again.items():
         assert value.equal(draws[-1][key])
         for i, a in enumerate(draws):
@@ -287,30 +222,40 @@ def parsed(store, objective, **flags):
     return train.parse_args(command(store, "unused", objective, **flags))
 
 
-@pytest.mark.parametrize("objective", ["ijepa", "latentmim"])
+def step_of(args, chips, objective_, teacher=None, device_batch=None):
+    """The prepared micro-batches of step 0 of one rank."""
+    teacher = teacher or train.build_teacher(args, objective_, chips.bands, CPU)
+    ranks = runs.Ranks(0, 1, CPU)
+    batch = device_batch or args.global_batch
+    return train.prepare(args, chips, objective_, teacher, ranks, batch, 0)
+
+
+@every_objective
 @pytest.mark.parametrize("ratio", [1, 2, 4])
 def test_the_teacher_sees_the_ground_of_the_students_tokens(tmp_path, objective, ratio):
     """HR pixels of each MR token, averaged, are its MR pixels, at any ratio and offset."""
-    args = parsed(None, objective, ratio=ratio, gap_offset="same")
-    size = args.mr_size
-    store = Store(write_store(tmp_path / "s", 4, size, ratio))
-    meta = store.meta | {"mean": {"mr": [0.0] * 4, "hr": [0.0] * 4},
-                         "std": {"mr": [1.0] * 4, "hr": [1.0] * 4}}  # fmt: skip
-    objective_ = train.build_objective(args, meta["bands"]["mr"])
-    masks = train.draw_step(args, objective_, 0)
-    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]], dtype=torch.float64).expand(4, -1)
+    args = parsed(None, objective, ratio=ratio, crop_scale=["1", "1"])
+    store = Store(write_store(tmp_path / "s", 4, args.mr_size, ratio))
+    for sensor in ("mr", "hr"):
+        store.meta["mean"][sensor], store.meta["std"][sensor] = [0.0] * 4, [1.0] * 4
+    ids = np.array([[0, 0], [0, 1], [0, 2], [0, 3]])
+    chips = Chips([store], ids, np.ones(4, bool), "", store.meta["bands"])
+    objective_ = train.build_objective(args, chips.bands["mr"])
+    (part,) = step_of(args, chips, objective_)
+    mr, hr = data.render(part["mr"]), data.render(part["hr"])
     seen = {}
 
     def affinity(tokens, index, hr, grid):
         seen.update(index=index, hr=hr, grid=grid)
         return tokens.sum()
 
-    parts = [(meta, torch.arange(4), store.batch([0, 1, 2, 3]) | {"crop": whole})]
-    *_, mr = train.step_losses(args, objective_, objective_, affinity, parts, masks)
+    affinity.patch = 4
+    context = part["masks"]["context"]
+    train.affinity_of(objective_, affinity, part, mr, hr, torch.zeros(4, 10, 16), context)
     if objective == "latentmim":
-        mr = objective_.patches(mr, masks)
+        mr = objective_.patches(mr, part["masks"])
     torch.testing.assert_close(F.avg_pool2d(seen["hr"], ratio), mr, atol=1.0, rtol=0)
-    assert seen["grid"] == (6, 6) and seen["index"].equal(masks["context"])
+    assert seen["grid"] == (6, 6) and seen["index"].equal(context)
 
 
 def test_defaults_are_the_papers(store):
@@ -339,46 +284,41 @@ def partial(tmp_path_factory):
     ]
 
 
-def losses_of_a_step(objective, stores, chips, variant="sa", **flags):
-    """step_losses of some chips in one micro-batch; and with every loss summed over single ones."""
-    args = parsed("unused", objective, variant=variant, global_batch=len(chips), **flags)
-    torch.manual_seed(0)
-    built = train.build_objective(args, ["B", "G", "R", "NIR"])
-    affinity = train.build_affinity(args, built.teacher)
-    masks = train.draw_step(args, built, 0)
-    crops = masks.pop("crop")
-
-    def losses(rows):
-        parts = [
-            (meta, place, batch | {"crop": crops[rows][place]})
-            for meta, place, batch in read_chips(stores, np.array(chips)[rows])
-        ]
-        mine = {key: value[rows] for key, value in masks.items()}
-        return train.step_losses(args, built, built, affinity, parts, mine)
-
-    everyone = list(range(len(chips)))
-    return losses(everyone), [losses([i]) for i in everyone]
-
-
-@pytest.mark.parametrize("objective", ["ijepa", "latentmim"])
-@pytest.mark.parametrize("flags", [{}, dict(affinity_index="block", gap_offset="paper")])
-def test_chips_with_and_without_hr_in_one_batch(partial, objective, flags):
+@every_objective
+@pytest.mark.parametrize("index", ["visible", "block"])
+def test_chips_with_and_without_hr_in_one_batch(partial, objective, index):
     """The losses of a mixed batch of two stores are the means of its chips' own: SSL over all,
-    affinity over the pairs."""
-    stores = [Store(path) for path in partial]
-    chips = [(1, 3), (0, 4), (0, 1), (0, 12), (1, 0), (0, 4)]
-    (ssl, affinity, pairs, *_), single = losses_of_a_step(objective, stores, chips, **flags)
-    assert pairs == 3 and [each[2] for each in single] == [0, 1, 0, 1, 0, 1]
+    affinity over the pairs; without any pair there is nothing to compare."""
+    torch.manual_seed(0)
+    args = parsed(partial, objective, global_batch=12, affinity_index=index)
+    chips = open_chips(args.store, pairs=1)
+    built = train.build_objective(args, chips.bands["mr"])
+    teacher = train.build_teacher(args, built, chips.bands, CPU)
+    affinity = train.build_affinity(args, teacher)
+
+    def losses(device_batch):
+        parts = step_of(args, chips, built, teacher, device_batch)
+        for part in parts:
+            mr = data.render(part["mr"])
+            ssl, tokens, index = built(mr, part["masks"])
+            term = torch.zeros(())
+            if part["hr"]:
+                hr = data.render(part["hr"])
+                term = train.affinity_of(built, affinity, part, mr, hr, tokens, index)
+            yield ssl, term, part["share"], bool(part["hr"])
+
+    ((ssl, term, share, _),) = losses(12)
+    single = list(losses(1))
+    count = sum(paired for *_, paired in single)
+    assert share == 1 and 0 < count < 12
     torch.testing.assert_close(ssl, torch.stack([each[0] for each in single]).mean())
-    expected = sum(each[1] for each in single) / 3
-    assert expected > 0 and all(each[1] > 0 for each in single if each[2])
-    torch.testing.assert_close(affinity, expected)
-    # without any pair there is nothing to compare, and nothing to break a rank
-    (ssl, affinity, pairs, *_), _ = losses_of_a_step(objective, stores, [(1, 2), (0, 1)], **flags)
-    assert ssl > 0 and affinity == 0 and pairs == 0
+    torch.testing.assert_close(term, sum(each[1] for each in single) / count)
+    # each micro-batch's share makes of its mean over pairs a mean over the global batch's
+    weighted = sum(each[1] * each[2] for each in single) / 12
+    torch.testing.assert_close(weighted, term)
 
 
-@pytest.mark.parametrize("objective", ["ijepa", "latentmim"])
+@every_objective
 def test_any_number_of_ranks_trains_the_same_run_on_partial_pairs(partial, tmp_path, objective):
     """The affinity is a mean over the pairs of the global batch, whatever share each rank gets."""
     flags = dict(steps=6, global_batch=6)
@@ -417,17 +357,11 @@ def test_hr_with_fewer_bands(tmp_path, variant):
 
 
 def test_hr_share_leaves_hr_to_that_share(store, tmp_path):
-    said = {}
-    for share in (0.0001, 0.25, 1):
-        args = parsed(store, "ijepa", hr_share=share)
-        stores = [Store(store, share, 0)]
-        if share == 0.0001:
-            with pytest.raises(ValueError, match=r"no training chip has HR; .* raise --hr-share"):
-                train.training_chips(args, stores)
-            continue
-        chips, has_hr, said[share] = train.training_chips(args, stores)
-        assert len(chips) == 14 and has_hr.sum() == round(14 * share)
-    assert said[0.25] != said[1]
+    with refused(ValueError, store, "--hr-share 0.0001"):
+        open_chips([store], pairs=1, hr_share=0.0001)
+    some, all_ = (open_chips([store], pairs=1, hr_share=share) for share in (0.25, 1))
+    assert len(some.ids) == len(all_.ids) == 14 and some.digest != all_.digest
+    assert some.has_hr.sum() == round(14 * 0.25) and all_.has_hr.all()
     run(store, tmp_path / "run", hr_share=0.25, steps=3)
     assert any(entry["affinity"] > 0 for entry in log_of(tmp_path / "run"))
 
@@ -435,29 +369,29 @@ def test_hr_share_leaves_hr_to_that_share(store, tmp_path):
 def test_skip_flagged(tmp_path):
     path = write_store(tmp_path / "pairs")
     (path / "flags.csv").write_text("chip,reason\n3,shift\n7,shift\n")
-    for flags, expected in (({}, {3}), (dict(skip_flagged=True), set())):
-        chips, *_ = train.training_chips(parsed(path, "ijepa", **flags), [Store(path)])
-        assert {3, 7} & set(chips[:, 1].tolist()) == expected  # 7 is no training chip
+    for skip, expected in ((False, {3}), (True, set())):
+        chips = open_chips([path], skip_flagged=skip)
+        assert {3, 7} & set(chips.ids[:, 1].tolist()) == expected  # 7 is no training chip
     (path / "flags.csv").write_text("chip,reason\n" + "".join(f"{i},x\n" for i in range(16)))
-    refused("no chip in its train split, or all are flagged", path, tmp_path / "run",
-            skip_flagged=True)  # fmt: skip
+    rejects([path, "flagged"], path, tmp_path / "run", skip_flagged=True)
 
 
 def test_stores_that_do_not_go_together(store, tmp_path):
     other = write_store(tmp_path / "rgb", bands=["R", "G", "B"])
-    refused("rgb: its mr bands are R,G,B, those of .*pairs B,G,R,NIR; pack both",
-            [store, other], tmp_path / "run")  # fmt: skip
+    rejects([other, store, "R,G,B", "B,G,R,NIR"], [store, other], tmp_path / "run")
     bare = write_store(tmp_path / "bare", pairs=[])
-    refused("no training chip has HR; pack some", bare, tmp_path / "run")
-    refused("bare: no chip in its train split has HR", bare, tmp_path / "run", variant="hr")
+    rejects([bare, "no training chip has HR"], bare, tmp_path / "run")
+    rejects([bare, "HR"], bare, tmp_path / "run", variant="hr")
+    single = write_store(tmp_path / "single", pairs=[2])
+    rejects([single, "2 must"], single, tmp_path / "run", variant="sa-shuffled")
 
 
 def test_resume_notices_other_chips(tmp_path):
     path = write_store(tmp_path / "pairs")
     run(path, tmp_path / "run", steps=3, stop_at=1, skip_flagged=True)
     (path / "flags.csv").write_text("chip,reason\n3,shift\n")
-    refused("was trained on chips [0-9a-f]{12}, the stores now hold", path, tmp_path / "run",
-            steps=3, resume=True, skip_flagged=True)  # fmt: skip
+    rejects([tmp_path / "run", "chips"], path, tmp_path / "run", steps=3, resume=True,
+            skip_flagged=True)  # fmt: skip
     (path / "flags.csv").unlink()
     run(path, tmp_path / "run", steps=3, resume=True, skip_flagged=True)
     assert len(log_of(tmp_path / "run")) == 3
@@ -480,8 +414,153 @@ def test_probe_during_training_changes_no_step(store, tmp_path):
     assert done.returncode == 0 and done.stdout.count("probe 0.") == 1, done.stderr
     found = log_of(tmp_path / "two")[-1]["probe_miou"]
     assert found == pytest.approx(log[-1]["probe_miou"], abs=0.02)
-    refused("--task potatoes: no such task", store, tmp_path / "no", probe_task=["potatoes", "x"])
+    rejects(["potatoes"], store, tmp_path / "no", probe_task=["potatoes", "x"])
     assert not (tmp_path / "no").exists()
+
+
+# ---- what train.py wires together, against a plain loop
+
+
+def plain_loop(objective_name, variant, store, steps, seed=0):
+    """Sample order, crops, objective, affinity, AdamW, schedules and EMA, spelt out for the flags
+    of `command`: the weights that train.py must reach."""
+    store, batch = Store(store), 4
+    torch.manual_seed(seed)
+    name = objective_name
+    shape = dict(in_channels=4, patch_size=4, dim=16, depth=1, heads=2)
+    if name == "ijepa":
+        side, encoder = 24, ViT(**shape)
+        objective = IJEPA(encoder, (6, 6), 16, 1, targets=2, target_scale=(0.08, 0.12))
+        start, peak, final, warmup, beta2 = 2e-4, 1e-3, 1e-6, 40, 0.999
+    elif name == "latentmim":
+        side, encoder = 36, ViT(**shape, class_token=True, pos="latentmim")
+        objective = LatentMIM(encoder, (6, 6), 2, 10, 16, 16, 1, 2)
+        start, peak, final, warmup, beta2 = 2.5e-4, 1e-3, 2.5e-4, 30, 0.95
+    else:
+        side, encoder = 24, ViT(**shape)
+        objective = MAE(encoder, (6, 6), 0.75, 16, 1, 2)
+        start, peak, final, warmup, beta2 = 0, 1e-3, 0, 30, 0.95
+    student, teacher, losses = objective.student, objective.teacher, []
+    named = [(n, p) for n, p in objective.named_parameters() if not n.startswith("teacher.")]
+
+    def decays(name, p):
+        if objective_name == "latentmim":
+            return not re.search("bias|norm|embed", name)
+        return p.ndim > 1 and not name.endswith("bias")
+
+    groups = [[p for n, p in named if decays(n, p) == yes] for yes in (True, False)]
+    optimizer = torch.optim.AdamW([{"params": group} for group in groups], peak, (0.9, beta2))
+    warmup = round(steps * warmup / 300)
+    train_chips = store.split("train")
+
+    def view(sensor, chips, crops, size):
+        pixels = store.batch(chips)[sensor]
+        scale = torch.tensor(pixels.shape[-2:] * 2)  # every HR chip is exactly its MR chip's ground
+        images = resample(pixels, torch.from_numpy(crops) * scale, (size, size))
+        mean, std = (torch.tensor(store.meta[k][sensor])[:, None, None] for k in ("mean", "std"))
+        return (images - mean) / std
+
+    for step in range(steps):
+        chips = train_chips[sample_order(seed, step, batch, len(train_chips))]
+        crops = draw_crops(seed, step, batch, (0.3 if name == "ijepa" else 0.2, 1.0))
+        number = np.random.SeedSequence((seed, step, 2)).generate_state(1)[0]
+        masks = objective.draw(batch, torch.Generator().manual_seed(int(number)))
+        mr = view("hr" if variant == "hr" else "mr", chips, crops, side)
+        loss, tokens, index = objective(mr, masks)
+        if variant != "hr":
+            hr = view("hr", chips, crops, 2 * side)
+            if name == "latentmim":
+                hr = take_patches(hr, 8, 4, 2 * masks["offset"])
+            with torch.no_grad():
+                seen = teacher(hr, hr_index(index, (6, 6), 2))
+                seen = teacher.head(seen)  # nothing but in Latent MIM
+            term = token_mse if variant == "sa-mse" else gram_loss
+            loss = loss + term(tokens, pool_to_mr(seen, 2))
+
+        s = step + 1 if name == "ijepa" else step
+        if s < warmup:
+            lr = start + (peak - start) * s / warmup
+        else:
+            phase = math.pi * (s - warmup) / (steps - warmup)
+            lr = final + (peak - final) * (1 + math.cos(phase)) / 2
+        weight_decay = 20 - 10 * (1 + math.cos(math.pi * s / steps)) / 2
+        if name == "latentmim":
+            momentum = 1 - 0.5 * (1 + math.cos(math.pi * step / steps)) / 2
+        else:
+            momentum = 0.5 + 0.5 * step / steps
+        for group, w in zip(optimizer.param_groups, (weight_decay, 0), strict=True):
+            group["lr"], group["weight_decay"] = lr, w
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for t, p in zip(teacher.parameters(), student.parameters(), strict=True):
+                t.mul_(momentum).add_(p, alpha=1 - momentum)
+        losses.append(float(loss.detach()))
+    return objective.state_dict(), losses
+
+
+@every_objective
+@pytest.mark.parametrize("variant", ["sa", "sa-mse", "hr"])
+def test_train_is_the_plain_loop(store, tmp_path, objective, variant):
+    # large enough that a decayed bias and another momentum show within 5 steps
+    flags = dict(weight_decay=10, final_weight_decay=20, momentum=0.5)
+    weights, losses = plain_loop(objective, variant, store, steps=5)
+    run(store, tmp_path / "run", objective, steps=5, variant=variant, **flags)
+    assert [e["loss"] for e in log_of(tmp_path / "run")] == pytest.approx(losses, rel=1e-4)
+    found = weights_of(tmp_path / "run")
+    assert found.keys() == weights.keys()
+    for key in weights:
+        # Adam divides by the gradient's size: where that is zero but for rounding (the bias of
+        # attention's keys, those before InfoNCE's standardisation) a weight moves at random: the
+        # middle one of each tensor is compared
+        if key in ("decoder.norm.bias", "decoder.head.bias"):
+            continue
+        difference = (found[key] - weights[key]).abs()
+        assert float(difference.median()) < 1e-6, key
+
+
+def test_epochs_and_warmup_without_steps(store, tmp_path):
+    """14 chips, 8 epochs, batches of 4: 28 steps; 75 of 300 epochs of warm-up are a quarter."""
+    words = command(store, tmp_path / "run", steps="STEPS", epochs=8, warmup_epochs=75, stop_at=9)
+    at = words.index("STEPS")
+    run_words = words[: at - 1] + words[at + 1 :]
+    train.main(train.parse_args(run_words))
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["steps"] == 28
+    expected = [2e-4 + 8e-4 * s / 7 for s in range(1, 8)]  # I-JEPA counts its rates from 1
+    expected += [1e-6 + (1e-3 - 1e-6) * (1 + math.cos(math.pi * s / 21)) / 2 for s in (1, 2)]
+    assert [e["lr"] for e in log_of(tmp_path / "run")] == pytest.approx(expected)
+
+
+@every_objective
+def test_float16_scales_its_gradients_and_logs_them_unscaled(store, tmp_path, objective):
+    """On the CPU as on a GPU: a loss scale of 65536 must leave no trace in norms and weights."""
+    run(store, tmp_path / "a", objective, steps=3)
+    run(store, tmp_path / "b", objective, steps=3, precision="float16")
+    state = torch.load(tmp_path / "b" / "ckpt.pt", weights_only=True)
+    assert state["scaler"]["scale"] == 65536
+    for a, b in zip(log_of(tmp_path / "a"), log_of(tmp_path / "b"), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-2)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=0.1)
+    a, b = weights_of(tmp_path / "a"), weights_of(tmp_path / "b")
+    key = "student.blocks.0.mlp.fc1.weight"
+    assert float((a[key] - b[key]).abs().max()) < 3e-3 and not a[key].equal(b[key])
+
+
+# One seeded run each, recorded before the code was taken apart: a change that moves them says why.
+STORED = {
+    "ijepa": [0.4543775, 0.4516622, 0.4382586, 0.4453687, 0.4268021, 0.4334702],
+    "mae": [1.331569, 1.313935, 1.280397, 1.27873, 1.249246, 1.244898],
+    "latentmim": [1.387624, 1.4145, 1.45014, 1.326444, 1.361502, 1.37591],
+}
+
+
+@pytest.mark.parametrize("objective", STORED)
+def test_losses_are_the_recorded_ones(store, tmp_path, objective):
+    run(store, tmp_path / "run", objective, steps=6, affinity_index="block", pos="ground")
+    losses = [entry["loss"] for entry in log_of(tmp_path / "run")]
+    assert losses == pytest.approx(STORED[objective], rel=1e-5)
 
 
 # ---- starting from other weights
@@ -503,85 +582,109 @@ def test_init_from_rgb_weights(store, tmp_path, capsys):
 # ---- bad input, before any work
 
 
-def refused(message, *args, **flags):
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+def rejects(mentions, *args, **flags):
+    """A run of these flags ends before its first step, with one line that names the mentions."""
+    with refused((ValueError, FileNotFoundError, SystemExit), *mentions):
         run(*args, **flags)
 
 
-def test_bad_flags(store, tmp_path):
-    out = tmp_path / "run"
-    refused("--global-batch 10 is not a multiple of --device-batch 4 x 1 ranks = 4; try 8 or 12",
-            store, out, global_batch=10, device_batch=4)  # fmt: skip
-    refused("--mr-size 30 is no multiple of the 4 px patch; try 32", store, out, mr_size=30)
-    refused(r"--mr-size 40 is no multiple of the 4 px patch \+ 2 px gap; try 42",
-            store, out, "latentmim", mr_size=40)  # fmt: skip
-    refused("nowhere: not a store", tmp_path / "nowhere", out)
-    refused(
-        r"use smaller or fewer targets \(--target-scale",
-        store,
-        out,
-        mr_size=16,
-        target_scale=["0.6", "0.6"],
-    )
-    refused("40 visible patches leave fewer than two targets", store, out, "latentmim", visible=40)
-    refused("a width of 20 does not divide into 8 attention heads", store, out, heads=8,
-            predictor_dim=20)  # fmt: skip
-    refused("position code needs a width divisible by 4, found 18", store, out, dim=18)
-    refused("position code needs a width divisible by 4, found 18", store, out, predictor_dim=18)
-    refused("nothing.pt: no such encoder", store, out, init=tmp_path / "nothing.pt")
+@pytest.mark.parametrize(
+    "mentions, flags",
+    [
+        (["--global-batch 10", "4", "8 or 12"], dict(global_batch=10, device_batch=4)),
+        (["--mr-size 30", "32"], dict(mr_size=30)),
+        (["--mr-size 40", "42"], dict(objective="latentmim", mr_size=40)),
+        (["--target-scale", "4 x 4"], dict(mr_size=16, target_scale=["0.6", "0.6"])),
+        (["--visible", "40"], dict(objective="latentmim", visible=40)),
+        (["20", "8"], dict(heads=8, predictor_dim=20)),
+        (["18"], dict(dim=18)),
+        (["18"], dict(predictor_dim=18)),
+        (["18"], dict(objective="mae", decoder_dim=18)),
+        (["nothing.pt"], dict(init="nothing.pt")),
+        (["nothing.pt"], dict(hr_teacher="nothing.pt")),
+        (["--device cuda"], dict(device="cuda")),
+    ],
+)
+def test_bad_flags(store, tmp_path, mentions, flags):
+    if flags.get("device") and torch.cuda.is_available():
+        pytest.skip("this machine has what the flag asks for")
+    rejects(mentions, store, tmp_path / "run", **flags)
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_stores_and_weights(store, tmp_path):
+    rejects([tmp_path / "nowhere"], tmp_path / "nowhere", tmp_path / "run")
     save_encoder(ViT(2, 4, 192, 1, 3), tmp_path / "two.safetensors")
-    refused(r"reads 2 bands, the data has 4 \(B,G,R,NIR\)",
-            store, out, init=tmp_path / "two.safetensors")  # fmt: skip
-    if not torch.cuda.is_available():
-        refused("--device cuda: no GPU found; use --device cpu", store, out, device="cuda")
-    assert not out.exists()
+    rejects(["2 bands", "B,G,R,NIR"], store, tmp_path / "run", init=tmp_path / "two.safetensors")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
-    "words, message",
+    "words, flag",
     [
-        ("--steps 0", "argument --steps: 0 is not a whole number from 1 up"),
-        ("--ratio -2", "argument --ratio: -2 is not a whole number from 1 up"),
-        ("--crop-scale 0 1", "argument --crop-scale: 0 is not between 0.001 and 1"),
-        ("--crop-scale 1 0.3", "argument --crop-scale: MIN 1.0 is above MAX 0.3"),
-        ("--seed -1", "argument --seed: -1 is below 0"),
-        ("--tau 0", "argument --tau: 0 is not between 0.001 and inf"),
-        ("--lr nan", "argument --lr: nan is not between 0 and inf"),
-        ("--momentum 2", "argument --momentum: 2 is not between 0 and 1"),
+        ("--objective ijepa --tau 0.5", "--tau"),
+        ("--objective mae --gap 2", "--gap"),
+        ("--variant mr --affinity-weight 7", "--affinity-weight"),
+        ("--variant hr --objective latentmim --gap-offset paper", "--gap-offset"),
+        ("--variant mr --hr-share 0.5", "--hr-share"),
+        ("--variant mr --hr-teacher w.pt", "--hr-teacher"),
+        ("--init w --dim 64", "--dim"),
+        ("--init w --model tiny", "--model"),
+        ("--steps 3 --epochs 2", "--epochs"),
+        ("--probe-every 3", "--probe-every"),
     ],
 )
-def test_absurd_numbers(store, words, message, capsys):
-    with pytest.raises(SystemExit) as stopped:
+def test_flags_that_would_do_nothing_are_refused(store, words, flag):
+    with refused(SystemExit, flag):
         train.parse_args(["--store", str(store), *words.split()])
-    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words, flag",
+    [
+        ("--steps 0", "--steps"),
+        ("--ratio -2", "--ratio"),
+        ("--crop-scale 0 1", "--crop-scale"),
+        ("--crop-scale 1 0.3", "--crop-scale"),
+        ("--target-scale 0.3 0.2", "--target-scale"),
+        ("--seed -1", "--seed"),
+        ("--objective latentmim --tau 0", "--tau"),
+        ("--objective latentmim --gap -1", "--gap"),
+        ("--lr nan", "--lr"),
+        ("--momentum 2", "--momentum"),
+        ("--objective simclr", "--objective"),
+        ("--banana", "--banana"),
+    ],
+)
+def test_absurd_numbers(store, words, flag):
+    with refused(SystemExit, flag):
+        train.parse_args(["--store", str(store), *words.split()])
 
 
 def test_store_without_training_chips(tmp_path):
     path = write_store(tmp_path / "pairs")
     index = path / "index.csv"
     index.write_text(index.read_text().replace("train", "test"))
-    refused("no chip in its train split", path, tmp_path / "run")
+    rejects([path], path, tmp_path / "run")
 
 
 def test_run_directory_is_never_overwritten(store, tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").write_bytes(b"cat")
-    refused("photos: exists and is not a run directory", store, tmp_path / "photos")
-    refused("no run in .*photos", store, tmp_path / "photos2", resume=True)
+    rejects([tmp_path / "photos"], store, tmp_path / "photos")
+    rejects([tmp_path / "photos2", "--resume"], store, tmp_path / "photos2", resume=True)
     assert [p.name for p in (tmp_path / "photos").iterdir()] == ["cat.png"]
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "config.json").write_text("{}")
-    refused("theirs: exists and is not a run directory", store, tmp_path / "theirs")
+    rejects([tmp_path / "theirs"], store, tmp_path / "theirs")
     out = tmp_path / "run"
     run(store, out, steps=3, save_every=1, stop_at=2)
-    refused("run: holds a run; add --resume", store, out, steps=3)
-    refused("trained with --dim 16, now 32; repeat its flags", store, out, steps=3, resume=True,
-            dim=32)  # fmt: skip
-    refused("trained with --objective ijepa, now latentmim", store, out, "latentmim", steps=3,
-            resume=True)  # fmt: skip
+    rejects([out, "--resume"], store, out, steps=3)
+    rejects([out, "--dim 16", "32"], store, out, steps=3, resume=True, dim=32)
+    rejects([out, "--objective"], store, out, "latentmim", steps=3, resume=True)
     whole = (out / "ckpt.pt").read_bytes()
     (out / "ckpt.pt").write_bytes(whole[: len(whole) // 2])
-    refused(r"ckpt\.pt: not a readable .* rename .*previous\.pt to ckpt\.pt", store, out, steps=3,
+    rejects([out / "ckpt.pt", f"rename {out / 'ckpt.previous.pt'}"], store, out, steps=3,
             resume=True)  # fmt: skip
     os.replace(out / "ckpt.previous.pt", out / "ckpt.pt")
     run(store, out, steps=3, resume=True)  # the remedy works
@@ -608,15 +711,14 @@ def test_damaged_run_directories(store, tmp_path):
     config = (out / "config.json").read_text()
     for text in ("", "[]", "{}", '{"args": {}}', config[:50]):
         (out / "config.json").write_text(text)
-        refused(r"config\.json: damaged, or not of a run", store, out, steps=3, resume=True)
+        rejects([out / "config.json"], store, out, steps=3, resume=True)
     (out / "config.json").write_text(config.replace('"precision": "float32"', '"precision": "x"'))
-    refused("was trained with --precision", store, out, steps=3, resume=True)
+    rejects([out, "--precision"], store, out, steps=3, resume=True)
     (out / "config.json").write_text(config)
     state = torch.load(out / "ckpt.pt", weights_only=True)
     for damaged in ({"step": 1}, {**state, "objective": {}}, {**state, "step": "soon"}):
         torch.save(damaged, out / "ckpt.pt")
-        refused(r"ckpt\.pt: a checkpoint of another architecture or program", store, out, steps=3,
-                resume=True)  # fmt: skip
+        rejects([out / "ckpt.pt"], store, out, steps=3, resume=True)
     torch.save(state, out / "ckpt.pt")
     (out / "log.jsonl").unlink()
     run(store, out, steps=3, resume=True)
@@ -624,8 +726,8 @@ def test_damaged_run_directories(store, tmp_path):
 
 
 def test_weights_that_are_not_finite_are_never_saved(store, tmp_path):
-    refused("step 1: the update left weights that are not finite", store, tmp_path / "run",
-            lr=1e30, weight_decay=1e30, steps=2, save_every=1)  # fmt: skip
+    rejects(["step 1", tmp_path / "run", "--lr"], store, tmp_path / "run", lr=1e30,
+            weight_decay=1e30, steps=2, save_every=1)  # fmt: skip
     assert not (tmp_path / "run" / "ckpt.pt").exists()
 
 
@@ -644,17 +746,25 @@ def test_a_loss_that_is_not_finite_stops_the_run(store, tmp_path):
     meta = json.loads((path / "meta.json").read_text())
     meta["std"]["mr"] = [1e-38] * 4
     (path / "meta.json").write_text(json.dumps(meta))
-    refused(r"step 1: the loss is nan; .*lower --lr", path, tmp_path / "run")
+    rejects(["step 1", "nan", "--lr"], path, tmp_path / "run")
     assert not (tmp_path / "run" / "ckpt.pt").exists()
 
 
 def test_the_script_says_one_sentence(store, tmp_path):
     words = command(store, tmp_path / "run", mr_size=30)
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *words], capture_output=True, text=True
-    )
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "train.py: --mr-size 30 is no multiple of the 4 px patch; try 32\n"
+    for words in (words, [*words, "--steps", "none"]):
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "train.py"), *words], capture_output=True, text=True
+        )
+        assert done.returncode == 2 and done.stdout == ""
+        assert done.stderr.startswith("train.py: ") and done.stderr.count("\n") == 1
+
+
+def test_several_ranks_say_it_once(store, tmp_path):
+    for flags in (dict(mr_size=30), dict(steps="none")):
+        done = spawn(command(store, tmp_path / "run", **flags), 2)
+        assert done.returncode != 0
+        assert sum(line.startswith("train.py: ") for line in done.stderr.splitlines()) == 1
 
 
 def test_store_is_smooth_and_paired(store):

@@ -1,6 +1,6 @@
 """Procedural landscapes, imaged by two sensors: paired GeoTIFFs with labels, without a download.
 
-    python scenes.py OUT --scenes 24 --size 256 --seed 0
+    python -m imagery.scenes OUT --scenes 24 --size 256 --seed 0
 
 writes OUT/hr/scene_000.tif (5 m), OUT/mr/scene_000.tif (10 m), both uint16 reflectance x 10000 in
 the bands B, G, R, NIR; OUT/masks/scene_000.tif (10 m, uint8 class ids); and OUT/classes.txt, one
@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import geotiff
+from imagery import geotiff
 
 GROUND, HR, MR = 2.5, 5.0, 10.0  # metres per pixel: drawing, the two sensors
 BANDS = ("B", "G", "R", "NIR")
@@ -274,6 +274,7 @@ def write_scenes(out, scenes, size, seed):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
+        prog="python -m imagery.scenes",
         description="Write procedural landscapes as paired GeoTIFFs with labels.",
         allow_abbrev=False,
     )
@@ -290,7 +291,7 @@ def main(argv=None):
                 raise ValueError(f"--{flag} {getattr(args, flag)} is below {least}")
         write_scenes(args.out, args.scenes, args.size, args.seed)
     except (ValueError, OSError) as error:
-        print(f"scenes.py: {error}", file=sys.stderr)
+        print(f"{parser.prog}: {error}", file=sys.stderr)
         sys.exit(2)
 
 

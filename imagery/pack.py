@@ -9,6 +9,7 @@ that grows with the input is held in memory. Until it is complete the store grow
 whose journal says how far the files are whole: the same command continues there after a kill.
 """
 
+import argparse
 import csv
 import hashlib
 import io
@@ -29,9 +30,9 @@ import torch
 from tqdm import tqdm
 
 import figures
-import geotiff
-from data import FORMAT, INDEX, SPLITS, VERSION, WINDOW, crop_pairs
-from formats import SAME_BAND
+from data import FORMAT, INDEX, SPLITS, VERSION, WINDOW, resample
+from imagery import geotiff
+from imagery.bands import SAME_BAND
 
 ROWS = [name for name in INDEX if name not in ("chip", "hr", "split")]  # known while packing
 SKIPPED = "mr_source row col hr_source valid reason".split()
@@ -72,6 +73,78 @@ Chip = namedtuple("Chip", "row images why")
 
 class NoChip(ValueError):
     """No chip, or none to train on, is left under these flags: there is nothing to continue."""
+
+
+def add_flags(parser, formats):
+    """The flags of `data.py pack`. formats: the names that --format takes."""
+
+    def names(text):
+        return [name.strip() for name in text.split(",")]
+
+    # fmt: off
+    parser.add_argument("paths", nargs="+", metavar="[ROOT] OUT",
+                        help="folder of the set, not with --mr; folder of the store, to be made")
+    g = parser.add_argument_group("input")
+    g.add_argument("--format", choices=formats, default="geotiff",
+                   help="what ROOT holds, as its publisher ships it (default: geotiff)")
+    g.add_argument("--mr", help="in place of ROOT, MR images: folder, file or quoted glob")
+    g.add_argument("--hr", help="HR images: folder, file or quoted glob (default: none, a store "
+                   "of MR alone)")
+    choose = "bands of %s files in the order wanted, names or indices from 0 (default: all)"
+    g.add_argument("--mr-bands", type=names, metavar="B,..", help=choose % "MR")
+    g.add_argument("--hr-bands", type=names, metavar="B,..", help=choose % "HR")
+    g.add_argument("--band-names", type=names, metavar="B,G,R,NIR",
+                   help="what the chosen bands are called (default: as in the first MR file)")
+    g.add_argument("--hr-band-names", type=names, metavar="B,..",
+                   help="the same of HR, where its bands are others (default: as MR's)")
+    g.add_argument("--nodata", type=float,
+                   help="value of missing pixels in files that declare none (default: none)")
+    g.add_argument("--offset", type=float, metavar="DN",
+                   help="added to MR pixels, of unsigned ones to no less than 0; -1000 for "
+                   "Sentinel-2 from processing baseline 04.00 on (default: what SAFE folders say)")
+    g = parser.add_argument_group("options of published sets")
+    g.add_argument("--product", choices=["10m", "20m"],
+                   help="sen2venus: pixels of MR (default: 10m)")
+    g.add_argument("--level", choices=["L2A", "L1C"],
+                   help="worldstrat: of Sentinel-2 (default: L2A)")
+    g.add_argument("--hr-product", dest="hr", choices=["rgbn", "ps"],
+                   help="worldstrat: SPOT as taken or pan-sharpened (default: rgbn)")
+    g.add_argument("--per-site", type=int, metavar="N",
+                   help="rapidai4eo, worldstrat: MR dates of each place (default: 1)")
+    g.add_argument("--mr-dataset", metavar="NAME",
+                   help="hdf5: the MR images (default: as in the known files)")
+    g.add_argument("--hr-dataset", metavar="NAME",
+                   help="hdf5: the HR images (default: as in the known files)")
+    g.add_argument("--splits", metavar="FILE",
+                   help="hdf5: JSON {split: [rows]} (default: the one beside the file)")
+    g = parser.add_argument_group("origin, goes into meta.json (of published sets it is known)")
+    g.add_argument("--source-name", metavar="TEXT", help="name of the images (default: none)")
+    g.add_argument("--licence", metavar="TEXT", help="their licence (default: none)")
+    g.add_argument("--attribution", metavar="TEXT", help="who is to be named (default: none)")
+    g.add_argument("--url", metavar="URL", help="where they are from (default: none)")
+    g = parser.add_argument_group("chips")
+    g.add_argument("--chip", type=int,
+                   help="side in MR pixels (default: whole images of published sets, else 64)")
+    g.add_argument("--stride", type=int, help="step in MR pixels (default: the chip)")
+    g.add_argument("--min-valid", type=float, default=1.0,
+                   help="least fraction of valid pixels in each chip, above 0 (default: 1.0)")
+    g.add_argument("--keep-unpaired", action=argparse.BooleanOptionalAction, default=False,
+                   help="keep MR chips without valid HR (default: no; yes without any HR)")
+    g = parser.add_argument_group("splits, where the publisher gives none")
+    g.add_argument("--split-block", type=int, default=8,
+                   help="side in chips of the blocks of ground that are dealt, where no sites are "
+                   "known (default: 8)")
+    g.add_argument("--val", type=float, default=0.1, help="fraction of chips (default: 0.1)")
+    g.add_argument("--test", type=float, default=0.0, help="fraction of chips (default: 0)")
+    g.add_argument("--seed", type=int, default=0,
+                   help="of the deal, and of what --per-site draws (default: 0)")
+    g = parser.add_argument_group("run")
+    g.add_argument("--workers", type=int,
+                   help="threads that read and cut (default: the CPUs, at most 8)")
+    g.add_argument("--overwrite", action=argparse.BooleanOptionalAction, default=False,
+                   help="replace a store that is there, or what another command began to pack "
+                   "(default: no)")
+    # fmt: on
 
 
 def pack(
@@ -1067,24 +1140,22 @@ def draw_contact(store, meta, rows):
     """
     from matplotlib.figure import Figure  # here: it takes a second to import
 
-    pairs = all(row["hr"] != "" for row in rows.values())
-    window = [[float(row[key] or 0) for key in WINDOW] for row in rows.values()]
-    batch = {
-        "has_hr": torch.full((len(rows),), pairs),
-        "hr_window": torch.tensor(window, dtype=torch.float64),
-    }
-    for sensor, chips in (("mr", list(rows)), ("hr", [row["hr"] for row in rows.values()])):
-        if sensor == "mr" or pairs:
-            array = np.load(store / f"{sensor}.npy", mmap_mode="r")
-            batch[sensor] = torch.from_numpy(array[chips])
-    whole = [[0.0, 0.0, 1.0, 1.0]] * len(rows)
-    side = meta["shape"]["mr"][1]
-    hr_side = min(256, round(side * max(meta["pixel_ratio"]))) if pairs else None
-    mr, hr = crop_pairs(batch, whole, meta, min(256, side), hr_side)
     # Sentinel-2 and Landsat 8 and 9 agree on these; of others the colours are off in the picture
     colours = SAME_BAND | {"b2": "B", "b3": "G", "b4": "R"}
-    bands = [colours.get(name.lower(), name) for name in meta["bands"]["mr"]]
-    columns = [figures.composite(image, bands) for image in ([hr, mr] if pairs else [mr])]
+
+    def pictures(sensor, chips, windows, side):
+        pixels = torch.from_numpy(np.load(store / f"{sensor}.npy", mmap_mode="r")[chips])
+        side = min(256, side)
+        images = resample(pixels, torch.tensor(windows, dtype=torch.float64), (side, side))
+        names = [colours.get(name.lower(), name) for name in meta["bands"][sensor]]
+        return figures.composite(images, names)
+
+    side = meta["shape"]["mr"][1]
+    columns = [pictures("mr", list(rows), [[0, 0, side, side]] * len(rows), side)]
+    if all(row["hr"] != "" for row in rows.values()):
+        windows = [[float(row[key]) for key in WINDOW] for row in rows.values()]
+        hr_side = round(side * max(meta["pixel_ratio"]))
+        columns.insert(0, pictures("hr", [row["hr"] for row in rows.values()], windows, hr_side))
     across = min(4, len(rows))
     down = math.ceil(len(rows) / across)
     width = 1.05 * len(columns) + 0.1  # of a pair, in pictures; an Axes for each would take seconds
@@ -1098,9 +1169,9 @@ def draw_contact(store, meta, rows):
         axis.text(
             left, top + 0.17, f"{name} ({row['row']}, {row['col']})", fontsize=5, parse_math=False
         )
-        for n, pictures in enumerate(columns):
+        for n, column in enumerate(columns):
             extent = (left + 1.05 * n, left + 1.05 * n + 1, top + 1.2, top + 0.2)
-            axis.imshow(pictures[k].numpy(), extent=extent, aspect="auto", interpolation="nearest")
+            axis.imshow(column[k].numpy(), extent=extent, aspect="auto", interpolation="nearest")
     axis.set(xlim=(0, width * across), ylim=(1.2 * down, 0))  # imshow changes them
     figures.save_figure(figure, store / "contact.png")
 

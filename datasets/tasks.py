@@ -1,4 +1,4 @@
-"""Labelled segmentation tasks, and the metrics that judge an encoder on them.
+"""Labelled segmentation tasks, on which an encoder is judged.
 
 A `Task` is a set of square tiles with their labels, splits and origins; whatever the layout on
 disk, the probe sees only this. `load_task` reads the published sets that `TASKS` names as they
@@ -20,12 +20,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from einops import rearrange
 from tqdm import tqdm
 
-import geotiff
-from published import IGNORE, SPLITS, TASKS, find_bands, open_set, read_lines
+from datasets.published import SPLITS, TASKS, find_bands, open_set, read_lines
+from imagery import geotiff
+from imagery.bands import IGNORE
 
 IN_MEMORY = 2 * 2**30  # bytes of images; more of them lie in a temporary file
 UNNAMED_CLASSES = 256  # without a class file, an id beyond this is a fill value, not a class
@@ -622,34 +622,3 @@ def fingerprint(task):
         for part in array:  # never a copy of the whole
             digest.update(part.tobytes())
     return digest.hexdigest()[:12]
-
-
-def confusion_matrix(prediction, label, classes, ignore_index=IGNORE):
-    """Count label and prediction pairs; matrices of batches and ranks add up to the split's.
-
-    prediction, label: integer tensors of one shape. classes: their number. Pixels whose label is
-    ignore_index do not count. Returns (classes, classes) int64, rows label, columns prediction.
-    Raises ValueError for an id that is not below `classes`.
-    """
-    counted = label != ignore_index
-    label, prediction = label[counted].long(), prediction[counted].long()
-    for name, ids in (("label", label), ("prediction", prediction)):
-        if ids.numel() and not 0 <= ids.min() <= ids.max() < classes:
-            raise ValueError(
-                f"{name} ids reach from {ids.min()} to {ids.max()}; {classes} classes go from 0 "
-                f"to {classes - 1}"
-            )
-    pairs = label * classes + prediction
-    return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
-
-
-def mean_iou(matrix):
-    """Intersection over union from a confusion matrix (classes, classes), rows label.
-
-    Returns (mean as float, (classes,) float64). A class absent from both labels and predictions
-    has IoU NaN and is left out of the mean; a matrix of zeros has mean NaN.
-    """
-    matrix = matrix.cpu().double()
-    hit = matrix.diagonal()
-    iou = hit / (matrix.sum(0) + matrix.sum(1) - hit)  # 0 / 0 = NaN is the absent class
-    return iou.nanmean().item(), iou

@@ -29,7 +29,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import geotiff
+from imagery import geotiff
+from imagery.bands import SAME_BAND
 
 # An image and what is wanted of it. info: geotiff.Info, whose path may name a part, "x.pt#12".
 # bands: positions. nodata: value or None. read(window, bands) -> (bands, height, width), as
@@ -52,10 +53,6 @@ Listing = namedtuple("Listing", "units bands chip sources skipped", defaults=(No
 
 RASTERS = (".tif", ".tiff", ".jp2")
 BGRN = ["B", "G", "R", "NIR"]
-# the names of bands that mean the same; "B2" is another band of other satellites: see meanings
-SAME_BAND = {"b02": "B", "b03": "G", "b04": "R", "b08": "NIR"}
-SAME_BAND |= {"blue": "B", "green": "G", "red": "R", "nir": "NIR"}
-SAME_BAND |= {"b": "B", "g": "G", "r": "R", "n": "NIR", "nearinfrared": "NIR"}
 BAND_FILE = re.compile(
     r"(?P<scene>.*?)[_.-]?(?<![A-Za-z0-9])(?P<band>B(0?[1-9]|1[0-2]|8A)|blue|green|red|nir)"
     r"(_\d\dm)?",

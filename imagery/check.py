@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from data import SPLITS, Store, resample, usable
 from figures import save_figure
-from formats import read_geotiff
+from imagery import pack
 
 BATCH_BYTES = 2**26  # stored pixels read at a time
 REACH = 8  # MR pixels up to which shifts are searched, along rows and columns
@@ -56,7 +56,7 @@ def check(path, out=None, max_shift=None, min_correlation=None):
     Returns the figures, a dict of (N,) or (N, bands) arrays, NaN where there is none. Raises
     FileNotFoundError, OSError or ValueError, one sentence.
     """
-    import pack  # which builds on data.py, whose command this is
+    from datasets.formats import read_geotiff  # which itself builds on imagery
 
     path, flagging = Path(path), max_shift is not None or min_correlation is not None
     if max_shift is not None and not 0 < max_shift < REACH:

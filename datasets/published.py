@@ -22,10 +22,10 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-import geotiff
+from imagery import geotiff
+from imagery.bands import IGNORE
 
 SPLITS = ("train", "val", "test")
-IGNORE = -1  # the ignored label in every Task, whatever the files call it
 
 L1C = ("B01", "B", "G", "R", "B05", "B06", "B07", "NIR", "B8A", "B09", "B10", "B11", "B12")
 L2A = tuple(band for band in L1C if band != "B10")
