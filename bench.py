@@ -295,7 +295,8 @@ def bench_compile(args):
         for row in pool.map(compiled, *zip(*launches(args.arch or SHARED_LIMIT), strict=True)):
             rows.append(row)
             print(" ".join(f"{row[name]!s:>{width}}" for name, width in cells.items()), flush=True)
-    print("\nstack: bytes per thread in memory, 0 where no register spills. N and D are arguments:")
+    print(f"\nTriton {triton_version()}. ", end="")
+    print("stack: bytes per thread in memory, 0 where no register spills. N and D are arguments:")
     print("a line of gram serves all N of its panels and all D, one of unit all D up to its tile.")
     return rows
 
@@ -341,7 +342,7 @@ def compiled(arch, kernel, tokens, operands, constants, options):
     constants = {**constants, "s_channel": 1, "t_channel": 1} if kernel == "unit" else constants
     types |= dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "i32") for name in function.arg_names}
-    aligned = "width", "pad", "s_image", "s_token", "t_image", "t_token"
+    aligned = "width", "t_width", "pad", "s_image", "s_token", "t_image", "t_token"
     attributes = {
         (place,): [["tt.divisibility", 16]]
         for place, (name, kind) in enumerate(signature.items())

@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import inspect
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -26,7 +27,6 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-import model as models
 from affinity import SpatialAffinity, gram_loss, token_mse
 from data import (
     choose_bands,
@@ -39,7 +39,7 @@ from data import (
     stream,
 )
 from figures import draw_tokens
-from model import OBJECTIVES, SIZES, draw_rectangle, ema_update, regularise, vit
+from model import OBJECTIVES, SIZES, Plan, draw_rectangle, ema_update, regularise, vit
 from run import (
     Parser,
     Run,
@@ -242,20 +242,13 @@ def parse_args(argv=None):
     words = typed
     first = p.parse_known_args(words)[0]
     if first.config:
-        words = words_of(first.config, p) + words
+        words = words_of(first.config) + words
         first = p.parse_known_args(words)[0]
-    objective = OBJECTIVES[first.objective]
-    trial = "--store" not in given and not first.config and not first.store[0].exists()
-    if trial:
-        words = ["--store", str(TRIAL / "pairs"), *words]
-        if first.device == "cpu" or not torch.cuda.is_available():
-            words = [*SMALL, *objective.small.split(), *words]
-        print(f"no {first.store[0]}/ here, so scenes are drawn for a trial; bring your own with "
-              "python data.py pack, then --store\nthe flags of this trial: train.py "
-              + " ".join(words), flush=True)  # fmt: skip
+    if "--store" not in given and not first.config and not first.store[0].exists():
+        words = [*trial_words(first.device, first.objective), *words]
     own = {flag: takers[first.objective][1] for flag, takers in own_flags().items()
            if first.objective in takers}  # fmt: skip
-    rates = dict(objective.defaults)
+    rates = dict(OBJECTIVES[first.objective].defaults)
     lr, start, final = (rates.pop(k, None) for k in ("lr", "start_lr", "final_lr"))
     per_image = rates.pop("lr_per_image", None)
     p.set_defaults(**rates)
@@ -278,7 +271,14 @@ def parse_args(argv=None):
     return args
 
 
-def words_of(path, parser):
+def trial_words(device, objective):
+    """The flags of a run that has no store: scenes and, without a GPU, what a CPU trains."""
+    cpu = device == "cpu" or not torch.cuda.is_available()
+    small = [*SMALL, *OBJECTIVES[objective].small.split()] if cpu else []
+    return ["--store", str(TRIAL / "pairs"), *small]
+
+
+def words_of(path):
     """The flags of a run as they are typed, from its config.json."""
     words = []
     for name, value in read_config(path)["args"].items():
@@ -312,22 +312,25 @@ def unused(args, given):
     return [(k, why) for k, why in idle.items() if "--" + k.replace("_", "-") in given]
 
 
-def draw_trial(store, ranks):
-    """Draw procedural scenes and pack them where `store` is to be, on rank 0."""
-    if store == TRIAL / "pairs" and ranks.rank == 0 and not store.exists():
-        here = Path(__file__).parent
-        images = TRIAL / "images"
-        for words in (
-            ["-m", "imagery.scenes", images, "--scenes", "24", "--size", "256", "--seed", "0"],
-            [here / "data.py", "pack", "--mr", images / "mr", "--hr", images / "hr", store,
-             "--chip", "32"],
-        ):  # fmt: skip
-            if words[0] == "-m" and images.exists():
-                continue
-            print("$ python " + " ".join(map(str, words)), flush=True)
-            words = [str(Path(w).resolve()) if isinstance(w, Path) else w for w in words]
-            if subprocess.run([sys.executable, *words], cwd=here).returncode:
-                raise ValueError(f"{store}: could not be made; give --store")
+def draw_trial(args, ranks):
+    """Where there is no store yet, draw procedural scenes and pack them, on rank 0."""
+    store, images = TRIAL / "pairs", TRIAL / "images"
+    if args.store != [store]:
+        return
+    if ranks.rank == 0:
+        print(f"no store given: training on scenes drawn for a trial, {store}; bring your own "
+              "images with python data.py pack, then --store\nits flags: "
+              + " ".join(trial_words(args.device, args.objective)), flush=True)  # fmt: skip
+        commands = [
+            f"imagery.scenes {images} --scenes 24 --size 256 --seed 0",
+            f"data pack --mr {images}/mr --hr {images}/hr {store} --chip 32",
+        ]
+        here = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+        for command, made in zip(commands, (images, store), strict=True):
+            if not made.exists():
+                print(f"$ python -m {command}", flush=True)
+                if subprocess.run([sys.executable, "-m", *command.split()], env=here).returncode:
+                    raise ValueError(f"{made}: could not be made for a trial; give --store")
     ranks.wait()
 
 
@@ -502,6 +505,46 @@ def micro_batches(args, ranks):
     return device_batch, args.global_batch // unit
 
 
+def build_optimizer(objective, lr, beta2):
+    """AdamW with two groups of weights, with and without weight decay."""
+    named = [(n, p) for n, p in objective.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for n, p in named if objective.decays(n, p) == decays], "decays": decays}
+        for decays in (True, False)
+    ]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, beta2), fused=named[0][1].is_cuda)
+
+
+def describe(args, chips, objective, ranks, total, precision):
+    """What config.json says of a run, what its weights say, and the diff of an edited tree."""
+    commit, edits = git_state()
+    variant, cuda = VARIANTS[args.variant], ranks.device.type == "cuda"
+    config = {
+        "args": json.loads(json.dumps(vars(args), default=str)),
+        "encoder": objective.student.config,
+        "steps": total,
+        "chips": chips.digest,
+        "ranks": ranks.world,
+        "precision": precision,
+        "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "commit": commit,
+        "dirty": bool(edits),
+    }
+    # several stores: the encoder is said to read what the first one holds
+    first = chips.stores[0].meta
+    facts = {
+        "objective": args.objective,
+        "variant": args.variant,
+        "bands": chips.bands[variant.student],
+        **{key: first[key][variant.student] for key in ("mean", "std", "gsd")},
+        "mr_size": args.mr_size,
+        "sources": [source for store in chips.stores for source in store.meta["sources"]],
+        "commit": commit,
+    }
+    return config, facts, edits
+
+
 def restore(path, saved, objective, optimizer, scaler):
     """Load a checkpoint, a dict; returns the steps that are done."""
     try:
@@ -557,7 +600,7 @@ def main(args):
     enabled = precision != "float32"
     autocast = torch.autocast(device.type, getattr(torch, precision), enabled=enabled)
     device_batch, accumulation = micro_batches(args, ranks)
-    draw_trial(args.store[0], ranks)
+    draw_trial(args, ranks)
 
     # Chips, model, teacher. The same seed gives the same weights on every rank.
     variant = VARIANTS[args.variant]
@@ -575,45 +618,17 @@ def main(args):
     if args.probe_task and ranks.rank == 0:
         probe = load_probe(args.probe_task, bands, encoder, objective.grid)
 
-    # Two groups of weights, with and without weight decay.
-    named = [(n, p) for n, p in objective.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for n, p in named if objective.decays(n, p) == decays], "decays": decays}
-        for decays in (True, False)
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), fused=cuda)
+    optimizer = build_optimizer(objective, args.lr, args.beta2)
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "float16")
-    plan = models.Plan(
+    plan = Plan(
         args.lr, args.start_lr, args.final_lr, round(total * args.warmup_epochs / 300),
         args.weight_decay, args.final_weight_decay, args.momentum,
     )  # fmt: skip
 
     # The run directory: a new run, or one that goes on.
-    commit, edits = git_state()
-    config = {
-        "args": json.loads(json.dumps(vars(args), default=str)),
-        "encoder": encoder.config,
-        "steps": total,
-        "chips": chips.digest,
-        "ranks": ranks.world,
-        "accumulation": accumulation,
-        "precision": precision,
-        "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or "cpu",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "commit": commit,
-        "dirty": bool(edits),
-    }
-    # several stores: the encoder is said to read what the first one holds
-    first = chips.stores[0].meta
-    facts = {
-        "objective": args.objective,
-        "variant": args.variant,
-        "bands": bands,
-        **{key: first[key][variant.student] for key in ("mean", "std", "gsd")},
-        "mr_size": args.mr_size,
-        "sources": [source for store in chips.stores for source in store.meta["sources"]],
-        "commit": commit,
-    }
+    config, facts, edits = describe(args, chips, objective, ranks, total, precision)
+    config["accumulation"] = accumulation
     saved, start = open_run(args.out, args.resume, config, FREE_ON_RESUME), 0
     if saved is not None:
         start = restore(args.out / "ckpt.pt", saved, objective, optimizer, scaler)
@@ -677,7 +692,7 @@ def main(args):
                 sums = [a + b for a, b in zip(sums, more, strict=True)] if sums else more
         if logs:
             scaler.unscale_(optimizer)
-            norm = torch.nn.utils.get_total_norm([p.grad for _, p in named if p.grad is not None])
+            norm = torch.nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
@@ -696,7 +711,7 @@ def main(args):
                 entry["probe_miou"] = probe()
             run.log(step, entry, args.global_batch)
         if run.saves(step):
-            size = torch.nn.utils.get_total_norm([p.detach() for _, p in named])
+            size = torch.nn.utils.get_total_norm([p.detach() for p in weights])
             check_finite(size.item(), "the update left weights of norm", step, args.out)
             if ranks.rank == 0:
                 meta = facts | {"step": step + 1}

@@ -16,8 +16,10 @@ once the student is near its teacher. With u = s - t, formed in float32 and roun
 exactly, and every term is as small as the result: rounding costs a *relative* error. (It is the
 same as (u_i.v_j + v_i.u_j) / 2 with v = s + t, but needs u and s only, and s_j serves g too.) That
 holds where s_i is near t_i token by token; a student that equals its teacher up to a rotation of D
-has a small loss and a large u, and no 16-bit form survives that. u is kept times 256, a power of
-two that changes no bit and keeps float16 clear of its subnormal numbers.
+has a small loss and a large u, and no 16-bit form survives that. The same is true of a teacher of
+another width, D': zeros are appended to the narrower of the two, in `unit_kernel`, and every
+product stays what it was. u is kept times 256, a power of two that changes no bit and keeps float16
+clear of its subnormal numbers.
 
 **Two kernels.** `unit_kernel` reads student and teacher once, pools, normalises, and writes u, s
 and 1/|S|. In `gram_kernel` a program owns BM rows of i and holds a panel of BM x BN values d on the
@@ -35,7 +37,8 @@ tensor (or 16 MB).
 **Given up:** double backward; float64; the 16-bit rotated case above. The loss of a batch in which
 one token is NaN is NaN, as in eager PyTorch, but the NaN may reach the gradient of an image beside.
 No GPU was at hand: the tiles were chosen by what the compiler makes of them (registers, shared
-memory, tensor-core instructions: `python bench.py compile`); no speed on a GPU is measured.
+memory, tensor-core instructions: `python bench.py compile`), that of Triton 3.7.1, which torch 2.13
+brings; no speed on a GPU is measured.
 
 Deterministic: every sum has one order, no atomics. Source of the loss: arXiv 2601.12964; the
 gradient in the forward pass, as fused linear cross-entropy kernels do.
@@ -46,16 +49,14 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-import affinity
-
-CHUNK = 64  # D is padded to a multiple, zeros beyond: the kernels walk it without a mask
+CHUNK = 64  # widths are padded to a multiple with zeros: `gram_kernel` walks them without a mask
 WORKSPACE = 2**24  # bytes that nobody misses: below it, a batch is not cut
 
 
 @triton.jit(do_not_specialize=["rows", "n"])
 def unit_kernel(
     student,  # (images, n, D), any float dtype and strides
-    teacher,  # (images, n * G, D), the G of one student token contiguous
+    teacher,  # (images, n * G, D'), the G of one student token contiguous
     u,  # (rows + padding, pad) out: 256 (s - t), operand dtype; zero in the padding
     s,  # (rows + padding, pad) out: the student at unit length
     inverse,  # (rows + padding,) out, float32: 1 / |S|, zero for a token of zero norm
@@ -68,7 +69,8 @@ def unit_kernel(
     t_token,
     t_channel,
     width,  # D
-    pad,  # D rounded up to whole chunks
+    t_width,  # D', the teacher's
+    pad,  # the wider of both, rounded up to whole chunks; zeros beyond either
     G: tl.constexpr,
     WIDTH: tl.constexpr,  # power of two >= pad
     ROWS: tl.constexpr,  # tokens per program
@@ -76,18 +78,18 @@ def unit_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     image, token = (row // n)[:, None], (row % n)[:, None]
     d = tl.arange(0, WIDTH)[None, :]
-    inside = (row < rows)[:, None] & (d < width)
+    inside = (row < rows)[:, None]
 
     at = student + image * s_image + token * s_token + d * s_channel
-    a = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    a = tl.load(at, mask=inside & (d < width), other=0.0).to(tl.float32)
     b = tl.zeros((ROWS, WIDTH), tl.float32)  # the mean of G, times G: unit length forgets it
     for g in tl.static_range(G):
         at = teacher + image * t_image + (token * G + g) * t_token + d * t_channel
-        b += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        b += tl.load(at, mask=inside & (d < t_width), other=0.0).to(tl.float32)
 
     norm_a, norm_b = tl.sqrt(tl.sum(a * a, 1)), tl.sqrt(tl.sum(b * b, 1))
-    inverse_a = tl.where(norm_a > 0, 1 / tl.maximum(norm_a, 1e-12), 0.0)
-    inverse_b = tl.where(norm_b > 0, 1 / tl.maximum(norm_b, 1e-12), 0.0)
+    inverse_a = tl.where(norm_a == 0, 0.0, 1 / tl.maximum(norm_a, 1e-12))
+    inverse_b = tl.where(norm_b == 0, 0.0, 1 / tl.maximum(norm_b, 1e-12))
     a, b = a * inverse_a[:, None], b * inverse_b[:, None]
 
     out = row[:, None] * pad + d
@@ -120,7 +122,7 @@ def gram_kernel(
     group,  # rows that see each other: n, or those of the BM // n images packed together
     tiles,  # programs to a group
     width,  # D
-    pad,  # D rounded up to whole chunks, zeros there
+    pad,  # the operands' width: D, or a wider teacher's, rounded up to whole chunks
     WANT_GRAD: tl.constexpr,
     ONE_PANEL: tl.constexpr,  # group <= BN
     PRECISION: tl.constexpr,  # of float32 products: "ieee" or "tf32"
@@ -135,12 +137,11 @@ def gram_kernel(
     i = row + tl.arange(0, BM)
     d = tl.arange(0, BK)[None, :]
     out = (base + i)[:, None] * width + d
-    norm = tl.load(inverse + base + i)[:, None] * (1 / 256)
     total = tl.zeros((BM,), tl.float32)
     radial = tl.zeros((BM,), tl.float32)  # g.s
 
     delta = tl.zeros((BM, BN), tl.float32)  # 256 d
-    for start in range(0, size, BN):
+    for start in range(0, BN if ONE_PANEL else size, BN):  # known to be one: fewer registers
         j = start + tl.arange(0, BN)
         delta = tl.zeros((BM, BN), tl.float32)
         for k in range(0, pad, BK):
@@ -172,6 +173,7 @@ def gram_kernel(
 
     tl.store(loss + tl.program_id(0), tl.sum(total))
     if WANT_GRAD:
+        norm = tl.load(inverse + base + i)[:, None] * (1 / 256)
         for k in range(0, pad, BK):
             mask = (i < size)[:, None] & (d + k < width)
             if ONE_PANEL:  # again, from the panel on the chip: cheaper than rows kept in memory
@@ -186,11 +188,15 @@ def gram_kernel(
 
 # unfused, or a student equal to its teacher would differ from it by a rounding
 UNIT_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
-# (BM, BN, BK, num_warps, num_stages) in 16 bits, by the major compute capability: the largest found
-# that spill no register. SQUARE serves N <= 128 in one panel and N > 256 in several, WIDE
-# holds the columns of a 14 x 14 or 16 x 16 grid. Others than 9 and 10 take the row of 8.
-SQUARE = {8: (128, 128, 32, 8, 2), 9: (128, 128, 64, 8, 3), 10: (128, 128, 32, 8, 3)}
-WIDE = {8: (64, 256, 32, 8, 3), 9: (128, 256, 32, 8, 2), 10: (64, 256, 32, 8, 3)}
+# (BM, BN, BK, num_warps, num_stages) in 16 bits, by the major compute capability; others than 9 and
+# 10 take the row of 8. For N <= 128; for the columns of a 14 x 14 or 16 x 16 grid in one panel; for
+# several panels, whose rows are fewer, so that an image of many tokens is work for many processors.
+# Of the tiles tried the largest that spill no register: on Triton 3.7.1, and on 3.9 as well.
+TILES = {
+    8: ((128, 128, 32, 8, 2), (64, 256, 32, 8, 3), (64, 128, 32, 8, 3)),
+    9: ((128, 128, 64, 8, 3), (128, 256, 32, 8, 2), (64, 128, 64, 8, 3)),
+    10: ((128, 128, 32, 8, 3), (64, 256, 32, 8, 3), (64, 128, 64, 8, 3)),
+}
 
 
 def tiles_for(capability, operand, n, tf32=False):
@@ -198,11 +204,11 @@ def tiles_for(capability, operand, n, tf32=False):
 
     Returns (constants BM, BN, BK, ONE_PANEL, PRECISION, TMA; options for the compiler).
     """
-    major = capability[0] if capability[0] in SQUARE else 8
+    major = capability[0] if capability[0] in TILES else 8
     if operand == torch.float32:
         bm, bn, bk, warps, stages = (64, 64, 32, 4 if tf32 else 8, 2)
     else:
-        bm, bn, bk, warps, stages = (WIDE if 128 < n <= 256 else SQUARE)[major]
+        bm, bn, bk, warps, stages = TILES[major][(n > 128) + (n > 256)]
     constants = {
         "BM": bm,
         "BN": bn,
@@ -235,7 +241,7 @@ def round_up(count, multiple):
 def loss_and_grad(student, teacher, operand, want_grad, capability=None):
     """The loss, and the gradient as a backward pass needs it.
 
-    student: (B, N, D), float32, bfloat16 or float16. teacher: (B, N * G, D). operand: dtype in
+    student: (B, N, D), float32, bfloat16 or float16. teacher: (B, N * G, D'). operand: dtype in
     which u and s are multiplied; sums are float32 in any case. capability: compute capability to
     choose tiles for, the device's if None.
     Returns loss, a float32 scalar, and (g - (g.s) s) / |S| in the student's shape and dtype: times
@@ -250,7 +256,7 @@ def loss_and_grad(student, teacher, operand, want_grad, capability=None):
     tf32 = operand == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     constants, options = tiles_for(capability, operand, n, tf32)
     bm, bn, bk = constants["BM"], constants["BN"], constants["BK"]
-    pad = round_up(d, CHUNK)
+    pad = round_up(max(d, teacher.shape[2]), CHUNK)
     packed = max(1, bm // n)  # images in one program
     tiles = triton.cdiv(packed * n, bm)  # programs to a group
 
@@ -279,7 +285,7 @@ def loss_and_grad(student, teacher, operand, want_grad, capability=None):
             x, y = student[first : first + images], teacher[first : first + images]
             rows = x.shape[0] * n
             unit_kernel[(triton.cdiv(height, block),)](
-                *(x, y, u, s, inverse, rows, n, *x.stride(), *y.stride(), d, pad),
+                *(x, y, u, s, inverse, rows, n, *x.stride(), *y.stride(), d, y.shape[2], pad),
                 **{"G": y.shape[1] // n, "WIDTH": width, "ROWS": block, **UNIT_OPTIONS},
             )
             out = grad[first : first + images]
@@ -292,6 +298,8 @@ def loss_and_grad(student, teacher, operand, want_grad, capability=None):
 
 
 def gram_loss(student, teacher):
-    """`affinity.gram_loss` by these kernels: arguments, result and errors are its own, and a
+    """The Gram loss by these kernels: arguments, result and errors as `affinity.gram_loss`, and a
     RuntimeError where they cannot run."""
-    return affinity.gram_loss(student, teacher, backend="triton")
+    from kernels import forms  # which imports this file, when its choice asks for it
+
+    return forms.gram_loss(student, teacher, backend="triton")

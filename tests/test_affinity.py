@@ -112,7 +112,8 @@ def test_gram_slow_loop(n, d, group):
     slow = slow_gram(student, teacher, group)
     for backend in BACKENDS:
         loss = float(gram_loss(student, teacher, backend=backend))
-        assert loss == pytest.approx(slow, rel=1e-5, abs=1e-7 if backend == "linear" else 1e-12)
+        # at n = 1 the loss is zero: its terms have squares of eps left, those of linear eps itself
+        assert loss == pytest.approx(slow, rel=1e-5, abs=1e-6 if backend == "linear" else 1e-12)
 
 
 @pytest.mark.parametrize("function", [gram_eager, gram_loss, token_mse])

@@ -1,9 +1,11 @@
+import contextlib
 import json
 import math
 import os
 import re
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,11 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, refused
 from stores import write_store
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import data
+import model
 import run as runs
 import train
 from affinity import gram_loss, hr_index, pool_to_mr, token_mse
@@ -187,7 +192,7 @@ def test_any_number_of_ranks_trains_the_same_run(store, tmp_path, objective):
     one = log_of(tmp_path / "one")
     for name in ("parts", "two", "four"):
         for a, b in zip(one, log_of(tmp_path / name), strict=True):
-            for key in ("loss", "ssl", "affinity", "rank", "cosine", "target_var", "grad_norm"):
+            for key in ("loss", "ssl", "affinity", "rank", "place", "target_var", "grad_norm"):
                 assert b[key] == pytest.approx(a[key], rel=1e-5, abs=1e-6), (name, key)
         for key, value in weights_of(tmp_path / name).items():
             if key.endswith("bias"):
@@ -330,7 +335,7 @@ def test_any_number_of_ranks_trains_the_same_run_on_partial_pairs(partial, tmp_p
     assert any(entry["affinity"] > 0 for entry in one)
     for name in ("parts", "two"):
         for a, b in zip(one, log_of(tmp_path / name), strict=True):
-            for key in ("loss", "ssl", "affinity", "rank", "cosine", "target_var", "grad_norm"):
+            for key in ("loss", "ssl", "affinity", "rank", "place", "target_var", "grad_norm"):
                 assert b[key] == pytest.approx(a[key], rel=1e-5, abs=1e-6), (name, key)
 
 
@@ -563,6 +568,272 @@ def test_losses_are_the_recorded_ones(store, tmp_path, objective):
     assert losses == pytest.approx(STORED[objective], rel=1e-5)
 
 
+# ---- a run from a file, a run from nothing, an objective from elsewhere
+
+
+def test_config_repeats_a_run(store, tmp_path):
+    flags = dict(objective="latentmim", gap_offset="paper", vicreg=0.5, steps=3)
+    run(store, tmp_path / "a", **flags)
+    config = tmp_path / "a" / "config.json"
+    args = train.parse_args(["--config", str(config), "--out", str(tmp_path / "b")])
+    train.main(args)
+    same_weights(weights_of(tmp_path / "a"), weights_of(tmp_path / "b"))
+    before = json.loads(config.read_text())["args"]
+    after = json.loads((tmp_path / "b" / "config.json").read_text())["args"]
+    assert {k for k in before if before[k] != after[k]} == {"out", "config"}
+    # what is typed wins; what would do nothing is refused all the same
+    args = train.parse_args(["--config", str(config), "--tau", "0.1", "--no-resume"])
+    assert args.tau == 0.1 and args.visible == 10 and args.out == Path("out/latentmim-sa-s0")
+    with refused(SystemExit, "--predictor-dim"):
+        train.parse_args(["--config", str(config), "--predictor-dim", "8"])
+    for text in ("", "[]", '{"args": {"banana": 3}, "steps": 1, "precision": "", "chips": ""}'):
+        (tmp_path / "x.json").write_text(text)
+        with refused((SystemExit, ValueError)):
+            train.parse_args(["--config", str(tmp_path / "x.json")])
+
+
+def test_no_flags_train_on_scenes(tmp_path):
+    """As a stranger's first command, with two ranks: both wait for the scenes of the first."""
+    launcher = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
+    words = [sys.executable, *launcher, str(ROOT / "train.py"), "--device", "cpu", "--stop-at", "2"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    first = done.stdout.splitlines()[0]
+    assert "out/scenes/pairs" in first and "data.py pack" in first and done.stdout.count(first) == 1
+    assert "--model tiny" in done.stdout
+    assert [e["step"] for e in log_of(tmp_path / "out" / "ijepa-sa-s0")] == [1, 2]
+
+
+class Colour(model.Objective):
+    """Predict the mean colour of hidden patches from the visible ones: a forker's objective."""
+
+    defaults = model.MAE.defaults
+    flags = {"hidden": ("patches that are hidden", 1)}
+
+    def __init__(self, student, grid, hidden=9, ratio=2):
+        super().__init__(student, grid, ratio)
+        self.hidden, self.guess = hidden, torch.nn.Linear(student.dim, student.in_channels)
+
+    def draw(self, batch, generator):
+        order = torch.rand(batch, self.grid[0] * self.grid[1], generator=generator).argsort(1)
+        return {"context": order[:, self.hidden :], "target": order[:, : self.hidden]}
+
+    def target_tokens(self, images, masks):
+        colours = F.avg_pool2d(images, self.student.patch_size).flatten(2).mT
+        return model.take(colours, masks["target"])
+
+    def forward(self, images, masks):
+        tokens = self.student(images, masks["context"])
+        target = self.target_tokens(images, masks).mean(1)
+        return F.mse_loss(self.guess(tokens.mean(1)), target), tokens, masks["context"]
+
+
+@pytest.mark.parametrize("variant", ["mr", "hr", "sa", "sa-shuffled"])
+def test_a_fourth_objective_is_a_class_and_an_entry(store, tmp_path, monkeypatch, variant):
+    monkeypatch.setitem(model.OBJECTIVES, "colour", Colour)
+    monkeypatch.setitem(OWN, "colour", "--mr-size 24 --hidden 12")
+    run(store, tmp_path / "whole", "colour", steps=4, variant=variant, vicreg=1)
+    run(store, tmp_path / "run", "colour", steps=4, variant=variant, vicreg=1, stop_at=2)
+    run(store, tmp_path / "run", "colour", steps=4, variant=variant, vicreg=1, resume=True)
+    same_weights(weights_of(tmp_path / "whole"), weights_of(tmp_path / "run"))
+    assert load_encoder(tmp_path / "run").meta["objective"] == "colour"
+    with refused(SystemExit, "--hidden"):
+        train.parse_args(["--store", str(store), "--objective", "mae", "--hidden", "3"])
+
+
+# ---- HR teachers
+
+
+@every_objective
+@pytest.mark.parametrize("variant", ["sa", "sa-interp", "sa-shuffled", "sa-mse"])
+def test_the_recipe_of_a_frozen_hr_teacher(store, tmp_path, objective, variant):
+    """Two commands: a teacher trained on native HR pixels, then frozen, for each control."""
+    run(store, tmp_path / "hr", objective, variant="hr", crop_scale=["0.25", "0.25"], vicreg=1)
+    before = (tmp_path / "hr" / "encoder.safetensors").read_bytes()
+    flags = dict(hr_teacher=tmp_path / "hr", affinity_centre="image", affinity_weight=20, vicreg=1)
+    run(store, tmp_path / "sa", objective, variant=variant, steps=3, **flags)
+    log = log_of(tmp_path / "sa")
+    assert all(e["affinity"] > 0 and e["vicreg"] > 0 for e in log)
+    parts = log[0]["ssl"] + 20 * log[0]["affinity"] + log[0]["vicreg"]
+    assert log[0]["loss"] == pytest.approx(parts)
+    assert (tmp_path / "hr" / "encoder.safetensors").read_bytes() == before
+
+
+@every_objective
+def test_a_teacher_of_another_width_patch_and_bands(store, tmp_path, objective, capsys):
+    """RGB weights, 24 wide, patch 6: HR is resampled to its patches, its bands are chosen by name;
+    tokens and loss against a plain computation."""
+    torch.manual_seed(1)
+    other = ViT(3, 6, 24, 1, 4, class_token=True)
+    meta = dict(bands=["R", "G", "B"], mean=[3000.0, 2500.0, 2000.0], std=[500.0, 400.0, 300.0])
+    save_encoder(other, tmp_path / "rgb.safetensors", **meta)
+    run(store, tmp_path / "run", objective, hr_teacher=tmp_path / "rgb.safetensors", steps=1)
+    assert "its own statistics" in capsys.readouterr().out
+    assert (tmp_path / "run" / "tokens.png").is_file()
+
+    args = parsed(store, objective, hr_teacher=tmp_path / "rgb.safetensors")
+    chips = open_chips(args.store, pairs=1)
+    torch.manual_seed(0)
+    built = train.build_objective(args, chips.bands["mr"])
+    teacher = train.build_teacher(args, built, chips.bands, CPU)
+    (part,) = step_of(args, chips, built, teacher)
+    _, tokens, index = built(data.render(part["mr"]), part["masks"])
+    order = sample_order(0, 0, 4, 14)
+    crops = torch.from_numpy(draw_crops(0, 0, 4, tuple(args.crop_scale)))
+    pixels = chips.stores[0].batch(chips.ids[order, 1])["hr"][:, [2, 1, 0]]
+    side = 2 * 6 * 6 if objective != "latentmim" else 2 * 36
+    hr = resample(pixels, crops * 32, (side, side))
+    hr = (hr - torch.tensor(meta["mean"])[:, None, None]) / torch.tensor(meta["std"])[:, None, None]
+    if objective == "latentmim":  # cut 8 px patches, two tokens of 6 px a side from each
+        hr = take_patches(hr, 8, 4, 2 * part["masks"]["offset"])
+        cells = [F.interpolate(row.contiguous(), (12, 12), mode="bicubic", antialias=True)
+                 for line in hr.split(8, 2) for row in line.split(8, 3)]  # fmt: skip
+        hr = torch.cat([torch.cat(cells[6 * i : 6 * i + 6], 3) for i in range(6)], 2)
+    with torch.no_grad():
+        seen = other(hr, hr_index(index, (6, 6), 2))
+    expected = gram_loss(tokens.double(), seen.double(), backend="eager")
+    assert log_of(tmp_path / "run")[0]["affinity"] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_shuffled_hr_is_the_next_pairs(store, tmp_path):
+    """The affinity of sa-shuffled is that of sa with the HR chips moved on, and ranks share it."""
+    args = parsed(store, "ijepa", variant="sa-shuffled")
+    chips = open_chips(args.store, pairs=2)
+    built = train.build_objective(args, chips.bands["mr"])
+    (part,) = step_of(args, chips, built)
+    order = sample_order(0, 0, 5, 14)  # the fifth is the first of the next step
+    hr = chips.stores[0].batch(chips.ids[order, 1], {"hr"})["hr"]
+    assert part["hr"][0]["images"].equal(hr[1:])
+    assert part["mr"][0]["images"].equal(chips.stores[0].batch(chips.ids[order[:4], 1])["mr"])
+    run(store, tmp_path / "one", variant="sa-shuffled", steps=3)
+    done = spawn(command(store, tmp_path / "two", variant="sa-shuffled", steps=3), 2)
+    assert done.returncode == 0, done.stderr
+    for a, b in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+
+
+# ---- what a GPU would wait for, traced without one
+
+
+class Watch(TorchDispatchMode):
+    """Notes, from the first step on, copies from the CPU and operators that CUDA lacks."""
+
+    on, faults = False, ()
+
+    def note(self, what):
+        frames = [f for f in traceback.extract_stack() if Path(f.filename).parent == ROOT]
+        self.faults += (f"{frames[-1].name}: {what}" if frames else what,)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if self.on:
+            tensors = [x for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)]
+            results = [x for x in tree_leaves(out) if torch.is_tensor(x) and x.is_meta]
+            # a number of no dimension travels in the launch itself
+            if results and any(x.device.type == "cpu" and x.ndim for x in tensors):
+                self.note(f"{function} of a CPU tensor")
+            allowed = ("_to_copy", "view", "slice", "alias", "detach", "select")
+            wide = any(x.dtype == torch.uint16 for x in tensors)
+            if wide and not any(word in str(function) for word in allowed):
+                self.note(f"{function} of uint16")
+        return out
+
+
+class Calls(torch.overrides.TorchFunctionMode):
+    """Notes torch.tensor(..., device=), which copies from the CPU inside."""
+
+    def __init__(self, watch):
+        super().__init__()
+        self.watch = watch
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        made = function in (torch.tensor, torch.as_tensor)
+        if self.watch.on and made and str(kwargs.get("device")) == "meta":
+            self.watch.note("torch.tensor(device=)")
+        return function(*args, **kwargs)
+
+
+def trace(store, tmp_path, monkeypatch, objective, **flags):
+    """Three steps of train.main on device meta, where every read by the host raises: the faults."""
+    args = parsed(store, objective, steps=9, stop_at=3, **flags)
+    args.out = tmp_path / "run"
+    watch, meta = Watch(), torch.device("meta")
+    rates = model.OBJECTIVES[objective].rates
+
+    def first(*values):
+        watch.on = True
+        return rates(*values)
+
+    monkeypatch.setattr(model.OBJECTIVES[objective], "rates", first)
+    monkeypatch.setattr(train, "start_ranks", lambda device: runs.Ranks(0, 1, meta))
+    monkeypatch.setattr(torch, "autocast", lambda *a, **k: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+    for when in ("logs", "saves"):  # what syncs on purpose
+        monkeypatch.setattr(runs.Run, when, lambda run, step: False)
+    with watch, Calls(watch):
+        train.main(args)
+    assert watch.on
+    return set(watch.faults)
+
+
+TRACED = [
+    {}, dict(affinity_index="block", vicreg=1, affinity_centre="image"), dict(variant="sa-interp"),
+    dict(variant="hr"), dict(variant="sa-mse", pos="ground", device_batch=2),
+]  # fmt: skip
+
+
+@every_objective
+@pytest.mark.parametrize("flags", TRACED)
+def test_a_step_waits_for_nothing(partial, tmp_path, monkeypatch, objective, flags):
+    """Of two stores of uint16, partly paired: no copy but the prepared batch's, no answer waited
+    for, no operator that CUDA has not."""
+    stores = partial[:1] if flags.get("variant") == "hr" else partial
+    assert trace(stores, tmp_path, monkeypatch, objective, **flags) == set()
+
+
+@pytest.mark.parametrize("fault", ["item", "tensor", "index", "copy"])
+def test_the_trace_sees_what_it_is_for(partial, tmp_path, monkeypatch, fault):
+    plant = {
+        "item": lambda x: x.sum().item(),
+        "tensor": lambda x: torch.tensor([1.0], device=x.device),
+        "index": lambda x: torch.empty(3, dtype=torch.uint16, device=x.device)[x[0, 0].long()],
+        "copy": lambda x: torch.ones(3).to(x.device),
+    }[fault]
+    regularise = model.regularise
+    monkeypatch.setattr(train, "regularise", lambda x: plant(x) is None or regularise(x))
+    if fault == "item":
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            trace(partial, tmp_path, monkeypatch, "mae", vicreg=1)
+    else:
+        assert trace(partial, tmp_path, monkeypatch, "mae", vicreg=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@every_objective
+def test_a_gpu_trains_resumes_and_never_waits(partial, tmp_path, monkeypatch, objective):
+    flags = dict(device="cuda", steps=6, affinity_index="block", vicreg=1)
+    run(partial, tmp_path / "whole", objective, **flags)
+    run(partial, tmp_path / "run", objective, **flags, stop_at=3)
+    run(partial, tmp_path / "run", objective, **flags, resume=True)
+    a, b = log_of(tmp_path / "whole"), log_of(tmp_path / "run")
+    assert [e["loss"] for e in a] == pytest.approx([e["loss"] for e in b], rel=1e-2)
+    rates = model.OBJECTIVES[objective].rates
+
+    def strict(*values):  # the first call is a warm-up: libraries and allocators start
+        torch.cuda.set_sync_debug_mode("error" if values[1] > 1 else 0)
+        return rates(*values)
+
+    monkeypatch.setattr(model.OBJECTIVES[objective], "rates", strict)
+    for when in ("logs", "saves"):
+        monkeypatch.setattr(runs.Run, when, lambda run, step: False)
+    try:
+        run(partial, tmp_path / "quiet", objective, **flags | dict(steps=9, stop_at=6))
+    finally:
+        torch.cuda.set_sync_debug_mode(0)
+
+
 # ---- starting from other weights
 
 
@@ -751,8 +1022,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(store, tmp_path):
 
 
 def test_the_script_says_one_sentence(store, tmp_path):
-    words = command(store, tmp_path / "run", mr_size=30)
-    for words in (words, [*words, "--steps", "none"]):
+    bad = command(store, tmp_path / "run", mr_size=30)
+    for words in (bad, [*bad, "--steps", "none"]):
         done = subprocess.run(
             [sys.executable, str(ROOT / "train.py"), *words], capture_output=True, text=True
         )
