@@ -31,7 +31,7 @@ def refused(kind, *mentions):
     if kind is SystemExit:
         assert caught.value.code == 2, said.getvalue()
         error.line = re.split(r"[\r\n]", said.getvalue().rstrip("\n"))[-1]  # after usage or a bar
-        assert re.match(r"\w+\.py: |.*: error: ", error.line), said.getvalue()
+        assert re.match(r"\w+\.py: |python -m [\w.]+: |.*: error: ", error.line), said.getvalue()
     else:
         assert caught.type in (kind if isinstance(kind, tuple) else (kind,)), repr(caught.value)
     assert error.line.strip() and "\n" not in error.line, error.line

@@ -2,7 +2,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, refused
 
 import demo
 
@@ -16,12 +16,12 @@ def test_meaning_is_what_the_numbers_say():
     said = demo.meaning(
         {"random": rows(0.50, 0.51), "mr": rows(0.40, 0.41), "sa": rows(0.60, 0.61)}, 700
     )
-    assert "After 700 steps mr loses to random by -10.0 points, sa beats random by +10.0" in said
-    assert "HR affinity adds +20.0 to mr" in said
+    for words in ("700 steps", "mr loses to random by -10.0", "sa beats random by +10.0", "+20.0"):
+        assert words in said
     said = demo.meaning(
         {"random": rows(0.50, 0.55), "mr": rows(0.51, 0.56), "sa": rows(0.49, 0.54)}, 7
     )
-    assert "mr equals random by +1.0 points, sa equals random by -1.0" in said
+    assert "mr equals random by +1.0" in said and "sa equals random by -1.0" in said
 
 
 def test_table_shows_every_encoder_and_absent_classes(capsys):
@@ -39,15 +39,13 @@ def test_an_existing_folder_is_left_alone(tmp_path):
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 2 and done.stdout == ""
-    assert "exists; remove it to run the demo anew, or name another" in done.stderr
+    assert str(tmp_path) in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 
 @pytest.mark.parametrize("flag", ["--steps", "--seeds"])
-def test_none_of_something_is_refused(tmp_path, monkeypatch, capsys, flag):
+def test_none_of_something_is_refused(tmp_path, monkeypatch, flag):
     monkeypatch.setattr(sys, "argv", ["demo.py", "--out", str(tmp_path / "new"), flag, "0"])
-    with pytest.raises(SystemExit) as stopped:
+    with refused(SystemExit, flag, "0", "1"):
         demo.main()
-    assert stopped.value.code == 2
-    assert f"{flag}: 0 is not a whole number from 1 up" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()

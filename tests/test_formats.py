@@ -9,6 +9,7 @@ import numpy as np
 import pair_layouts as layouts
 import pytest
 import torch
+from conftest import refused
 
 import data
 from datasets import formats
@@ -64,7 +65,7 @@ def test_sen2venus_of_20_m(tmp_path):
     pair = next(listing.units[0].open())
     assert same(pair.mr, images["ALSACE_C_32ULU_2018-02-14_20m_b4b5b6b8a"][0])
     assert same(pair.hrs[0], images["ALSACE_C_32ULU_2018-02-14_05m_b4b5b6b8a"][0])
-    with pytest.raises(ValueError, match="--product 60m: 10m or 20m expected"):
+    with refused(ValueError, "--product 60m", "10m", "20m"):
         formats.read_sen2venus(tmp_path, product="60m")
 
 
@@ -109,10 +110,10 @@ def test_a_pt_file_with_code_is_refused(tmp_path, zipped, capfd):
     layouts.sen2venus(tmp_path, ["ARM_14SPE_2018-01-01"])
     path = tmp_path / "ARM" / "ARM_14SPE_2018-01-01_05m_b2b3b4b8.pt"
     torch.save(Hostile(), path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ValueError, match=r"05m_b2b3b4b8\.pt: holds more than a tensor, and that"):
+    with refused(ValueError, path):
         pairs_of(formats.read_sen2venus(tmp_path))
     path.write_bytes(pickle.dumps(Hostile()))
-    with pytest.raises(ValueError, match=r"05m_b2b3b4b8\.pt: holds more than a tensor, and that"):
+    with refused(ValueError, path):
         pairs_of(formats.read_sen2venus(tmp_path))
     assert "hostile code ran" not in capfd.readouterr().out
 
@@ -122,16 +123,16 @@ def test_sen2venus_files_that_do_not_fit(tmp_path):
     path = tmp_path / "ARM" / "ARM_14SPE_2018-01-01_05m_b2b3b4b8.pt"
     content = path.read_bytes()
     for bad, found in (
-        (torch.zeros(2, 4, 8, 8), r"2 patches, but ARM_14SPE_2018-01-01_10m_b2b3b4b8\.pt has 3"),
-        (torch.zeros(2, 3, 8, 8), r"a tensor \(patches, 4, .* found \(2, 3, 8, 8\)"),
-        ({"images": torch.zeros(2, 4, 8, 8)}, r"a tensor \(patches, 4, .* found dict"),
+        (torch.zeros(2, 4, 8, 8), "2 patches"),
+        (torch.zeros(2, 3, 8, 8), "(2, 3, 8, 8)"),
+        ({"images": torch.zeros(2, 4, 8, 8)}, "dict"),
     ):
         torch.save(bad, path)
-        with pytest.raises(ValueError, match=r"05m_b2b3b4b8\.pt: " + found):
+        with refused(ValueError, path, found):
             pairs_of(formats.read_sen2venus(tmp_path))
     for bad in (content[: len(content) // 2], b""):
         path.write_bytes(bad)
-        with pytest.raises(ValueError, match=r"05m_b2b3b4b8\.pt: damaged \.pt file \(.*unpack it"):
+        with refused(ValueError, path):
             pairs_of(formats.read_sen2venus(tmp_path))
 
 
@@ -140,14 +141,14 @@ def test_sen2venus_tensors_that_numpy_has_not(tmp_path):
     path = tmp_path / "ARM" / "ARM_14SPE_2018-01-01_05m_b2b3b4b8.pt"
     plain = torch.from_numpy(images[path.stem])
     for bad, found in (
-        (plain.bfloat16(), "strided tensor of torch.bfloat16"),
-        (plain.to(torch.complex64), "strided tensor of torch.complex64"),
-        (plain > 0, "strided tensor of torch.bool"),
-        (plain.to_sparse(), "sparse_coo tensor of torch.int16"),
-        (plain.to("meta"), "meta tensor of torch.int16"),
+        (plain.bfloat16(), "bfloat16"),
+        (plain.to(torch.complex64), "complex64"),
+        (plain > 0, "bool"),
+        (plain.to_sparse(), "sparse"),
+        (plain.to("meta"), "meta"),
     ):
         torch.save(bad, path)
-        with pytest.raises(ValueError, match=rf"8\.pt: a {found}; save it again, dense, as int16"):
+        with refused(ValueError, path, found):
             pairs_of(formats.read_sen2venus(tmp_path))
     torch.save(plain.float().requires_grad_(), path)
     pair = pairs_of(formats.read_sen2venus(tmp_path))[1]
@@ -213,7 +214,7 @@ def test_listing_opens_no_file(tmp_path):
     listing = formats.read_rapidai4eo(tmp_path)
     assert len(listing.units) == 200
     assert len(pickle.dumps(listing.units)) < 80_000
-    with pytest.raises(ValueError, match="not a TIFF"):
+    with refused(ValueError, "2018-05.tif"):
         list(listing.units[0].open())
 
 
@@ -247,7 +248,7 @@ def test_worldstrat_options(tmp_path):
     assert same(second.mr, images["Amnesty POI-1-1-1-2-L1C_data"][[1, 2, 3, 7]])
     assert same(second.hrs[0], images["Amnesty POI-1-1-1_ps"][[2, 1, 0, 3]])
     assert first.mr.date == ""
-    with pytest.raises(ValueError, match="--level L3 --hr-product rgbn: L2A or L1C and rgbn or ps"):
+    with refused(ValueError, "--level L3", "L2A", "L1C"):
         formats.read_worldstrat(tmp_path, level="L3")
 
 
@@ -262,7 +263,7 @@ def test_worldstrat_tables_without_names_of_columns(tmp_path):
         "test",
     ]
     (tmp_path / "stratified_train_val_test_split.csv").write_text("tile,split\nLandcover-77,dev\n")
-    with pytest.raises(ValueError, match=r"_split\.csv: split dev; train, val or test expected"):
+    with refused(ValueError, "stratified_train_val_test_split.csv", "dev"):
         formats.read_worldstrat(tmp_path)
 
 
@@ -311,23 +312,24 @@ def test_worldstrat_says_how_many_places_are_in_no_split(tmp_path, capsys, text,
     path.write_text(text)
     pairs = pairs_of(formats.read_worldstrat(tmp_path))
     assert [p.split for p in pairs].count(None) == dealt
-    end = f"{dealt} of 3 places are in no split; they are dealt by site\n"
-    assert capsys.readouterr().out == f"{path}: {end}"
+    said = capsys.readouterr().out
+    assert str(path) in said and f"{dealt} of 3 " in said and said.count("\n") == 1
     path.unlink()
     formats.read_worldstrat(tmp_path)
-    assert f"no {path.name}: 3 of 3 places are in no split" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert path.name in said and "3 of 3 " in said
 
 
 def test_worldstrat_tables_that_say_nonsense(tmp_path):
     layouts.worldstrat(tmp_path)
     path = tmp_path / "stratified_train_val_test_split.csv"
-    for text, message in (
-        ("5,7\n6,8\n", "split 8; train, val or test expected"),
-        ("tile,split\na,train\na,test\n", "a is in train and in test; choose one"),
-        ("\udcff", "cannot be read .*fetch it again"),
+    for text, mention in (
+        ("5,7\n6,8\n", "split 8"),
+        ("tile,split\na,train\na,test\n", "a is in train and in test"),
+        ("\udcff", ""),
     ):
         path.write_bytes(text.encode(errors="surrogateescape"))
-        with pytest.raises(ValueError, match=rf"_split\.csv: {message}"):
+        with refused(ValueError, path, mention):
             formats.read_worldstrat(tmp_path)
     path.unlink()
     for n in ("²", "", "x", "1.5"):  # no numbers of visits, so no dates
@@ -374,19 +376,18 @@ def test_sen2naip_with_a_damaged_file(tmp_path):
         if k == 0:
             listing = formats.read_sen2naip(tmp_path)
             assert listing.chip == 31 and len(listing.units) == 2
-    with pytest.raises(ValueError, match=r"ROI_0000.lr\.tif: truncated or damaged"):
+    with refused(ValueError, "ROI_0000/lr.tif"):
         formats.read_sen2naip(tmp_path)
 
 
 def test_sen2naip_bands(tmp_path):
     layouts.sen2naip(tmp_path)
     layouts.tif(tmp_path / "cross-sensor" / "ROI_0000" / "hr.tif", layouts.pixels(3, 124, 124), 2.5)
-    message = r"hr\.tif: 3 bands without the names B, G, R, NIR, 4 expected; pack it with --format"
-    with pytest.raises(ValueError, match=message):
+    with refused(ValueError, "ROI_0000/hr.tif", "3 bands", "--format"):
         pairs_of(formats.read_sen2naip(tmp_path))
     (tmp_path / "v2").mkdir()
     (tmp_path / "v2" / "sen2naipv2-crosssensor.taco").touch()
-    with pytest.raises(FileNotFoundError, match=r"\.taco containers, v2, are not read; export"):
+    with refused(FileNotFoundError, ".taco"):
         formats.read_sen2naip(tmp_path / "v2")
 
 
@@ -428,49 +429,47 @@ def test_hdf5_splits_by_sample_id(tmp_path):
     assert [(p.split, p.mr.info.path.name[-1]) for p in pairs] == [("val", "0"), ("train", "2")]
 
 
-def test_hdf5_messages(tmp_path):
-    path = tmp_path / "sen2venus.hdf5"
-    images = layouts.hdf5(path)
-    splits = tmp_path / "splits_v1.json"
-    for given, message in (
-        ({"train": [0, 7]}, r"splits_v1\.json: train holds 7, but sen2venus\.hdf5 has rows 0 to 6"),
+def test_hdf5_splits_that_do_not_fit(tmp_path):
+    path, splits = tmp_path / "sen2venus.hdf5", tmp_path / "splits_v1.json"
+    layouts.hdf5(path)
+    for given, mention in (
+        ({"train": [0, 7]}, "train holds 7"),
         ({"train": [-1]}, "train holds -1"),
         ({"train": ["a"]}, "train holds 'a'"),
         ({"train": [0, True]}, "train holds True"),
         ({"train": [1.0]}, "train holds 1.0"),
-        ({"train": [0], "test": [0]}, "row 0 is in train and in test; choose one"),
-        ({"dev": [0]}, r"splits_v1\.json: split dev; train, val or test expected"),
-        ([0, 1], "not the JSON"),
+        ({"train": [0], "test": [0]}, "row 0"),
+        ({"dev": [0]}, "dev"),
+        ([0, 1], "JSON"),
     ):
         splits.write_text(json.dumps(given))
-        with pytest.raises(ValueError, match=message):
+        with refused(ValueError, splits, mention):
             formats.read_hdf5(tmp_path)
     (tmp_path / "splits_v2.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"both may be the splits of sen2venus\.hdf5; say which"):
+    with refused(ValueError, splits.name, "splits_v2.json", path.name):
         formats.read_hdf5(tmp_path)
-    splits.unlink()
-    (tmp_path / "splits_v2.json").unlink()
 
-    message = "no dataset planet for HR, it has sentinel2, venus; name it with --hr-dataset"
-    with pytest.raises(ValueError, match=message):
+
+def test_hdf5_files_that_do_not_fit(tmp_path):
+    path = tmp_path / "sen2venus.hdf5"
+    images = layouts.hdf5(path)
+    with refused(ValueError, path, "planet", "sentinel2", "venus", "--hr-dataset"):
         formats.read_hdf5(path, hr_dataset="planet")
-    with pytest.raises(ValueError, match=r"dataset venus is \(7, 4, 64, 64\), \(rows, 5 bands or"):
+    with refused(ValueError, path, "venus", "(7, 4, 64, 64)", "5 bands"):
         formats.read_hdf5(path, mr_dataset="venus", band_names=list("abcde"))
     with formats.h5py.File(path, "w") as file:
         file["sentinel2"], file["venus"] = images["sentinel2"], images["venus"][:6]
-    with pytest.raises(
-        ValueError, match="7 rows in sentinel2, 6 in venus; row i of both should be"
-    ):
+    with refused(ValueError, path, "7 rows in sentinel2", "6 in venus"):
         formats.read_hdf5(path)
     content = path.read_bytes()
     for bad in (b"", b"text", content[: len(content) // 2]):
         path.write_bytes(bad)
-        with pytest.raises(ValueError, match=r"sen2venus\.hdf5: damaged or no HDF5 \(.*fetch it"):
+        with refused(ValueError, path):
             formats.read_hdf5(path)
-    with pytest.raises(FileNotFoundError, match=r"none\.h5: no such file"):
+    with refused(FileNotFoundError, tmp_path / "none.h5"):
         formats.read_hdf5(tmp_path / "none.h5")
     layouts.hdf5(tmp_path / "b.h5")
-    with pytest.raises(FileNotFoundError, match=r"one \.h5 or \.hdf5 file expected, 2 found"):
+    with refused(FileNotFoundError, tmp_path, "2 found"):
         formats.read_hdf5(tmp_path)
 
 
@@ -493,8 +492,7 @@ def test_hdf5_of_no_pixels(tmp_path, dtype):
     with formats.h5py.File(tmp_path / "x.h5", "w") as file:
         file["sentinel2"] = layouts.pixels(2, 4, 8, 8)
         file["venus"] = layouts.pixels(2, 4, 16, 16).astype(dtype)
-    message = r"x\.h5: dataset venus is .*, integers or floats expected; .* with --hr-dataset"
-    with pytest.raises(ValueError, match=message):
+    with refused(ValueError, "x.h5", "venus", "--hr-dataset"):
         formats.read_hdf5(tmp_path)
 
 
@@ -507,7 +505,7 @@ def test_hdf5_damage_within_the_rows(tmp_path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"x\.h5: damaged or no HDF5 \("):
+    with refused(ValueError, path):
         pixels_of(pairs_of(listing)[0].mr)
 
 
@@ -517,26 +515,22 @@ def test_hdf5_damage_within_the_rows(tmp_path):
 @pytest.mark.parametrize(
     "name, wanted",
     [
-        ("sen2venus", r"no pair of \*_05m_b2b3b4b8\.pt and \*_10m_b2b3b4b8\.pt, nor such \.tif"),
-        ("rapidai4eo", r"no place with S2-SR/\*_YYYY-MM\.tif and PF-SR/\*_YYYY-MM-DD\.tif"),
-        (
-            "worldstrat",
-            r"no place with <AOI>_rgbn\.tiff \(hr_.*\) and <AOI>-<n>-L2A_data\.tiff \(lr_dataset\)",
-        ),
-        ("sen2naip", r"no ROI_\*/lr\.tif with hr\.tif"),
-        ("hdf5", r"one \.h5 or \.hdf5 file expected, 0 found"),
+        ("sen2venus", ["*_05m_b2b3b4b8.pt", "*_10m_b2b3b4b8.pt", ".tif"]),
+        ("rapidai4eo", ["S2-SR/*_YYYY-MM.tif", "PF-SR/*_YYYY-MM-DD.tif"]),
+        ("worldstrat", ["<AOI>_rgbn.tiff", "<AOI>-<n>-L2A_data.tiff", "lr_dataset"]),
+        ("sen2naip", ["ROI_*/lr.tif", "hr.tif"]),
+        ("hdf5", [".h5", ".hdf5"]),
     ],
 )
 def test_another_folder_is_told_what_was_looked_for(tmp_path, name, wanted):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=f"empty: {wanted}, at any depth; it holds nothing"):
+    with refused(FileNotFoundError, tmp_path / "empty", *wanted):
         formats.FORMATS[name](tmp_path / "empty")
     for k in range(7):
         (tmp_path / "empty" / f"{k}.7z").touch()
-    message = r"it holds 0\.7z, 1\.7z, 2\.7z, 3\.7z, 4\.7z and 2 more; unpack the archives and give"
-    with pytest.raises(FileNotFoundError, match=f"{wanted}.*{message}"):
+    with refused(FileNotFoundError, tmp_path / "empty", *wanted, "0.7z", "4.7z", "2 more"):
         formats.FORMATS[name](tmp_path / "empty")
-    with pytest.raises(FileNotFoundError, match="nowhere: no such f"):
+    with refused(FileNotFoundError, tmp_path / "nowhere"):
         formats.FORMATS[name](tmp_path / "nowhere")
 
 
@@ -544,7 +538,7 @@ def test_another_folder_is_told_what_was_looked_for(tmp_path, name, wanted):
 @pytest.mark.parametrize("per_site", [0, -1])
 def test_no_date_of_a_place(tmp_path, name, per_site):
     getattr(layouts, name)(tmp_path)
-    with pytest.raises(ValueError, match=f"--per-site {per_site}: 1 or more MR dates of each"):
+    with refused(ValueError, f"--per-site {per_site}"):
         formats.FORMATS[name](tmp_path, per_site=per_site)
 
 
@@ -576,14 +570,13 @@ def test_a_sentinel_2_product(tmp_path, suffix):
         assert source.nodata == 0
     ((source, *_),) = formats.read_geotiff(tmp_path, mr_bands=["B05", "B07"]).units[0].open()
     assert same(source, np.concatenate([images["B05", 20], images["B07", 20]]))
-    with pytest.raises(ValueError, match=r"B05_20m.* 30 x 30 uint16, but .*B02_10m.* is 60 x 60"):
+    with refused(ValueError, "B05_20m", "30 x 30", "B02_10m", "60 x 60"):
         formats.read_geotiff(tmp_path, mr_bands=["B02", "B05"])
     ((source, *_),) = formats.read_geotiff(str(tmp_path / "**" / "*_B04_10m*")).units[0].open()
     assert same(source, images["B04", 10]) and (source.offset, source.nodata) == (-1000, 0)
     listing = formats.read_geotiff(tmp_path, tmp_path, mr_bands=["B04"])
     assert listing.bands == {"mr": ["R"], "hr": ["R"]}
-    message = r"--mr-bands B11 asked for, the file has 7 bands \(B,G,R,NIR,B05,B06,B07\)"
-    with pytest.raises(ValueError, match=message):
+    with refused(ValueError, "--mr-bands B11", "B,G,R,NIR,B05,B06,B07"):
         formats.read_geotiff(tmp_path, mr_bands=["B11"])
 
 
@@ -608,18 +601,17 @@ def test_the_offset_of_a_sentinel_2_product(tmp_path, name, xml, offset):
 def test_a_damaged_product_description(tmp_path):
     layouts.safe(tmp_path, suffix=".tif", offset=-1000)
     (tmp_path / layouts.SAFE / "MTD_MSIL2A.xml").write_text("<a>")
-    with pytest.raises(ValueError, match=r"MTD_MSIL2A\.xml: damaged XML \(.*fetch it again"):
+    with refused(ValueError, "MTD_MSIL2A.xml"):
         formats.read_geotiff(tmp_path)
 
 
 def test_jp2_messages(tmp_path, monkeypatch):
     pytest.importorskip("rasterio")
     (tmp_path / "a.jp2").write_bytes(b"not an image")
-    with pytest.raises(ValueError, match=r"a\.jp2: cannot be read \(.*fetch the file again"):
+    with refused(ValueError, "a.jp2"):
         formats.read_geotiff(tmp_path)
     monkeypatch.setitem(sys.modules, "rasterio", None)
-    message = r"a\.jp2: JPEG 2000 needs rasterio; pip install rasterio, or convert the file with gd"
-    with pytest.raises(ValueError, match=message):
+    with refused(ValueError, "a.jp2", "pip install rasterio"):
         formats.read_geotiff(tmp_path)
 
 
@@ -651,9 +643,7 @@ def test_one_file_per_band(tmp_path):
     assert same(found["five.tif"], whole)
     assert found["one_2020-01-05"].date == "2020-01-05" and found["five.tif"].date == ""
     layouts.tif(tmp_path / "four" / "red.tif", layouts.pixels(3, 20, 20), 10.0)
-    with pytest.raises(
-        ValueError, match=r"red\.tif: 3 bands, but it is named as one band of .*four"
-    ):
+    with refused(ValueError, "four/red.tif", "3 bands"):
         formats.read_geotiff(tmp_path)
 
 
@@ -670,21 +660,18 @@ def test_other_band_names_of_hr(tmp_path):
     assert same(pair.hrs[0], hr[[3, 2, 1, 0]])
 
     hr = layouts.tif(tmp_path / "hr" / "a.tif", layouts.pixels(3, 40, 40), 5.0)
-    with pytest.raises(ValueError, match=r"5 bands expected \(B,G,R,NIR,SWIR\), found 3"):
+    with refused(ValueError, "hr/a.tif", "B,G,R,NIR,SWIR", "found 3"):
         formats.read_geotiff(tmp_path)
     listing = formats.read_geotiff(tmp_path, hr_band_names=["R", "G", "B"])
     assert listing.bands["hr"] == ["B", "G", "R"]
     (pair,) = pairs_of(listing)
     assert same(pair.hrs[0], hr[[2, 1, 0]])
-    with pytest.raises(
-        ValueError, match="--hr-band-names R,G,haze: haze is no band of the MR file"
-    ):
+    with refused(ValueError, "--hr-band-names R,G,haze"):
         formats.read_geotiff(tmp_path, hr_band_names=["R", "G", "haze"])
     hr = layouts.tif(
         tmp_path / "hr" / "a.tif", layouts.pixels(3, 40, 40), 5.0, band_names=["R", "G", "B"]
     )
-    message = r"hr.a\.tif: its bands are R,G,B, but --hr-band-names has B,G,R; use --hr-bands B,G,R"
-    with pytest.raises(ValueError, match=message):
+    with refused(ValueError, "hr/a.tif", "R,G,B", "--hr-band-names", "--hr-bands B,G,R"):
         formats.read_geotiff(tmp_path, hr_band_names=["B", "G", "R"])
 
 
@@ -735,9 +722,9 @@ def test_bands_of_hr_that_mr_has_not(tmp_path, capsys):
     write("B02 B03 B04", "R haze G N")
     assert formats.read_geotiff(tmp_path).bands["hr"] == ["B03", "B04"]
     path = tmp_path / "hr" / "a.tif"
-    assert capsys.readouterr().out == f"{path}: haze,N left out, as MR has B02,B03,B04\n"
-    message = r"a\.tif: haze is no band of the MR files \(B02,B03,B04\); choose those that both"
-    with pytest.raises(ValueError, match=message):
+    said = capsys.readouterr().out
+    assert f"{path}: haze,N " in said and "B02,B03,B04" in said and said.count("\n") == 1
+    with refused(ValueError, path, "haze", "B02,B03,B04"):
         formats.read_geotiff(tmp_path, hr_bands=["R", "haze"])
     for mr, hr in (
         ("c1 c2 c3", "R G B"),
@@ -746,8 +733,8 @@ def test_bands_of_hr_that_mr_has_not(tmp_path, capsys):
         ("B2 B3 B4 B8", "B1 B2 B3 B4"),
     ):
         write(mr, hr)
-        message = rf"a\.tif: {hr.replace(' ', ',')} are no bands of the MR files \({mr[:2]},.* say "
-        with pytest.raises(ValueError, match=message + "what MR calls them with --hr-band-names"):
+        bands = (names.replace(" ", ",") for names in (hr, mr))
+        with refused(ValueError, path, *bands, "--hr-band-names"):
             formats.read_geotiff(tmp_path)
 
 
@@ -758,8 +745,7 @@ def test_one_order_by_other_names_is_no_disagreement(tmp_path):
     assert formats.read_geotiff(tmp_path).bands["mr"] == ["B02", "B03", "B04"]
     array = layouts.pixels(3, 20, 20)
     layouts.tif(tmp_path / "c.tif", array, 10.0, band_names=["Red", "Green", "Blue"])
-    message = r"c\.tif: its bands are Red,Green,Blue, but .*a\.tif has B02,B03,B04; use --mr-bands"
-    with pytest.raises(ValueError, match=message):
+    with refused(ValueError, "c.tif", "Red,Green,Blue", "a.tif", "--mr-bands B02,B03,B04"):
         formats.read_geotiff(tmp_path)
     formats.read_geotiff(tmp_path, mr_bands=["B02", "B03", "B04"])
 
@@ -804,14 +790,13 @@ def test_files_of_one_name_pair_by_their_folders(tmp_path):
         os.remove(tmp_path / "hr" / name / "img.tif")
     assert len(found()) == 4
     write("hr/img")
-    message = r"site2.img\.tif: the same name as .*site1.img\.tif, and no georef.* the same subfol"
-    with pytest.raises(ValueError, match=message):
+    with refused(ValueError, "site2/img.tif", "site1/img.tif"):
         found()
     write("mr/img")
     assert found()[1] == ["mr/img", "hr/img"]
     os.rename(tmp_path / "hr" / "img.tif", tmp_path / "hr" / "img.tiff")
     write("hr/img")
-    with pytest.raises(ValueError, match=r"hr.img\.tiff: the same name as .*hr.img\.tif, and no"):
+    with refused(ValueError, "hr/img.tiff", "hr/img.tif,"):
         found()
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+from conftest import refused
 
 from imagery import geotiff
 
@@ -113,7 +114,7 @@ def test_only_the_tiles_of_the_window_are_decoded(tmp_path):
         file.seek(where)
         file.write(b"\xff" * 64)
     assert geotiff.read(path, (0, 0, 512, 600)).shape == (2, 512, 600)
-    with pytest.raises(ValueError, match=r"a\.tif: damaged TIFF, tile or strip 8 cannot be"):
+    with refused(ValueError, f"{path}: ", "8"):
         geotiff.read(path)
 
 
@@ -383,7 +384,7 @@ def test_read_rows_decodes_every_tile_once(tmp_path, monkeypatch, layout, planar
     assert np.array_equal(np.concatenate(parts, axis=1), array[[2, 0]])
     assert len(decoded) == len(set(decoded))
     assert max(part.shape[1] for part in parts) <= 1024
-    with pytest.raises(ValueError, match="the file has 3, counted from 0"):
+    with refused(ValueError, path, "3"):
         next(geotiff.read_rows(path, [3]))
 
 
@@ -420,21 +421,19 @@ def test_what_a_writer_refuses(tmp_path):
         with geotiff.writer(path, *args, **kwargs) as write_rows:
             write_rows(np.zeros((1, 3, 8), "uint8"))
 
-    with pytest.raises(ValueError, match=r"a\.tif: got 3 rows of 4"):
+    with refused(ValueError, path, "3 rows of 4"):
         begin((1, 4, 8), "uint8")
-    with pytest.raises(ValueError, match=r"a\.tif: got 3 rows of 2"):
+    with refused(ValueError, path, "3 rows of 2"):
         begin((1, 2, 8), "uint8")
-    with pytest.raises(
-        ValueError, match=r"rows of shape \(1, n, 9\) uint8 expected, got \(1, 3, 8"
-    ):
+    with refused(ValueError, path, "(1, n, 9)", "(1, 3, 8)"):
         begin((1, 3, 9), "uint8")
-    with pytest.raises(ValueError, match=r"int16 expected, got \(1, 3, 8\) uint8"):
+    with refused(ValueError, path, "int16", "uint8"):
         begin((1, 3, 8), "int16")
-    with pytest.raises(ValueError, match="pixels are whole numbers or floats, got bool"):
+    with refused(ValueError, path, "bool"):
         begin((1, 3, 8), "bool")
-    with pytest.raises(ValueError, match="holds no pixel"):
+    with refused(ValueError, path, "0"):
         begin((1, 0, 8), "uint8")
-    with pytest.raises(ValueError, match="colour table is for one band of uint8"):
+    with refused(ValueError, path, "uint8"):
         begin((2, 3, 8), "uint8", colours=COLOURS)
     assert os.listdir(tmp_path) == []
 
@@ -448,7 +447,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(tifffile.TiffWriter, "write", half)
-    with pytest.raises(OSError, match="no space"):
+    with refused(OSError, "no space"):
         geotiff.write(path, np.zeros((4, 4), "uint8"))
     assert (geotiff.read(path) == 1).all()
     assert os.listdir(tmp_path) == ["a.tif"]
@@ -467,12 +466,12 @@ def test_valid_pixels():
 
 @pytest.mark.parametrize("use", [geotiff.info, geotiff.read])
 def test_no_such_file_and_not_a_tiff(tmp_path, use):
-    with pytest.raises(FileNotFoundError, match=r"none\.tif: no such file"):
+    with refused(FileNotFoundError, tmp_path / "none.tif"):
         use(tmp_path / "none.tif")
     path = tmp_path / "b.tif"
     for content in (b"", b"PK\3\4 a zip file", b"II"):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"b\.tif: not a TIFF, it starts with .*gdal_transl"):
+        with refused(ValueError, f"{path}: "):
             use(path)
 
 
@@ -489,9 +488,9 @@ def test_truncated_anywhere(tmp_path, writer):
     cut = tmp_path / "cut.tif"
     for size in [*range(4, 1500, 9), *range(1500, len(content), 977), len(content) - 1]:
         cut.write_bytes(content[:size])
-        with pytest.raises(ValueError, match=r"cut\.tif: truncated or damaged TIFF .*fetch"):
+        with refused(ValueError, f"{cut}: "):
             geotiff.info(cut)
-    with pytest.raises(ValueError, match=rf"the file ends at {len(content) - 1}"):
+    with refused(ValueError, f"{cut}: ", len(content) - 1):
         geotiff.read(cut)
 
 
@@ -510,27 +509,27 @@ def test_truncated_in_a_georeference_that_follows_the_pixels(tmp_path):
     assert geotiff.info(path).transform == (10.0, 0.0, 500.0, 0.0, -10.0, 900.0)
     for size in range(len(content) - len(scale + tie), len(content), 5):
         path.write_bytes(content[:size])
-        with pytest.raises(ValueError, match=r"cut\.tif: truncated .* of 11 tags are cut off"):
+        with refused(ValueError, f"{path}: "):
             geotiff.info(path)
 
 
 @pytest.mark.parametrize(
-    "tag, value, message",
+    "tag, value, mention",
     [
-        ("BitsPerSample", 99, "pixels of an unknown type"),
-        ("TileLength", 0, "tiles or strips of 0 x 256 pixels"),
-        ("TileByteCounts", (5, 5), "1 tiles or strips, 1 offsets and 2 byte counts"),
-        ("ImageLength", 2**16 - 1, "256 tiles or strips, 1 offsets and 1 byte counts"),
-        ("TileWidth", 2**32 - 16, "256 x 4294967280 pixels in a tile or strip of at most"),
+        ("BitsPerSample", 99, ""),
+        ("TileLength", 0, "0 x 256"),
+        ("TileByteCounts", (5, 5), "2 byte counts"),
+        ("ImageLength", 2**16 - 1, "256"),
+        ("TileWidth", 2**32 - 16, "4294967280"),
         ("GeoKeyDirectoryTag", (1, 1, 0, 1, 1024, 34999, 1, 0), "34999"),
     ],
 )
-def test_tags_that_do_not_fit(tmp_path, tag, value, message):
+def test_tags_that_do_not_fit(tmp_path, tag, value, mention):
     path = tmp_path / "a.tif"
     geotiff.write(path, noise((2, 64, 64), "uint8"), TRANSFORM, LO25, 255)
     with tifffile.TiffFile(path, mode="r+") as tif:
         tif.pages[0].tags[tag].overwrite(value, dtype="I" if tag == "TileWidth" else None)
-    with pytest.raises(ValueError, match=rf"a\.tif: truncated or damaged TIFF .*{message}.*fetch"):
+    with refused(ValueError, f"{path}: ", mention):
         geotiff.info(path)
 
 
@@ -619,7 +618,7 @@ def test_a_disk_that_fails_is_said_of_the_file(tmp_path, monkeypatch):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(geotiff, "_decode", fail)
-    with pytest.raises(OSError, match=r"Input/output error: .*a\.tif"):
+    with refused(OSError, "Input/output error", path):
         geotiff.read(path)
 
 
@@ -627,12 +626,12 @@ def test_arguments_that_do_not_fit(tmp_path):
     path = tmp_path / "a.tif"
     geotiff.write(path, np.zeros((3, 8, 9), "uint8"))
     for window in [(0, 0, 9, 9), (0, 1, 8, 9), (-1, 0, 2, 2)]:
-        with pytest.raises(ValueError, match="leaves the image of 8 x 9 pixels"):
+        with refused(ValueError, path, "8 x 9"):
             geotiff.read(path, window)
     for bands in [[3], [-1], [0, 7]]:
-        with pytest.raises(ValueError, match="the file has 3, counted from 0"):
+        with refused(ValueError, path, "3"):
             geotiff.read(path, bands=bands)
-    with pytest.raises(ValueError, match="2 band names for 3 bands"):
+    with refused(ValueError, path, "2", "3"):
         geotiff.write(path, np.zeros((3, 8, 9), "uint8"), band_names=("B", "G"))
-    with pytest.raises(ValueError, match=r"expected, got shape \(8,\)"):
+    with refused(ValueError, path, "(8,)"):
         geotiff.write(path, np.zeros(8, "uint8"))

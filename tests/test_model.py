@@ -71,7 +71,7 @@ def test_ground_positions_put_hr_tokens_around_their_mr_token(kind, ratio):
 
 def test_positions_of_a_one_token_grid_and_bad_width():
     assert position_table((1, 1), 8, "latentmim").isfinite().all()
-    with pytest.raises(ValueError, match="divisible by 4, found 6"):
+    with refused(ValueError, "4", "6"):
         position_table((2, 2), 6, "ijepa")
 
 
@@ -129,15 +129,13 @@ def test_vit_sizes_and_messages():
     shapes = {name: (vit(name, depth=1).dim, model.SIZES[name][1]) for name in model.SIZES}
     assert shapes["small"] == (384, 12) and shapes["huge"] == (1280, 32)
     encoder = small()
-    with pytest.raises(
-        ValueError, match=r"30 x 32 px are no multiple of the 4 px patch; .* 32 x 32"
-    ):
+    with refused(ValueError, "30 x 32", "4 px", "to 32 x 32"):
         encoder(torch.zeros(1, 3, 30, 32))
-    with pytest.raises(ValueError, match="reads 3 bands, the images have 4"):
+    with refused(ValueError, "3 bands", "4"):
         encoder(torch.zeros(1, 4, 32, 32))
-    with pytest.raises(ValueError, match="a width of 16 does not divide into 3 attention heads"):
+    with refused(ValueError, "16", "3 attention heads"):
         small(heads=3)
-    with pytest.raises(ValueError, match="choose ijepa, latentmim or learned"):
+    with refused(ValueError, "rotary", "ijepa", "latentmim", "learned"):
         small(pos="rotary")
 
 
@@ -404,7 +402,7 @@ def test_take_patches_slow_loop(grid, patch, gap):
 
 
 def test_take_patches_says_the_size():
-    with pytest.raises(ValueError, match=r"are not 2 x 2 cells of 4 \+ 2 px; resize to 12 x 12"):
+    with refused(ValueError, "12 x 13", "2 x 2 cells", "to 12 x 12"):
         take_patches(torch.zeros(1, 1, 12, 13), 4, 2, torch.zeros(1, 2, 2, 2, dtype=torch.int64))
 
 
@@ -432,7 +430,7 @@ def test_latentmim_masks():
     assert both.sort(1).values.equal(torch.arange(16).expand(64, -1))
     assert masks["offset"].unique().tolist() == [0, 1]  # never the gap itself, as published
     assert latentmim(gap=0).draw(2, seeded(0))["offset"].eq(0).all()
-    with pytest.raises(ValueError, match="15 visible patches leave fewer than two targets"):
+    with refused(ValueError, "15", "--visible"):
         latentmim(visible=15)
 
 
@@ -822,7 +820,7 @@ def test_official_ijepa(golden, tmp_path, capsys):
         "opt": {"state": {}},
     }
     torch.save(checkpoint, tmp_path / "jepa.pth.tar")
-    with pytest.raises(ValueError, match="width 64 is no published size; give heads="):
+    with refused(ValueError, "jepa.pth.tar", "64", "heads="):
         load_encoder(tmp_path / "jepa.pth.tar")
     encoder = load_encoder(tmp_path / "jepa.pth.tar", heads=4)
     close(encoder(z["input"]), z["tgt_out_full"])
@@ -880,37 +878,28 @@ class Settings:
 
 
 def test_bad_encoder_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere: no such encoder"):
-        load_encoder(tmp_path / "nowhere")
     (tmp_path / "run").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"encoder\.safetensors: no such encoder"):
-        load_encoder(tmp_path / "run")
+    for path, said in (("nowhere", "nowhere"), ("run", "run/encoder.safetensors")):
+        with refused(FileNotFoundError, f"{tmp_path / said}: "):
+            load_encoder(tmp_path / path)
 
-    torch.save({"state_dict": small().state_dict(), "cfg": Settings()}, tmp_path / "code.pth")
-    with pytest.raises(ValueError, match=r"holds more than tensors \(a .*Settings\)") as caught:
-        load_encoder(tmp_path / "code.pth")
-    line = re.search(r'python -c "(.*)"', str(caught.value))[1]
-    exec(line)  # the remedy works as printed
-    load_encoder(tmp_path / "code-weights.pt", heads=2)
+    state = small().state_dict()
+    torch.save({"state_dict": state, "cfg": Settings()}, tmp_path / "code.pth")
+    torch.save({**state, "args": Settings()}, tmp_path / "flat.pth")
+    for name in ("code", "flat"):
+        with refused(ValueError, f"{tmp_path / name}.pth: ", "Settings") as error:
+            load_encoder(tmp_path / f"{name}.pth")
+        exec(re.search(r'python -c "(.*)"', error.line)[1])  # the remedy works as printed
+        same_tokens(load_encoder(tmp_path / f"{name}-weights.pt", heads=2), small())
 
-    for name, content in (
-        ("a.pt", b"no checkpoint"),
-        ("b.safetensors", b"nor this"),
-        ("c.pt", b""),
-    ):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=f"{name}: not a readable"):
-            load_encoder(tmp_path / name)
     whole = (tmp_path / "code-weights.pt").read_bytes()
-    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"cut\.pt: not a readable torch checkpoint"):
-        load_encoder(tmp_path / "cut.pt")
-    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
-    with pytest.raises(ValueError, match="holds a Tensor, not a dict"):
-        load_encoder(tmp_path / "tensor.pt")
-    torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "resnet.pt")
-    with pytest.raises(ValueError, match=r"no vision transformer found .* holds conv1.weight"):
-        load_encoder(tmp_path / "resnet.pt")
+    for name, content in {
+        "a.pt": b"no checkpoint", "b.safetensors": b"nor this", "c.pt": b"",
+        "text.pth": b"hello world", "cut.pt": whole[: len(whole) // 2],
+    }.items():  # fmt: skip
+        (tmp_path / name).write_bytes(content)
+        with refused(ValueError, f"{tmp_path / name}: "):
+            load_encoder(tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -923,31 +912,14 @@ def test_bad_encoder_files(tmp_path):
 def test_odd_metadata_get_one_sentence(tmp_path, text):
     path = tmp_path / "x.safetensors"
     save_file(small().state_dict(), path, {"crossscale": text})
-    with pytest.raises(ValueError) as caught:
+    with refused(ValueError, f"{path}: ", "config", "meta"):
         load_encoder(path)
-    assert str(caught.value) == (
-        f"{path}: its crossscale metadata is no JSON object with the objects config and meta; "
-        "export or fetch it again"
-    )
 
 
 def test_other_programs_metadata_are_passed_over(tmp_path):
     state = small().state_dict()
     save_file(state, tmp_path / "x.safetensors", {"format": "pt"})
     assert load_encoder(tmp_path / "x.safetensors", heads=2).meta == {}
-
-
-def test_other_architectures_are_refused(tmp_path):
-    state = small().state_dict()
-    cases = {
-        "registers.pt": {**state, "register_tokens": torch.zeros(1, 4, 16)},
-        "gated.pt": {k.replace("fc1", "w12"): v for k, v in state.items()},
-        "extra.pt": {**state, "blocks.0.attn.q_norm.weight": torch.ones(8)},
-    }
-    for name, changed in cases.items():
-        torch.save(changed, tmp_path / name)
-        with pytest.raises(ValueError, match=f"{name}: another architecture than a plain ViT"):
-            load_encoder(tmp_path / name, heads=2)
 
 
 def test_fit_bands_inflates_three():
@@ -959,7 +931,7 @@ def test_fit_bands_inflates_three():
     old, new = encoder.patch_embed.proj.weight, wide.patch_embed.proj.weight
     close(new[:, 2], old[:, 0] * 0.75)
     close(new[:, 3], old.mean(1) * 0.75)
-    with pytest.raises(ValueError, match=r"reads 4 bands, the data has 2 \(X,Y\)"):
+    with refused(ValueError, "4 bands", "2 (X,Y)"):
         fit_bands(wide, ["X", "Y"])
 
 
@@ -974,39 +946,33 @@ def test_fit_bands_puts_known_bands_in_their_place():
     assert fit_bands(encoder, ["0", "1", "2"]) is encoder  # the names tell nothing
 
 
-def test_hostile_weights_get_one_sentence(tmp_path):
+def test_weights_of_other_kinds_get_one_sentence(tmp_path):
     state = small().state_dict()
     facts = json.dumps({"config": {"dim": "x"}, "meta": {}})
     cases = {
-        "nan.pt": {k: v * float("nan") for k, v in state.items()},
-        "clip.pt": {**state, "norm_pre.weight": torch.ones(16)},
-        "table.pt": {**state, "pos_embed": torch.zeros(1, 4, 5)},
-        "gamma.pt": {**state, "blocks.0.ls1.gamma": torch.zeros(3)},
-        "name.pt": {**state, "blocks.x.foo": torch.zeros(3)},
-        "scalar.pt": {**state, "blocks.0.mlp.fc1.weight": torch.tensor(1.0)},
-        "facts.pt": {"student": state, "facts": facts},
-        "list.pt": {"student": state, "facts": "[]"},
-        "json.pt": {"student": state, "facts": "{"},
+        "tensor.pt": (torch.zeros(3), "Tensor"),
+        "resnet.pt": ({"conv1.weight": torch.zeros(3)}, "conv1.weight"),
+        "registers.pt": ({**state, "register_tokens": torch.zeros(1, 4, 16)}, "register_tokens"),
+        "gated.pt": ({k.replace("fc1", "w12"): v for k, v in state.items()}, "fc1"),
+        "extra.pt": ({**state, "blocks.0.attn.q_norm.weight": torch.ones(8)}, "q_norm"),
+        "clip.pt": ({**state, "norm_pre.weight": torch.ones(16)}, "norm_pre"),
+        "nan.pt": ({k: v * float("nan") for k, v in state.items()}, "NaN"),
+        "table.pt": ({**state, "pos_embed": torch.zeros(1, 4, 5)}, ""),
+        "oblong.pt": ({**state, "pos_embed": torch.zeros(1, 6, 16)}, "6 rows"),
+        "gamma.pt": ({**state, "blocks.0.ls1.gamma": torch.zeros(3)}, ""),
+        "name.pt": ({**state, "blocks.x.foo": torch.zeros(3)}, ""),
+        "scalar.pt": ({**state, "blocks.0.mlp.fc1.weight": torch.tensor(1.0)}, ""),
+        "facts.pt": ({"student": state, "facts": facts}, ""),
+        "list.pt": ({"student": state, "facts": "[]"}, ""),
+        "json.pt": ({"student": state, "facts": "{"}, ""),
     }
-    for name, content in cases.items():
+    for name, (content, mention) in cases.items():
         torch.save(content, tmp_path / name)
-        with pytest.raises(ValueError, match=name.replace(".", r"\.")) as caught:
+        with refused(ValueError, f"{tmp_path / name}: ", mention):
             load_encoder(tmp_path / name, heads=2)
-        assert "\n" not in str(caught.value)
-    (tmp_path / "text.pth").write_text("hello world")
-    with pytest.raises(ValueError, match=r"text\.pth: not a readable torch checkpoint"):
-        load_encoder(tmp_path / "text.pth")
 
 
 def test_missing_positions_are_said(tmp_path, capsys):
     torch.save(small().state_dict(), tmp_path / "bare.pt")
     load_encoder(tmp_path / "bare.pt", heads=2)
     assert "no position table: I-JEPA's sine-cosine positions assumed" in capsys.readouterr().out
-
-
-def test_a_flat_file_is_re_saved_by_the_remedy(tmp_path):
-    torch.save({**small().state_dict(), "args": Settings()}, tmp_path / "flat.pth")
-    with pytest.raises(ValueError, match="holds more than tensors") as caught:
-        load_encoder(tmp_path / "flat.pth")
-    exec(re.search(r'python -c "(.*)"', str(caught.value))[1])
-    same_tokens(load_encoder(tmp_path / "flat-weights.pt", heads=2), small())

@@ -13,6 +13,7 @@ import numpy as np
 import pair_layouts
 import pytest
 import tifffile
+from conftest import refused
 from landscape import (
     EAST,
     NORTH,
@@ -326,10 +327,7 @@ def test_one_block_says_why_there_is_no_val(tmp_path, capsys):
     meta = pack_files(mr, hr, tmp_path / "store", chip=16)
     assert meta["splits"] == {"train": 16}
     out = capsys.readouterr().out
-    assert (
-        "val is empty: the chips lie in 1 sites or blocks of ground of 8 x 8 chips; try another"
-        in out
-    )
+    assert "val is empty" in out
     assert len(data.Store(tmp_path / "store").split("val")) == 0
 
 
@@ -354,7 +352,7 @@ def test_south_african_pairs(tmp_path):
     alike = [np.corrcoef(a[:, k].flatten(), b[:, k].flatten())[0, 1] for k in range(3)]
     off = [np.corrcoef(a[:, k, 8:].flatten(), b[:, k, :-8].flatten())[0, 1] for k in range(3)]
     assert min(alike) > 0.5 and min(np.subtract(alike, off)) > 0.1
-    with pytest.raises(ValueError, match=r"landsat8_byte\.tif: 3 bands expected .* found 24"):
+    with refused(ValueError, "landsat8_byte.tif", "3 bands", "24"):
         pack_files(
             folder / "mr", folder / "hr_ngi_5m_rgb", tmp_path / "b", band_names=["x", "y", "z"]
         )
@@ -387,17 +385,17 @@ def test_north_dakota_with_a_simulated_mr(tmp_path):
 def test_files_that_cannot_be_read(tmp_path):
     mr, hr = pair(tmp_path)
     (tmp_path / "hr/a.tif").write_bytes(b"not an image")
-    with pytest.raises(ValueError, match=r"a\.tif: not a TIFF"):
+    with refused(ValueError, "hr/a.tif"):
         pack_files(mr, hr, tmp_path / "store")
     mr, hr = pair(tmp_path)
     content = (tmp_path / "hr/a.tif").read_bytes()
     (tmp_path / "hr/a.tif").write_bytes(content[:-100])
-    with pytest.raises(ValueError, match=r"a\.tif: truncated"):
+    with refused(ValueError, "hr/a.tif"):
         pack_files(mr, hr, tmp_path / "store")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"--hr .*empty: no \.tif or \.tiff found; give"):
+    with refused(FileNotFoundError, "--hr", tmp_path / "empty"):
         pack_files(mr, tmp_path / "empty", tmp_path / "store")
-    with pytest.raises(FileNotFoundError, match=r"--mr .*none"):
+    with refused(FileNotFoundError, "--mr", tmp_path / "none*"):
         pack_files(tmp_path / "none*", hr, tmp_path / "store")
 
 
@@ -406,7 +404,7 @@ def test_damage_found_late_leaves_nothing_behind(tmp_path):
     content = bytearray((tmp_path / "hr/a.tif").read_bytes())
     content[-400:-300] = b"\xff" * 100
     (tmp_path / "hr/a.tif").write_bytes(content)
-    with pytest.raises(ValueError, match=r"a\.tif: damaged TIFF"):
+    with refused(pack.NoChip, "hr/a.tif"):
         pack_files(mr, hr, tmp_path / "store")
     assert sorted(os.listdir(tmp_path)) == ["hr", "mr"]
 
@@ -423,10 +421,7 @@ def test_damaged_files_among_many_are_left_out_and_told(tmp_path, capsys):
     meta = pack_files(tmp_path / "mr", tmp_path / "hr", tmp_path / "store", chip=32, val=0)
     assert (whole["count"]["mr"], meta["count"]["mr"]) == (16, 12)
     said = capsys.readouterr().out
-    assert "skipped: 1 cannot be read (skipped.csv)" in said
-    assert re.search(
-        r"warning: left out: .*hr/2\.tif: damaged TIFF, .*; fetch the file again", said
-    )
+    assert "1 cannot be read" in said and re.search(r"warning: .*hr/2\.tif", said)
     (row,) = rows_of(tmp_path / "store", "skipped")
     assert row["mr_source"].endswith("mr/2.tif") and row["reason"] == "cannot be read"
     assert {Path(row["mr_source"]).stem for row in rows_of(tmp_path / "store")} == {"0", "1", "3"}
@@ -439,9 +434,9 @@ def test_a_published_set_with_damaged_headers(tmp_path, capsys):
     second.write_bytes(b"II*\0gone")
     meta = pack.pack(listing, tmp_path / "store", val=0)
     assert meta["count"]["mr"] == 1
-    assert f"warning: left out: {second}: truncated or damaged" in capsys.readouterr().out
+    assert re.search(rf"warning: .*{second}", capsys.readouterr().out)
     first.write_bytes(b"II*\0gone")
-    with pytest.raises(ValueError, match=r"lr\.tif: truncated or damaged TIFF"):
+    with refused(ValueError, "lr.tif"):
         pack.pack(listing, tmp_path / "none", val=0)
 
 
@@ -449,13 +444,11 @@ def test_bands_that_do_not_fit(tmp_path):
     mr, hr = pair(tmp_path, bands=4)
     write_scene(tmp_path / "hr/b.tif", 5.0, (0, 0), 128, 128, bands=3)
     names = ["B", "G", "R", "NIR"]
-    message = r"b\.tif: 4 bands expected \(B,G,R,NIR\), found 3; use --hr-bands to choose them, "
-    with pytest.raises(ValueError, match=message + "such as --hr-bands 2,1,0 for RGB files"):
+    with refused(ValueError, "hr/b.tif", "4 bands", "B,G,R,NIR", "found 3", "--hr-bands"):
         pack_files(mr, hr, tmp_path / "store", band_names=names)
-    message = r"b\.tif: --hr-bands 3,2,1,0 asked for, the file has 3 bands \(without names\)"
-    with pytest.raises(ValueError, match=message):
+    with refused(ValueError, "hr/b.tif", "--hr-bands 3,2,1,0", "3 bands"):
         pack_files(mr, hr, tmp_path / "store", hr_bands=["3", "2", "1", "0"])
-    with pytest.raises(ValueError, match=r"a\.tif: --mr-bands B8 asked for, the file has 4"):
+    with refused(ValueError, "mr/a.tif", "--mr-bands B8", "4"):
         pack_files(mr, hr, tmp_path / "store", mr_bands=["B8"])
 
 
@@ -466,12 +459,10 @@ def test_bands_of_one_name_in_another_order(tmp_path):
     mr, hr = pair(tmp_path, bands=3, band_names=BGR)
     write_scene(tmp_path / "hr/a.tif", 5.0, (0, 0), 128, 128, bands=3, band_names=RGB)
     options = {"chip": 32, "val": 0}
-    message = r"hr.a\.tif: its bands are r,g,b, but .*mr.a\.tif has B,G,R; use --hr-bands B,G,R$"
     for names in (None, ["x", "y", "z"]):  # the flag hides no disagreement of files
-        with pytest.raises(ValueError, match=message):
+        with refused(ValueError, "hr/a.tif", "r,g,b", "mr/a.tif", "--hr-bands B,G,R"):
             pack_files(mr, hr, tmp_path / "store", band_names=names, **options)
-    message = r"mr.a\.tif: its bands are B,G,R, but --band-names has R,G,B; use --mr-bands R,G,B$"
-    with pytest.raises(ValueError, match=message):
+    with refused(ValueError, "mr/a.tif", "B,G,R", "--band-names", "--mr-bands R,G,B"):
         pack_files(mr, hr, tmp_path / "store", band_names=["R", "G", "B"], **options)
     pack_files(mr, hr, tmp_path / "store", hr_bands=["B", "G", "R"], **options)
     scene = geotiff.read(hr + "/a.tif", (0, 0, 64, 64))
@@ -489,63 +480,57 @@ def test_bands_of_one_name_in_another_order_within_a_folder(tmp_path):
         "hr": ["0", "1", "2"],
     }
     write_scene(tmp_path / "mr/c.tif", 10.0, (0, 0), 64, 64, 3, band_names=RGB)
-    message = r"mr.c\.tif: its bands are r,g,b, but .*mr.b\.tif has B,G,R; use --mr-bands B,G,R$"
-    with pytest.raises(ValueError, match=message):
+    with refused(ValueError, "mr/c.tif", "r,g,b", "mr/b.tif", "--mr-bands B,G,R"):
         pack_files(mr, hr, tmp_path / "other", chip=32, val=0)
 
 
 def test_a_band_name_twice(tmp_path):
-    with pytest.raises(ValueError, match="--band-names B,G,b: a name occurs twice; give each"):
+    with refused(ValueError, "--band-names B,G,b"):
         pack_files(*pair(tmp_path, bands=3), tmp_path / "store", band_names=["B", "G", "b"])
 
 
-def test_complex_pixels(tmp_path):
+@pytest.mark.parametrize("name, dtype, mentions", [
+    ("a", "complex64", ["complex64"]), ("b", "uint8", ["uint8", "mr/a.tif", "uint16"]),
+])  # fmt: skip
+def test_pixels_of_another_type(tmp_path, name, dtype, mentions):
     mr, hr = pair(tmp_path)
-    array = np.zeros((2, 64, 64), "complex64")
-    tifffile.imwrite(tmp_path / "mr/a.tif", array, planarconfig="separate", metadata=None)
-    with pytest.raises(ValueError, match=r"a\.tif: complex pixels \(complex64\); convert them"):
-        pack_files(mr, hr, tmp_path / "store")
-
-
-def test_mixed_types(tmp_path):
-    mr, hr = pair(tmp_path)
-    array = np.zeros((2, 64, 64), "uint8")
-    write_scene(tmp_path / "mr/b.tif", 10.0, (0, 0), 64, 64, array=array)
-    with pytest.raises(ValueError, match=r"b\.tif: uint8, but .*a\.tif is uint16; convert"):
+    array = np.zeros((2, 64, 64), dtype)
+    tifffile.imwrite(tmp_path / f"mr/{name}.tif", array, planarconfig="separate", metadata=None)
+    with refused(ValueError, f"mr/{name}.tif", *mentions):
         pack_files(mr, hr, tmp_path / "store")
 
 
 def test_pairs_that_are_none(tmp_path):
     mr, hr = pair(tmp_path, hr_shift=(5000, 0))
-    with pytest.raises(ValueError, match=r"a\.tif: bounds .* do not overlap .*a\.tif.*same ground"):
+    with refused(ValueError, "hr/a.tif", "mr/a.tif", "overlap"):
         pack_files(mr, hr, tmp_path / "store")
     write_scene(tmp_path / "hr/a.tif", 5.0, (0, 0), 128, 128, crs=32632)
-    with pytest.raises(ValueError, match=r"CRS EPSG:32632, but .* has EPSG:32631; warp"):
+    with refused(ValueError, "hr/a.tif", "EPSG:32632", "mr/a.tif", "EPSG:32631"):
         pack_files(mr, hr, tmp_path / "store")
     geotiff.write(tmp_path / "hr/a.tif", np.zeros((2, 128, 128), "uint16"))
-    with pytest.raises(ValueError, match=r"hr.a\.tif: no georeference, but .* has one"):
+    with refused(ValueError, "hr/a.tif", "mr/a.tif", "georeference"):
         pack_files(mr, hr, tmp_path / "store")
     (tmp_path / "mr/a.tif").unlink()
     geotiff.write(tmp_path / "mr/b.tif", np.zeros((2, 64, 64), "uint16"))
-    with pytest.raises(ValueError, match=r"no HR file is named as an MR file is .*b\.tif and .*a"):
+    with refused(ValueError, "mr/b.tif", "hr/a.tif"):
         pack_files(mr, hr, tmp_path / "store")
     (tmp_path / "hr/sub").mkdir()
     shutil.copy(tmp_path / "hr/a.tif", tmp_path / "hr/sub/a.tif")
-    with pytest.raises(ValueError, match=r"a\.tif: the same name as .*a\.tif, and no georef"):
+    with refused(ValueError, "hr/a.tif", "hr/sub/a.tif"):
         pack_files(mr, hr, tmp_path / "store")
 
 
 def test_grids_that_do_not_fit(tmp_path):
     mr, hr = pair(tmp_path)
-    with pytest.raises(ValueError, match=r"mr.a\.tif: HR coarser than MR, 0\.5 of its .*swap"):
+    with refused(ValueError, "mr/a.tif", "HR", "0.5"):
         pack_files(hr, mr, tmp_path / "store")
     turned = (4.0, 3.0, EAST - 300, 3.0, -4.0, NORTH + 300)
     geotiff.write(tmp_path / "hr/a.tif", np.zeros((2, 300, 300), "uint16"), turned, 32631)
-    with pytest.raises(ValueError, match=r"a\.tif: its pixel grid is rotated or mirrored"):
+    with refused(ValueError, "hr/a.tif", "rotated"):
         pack_files(mr, hr, tmp_path / "store")
     pair(tmp_path)
     write_scene(tmp_path / "mr/b.tif", 30.0, (0, 0), 30, 30)
-    with pytest.raises(ValueError, match=r"b\.tif: 6 HR pixels to an MR pixel of 30, but 2 to 10"):
+    with refused(ValueError, "mr/b.tif", "6 HR", "2 to"):
         pack_files(mr, hr, tmp_path / "store")
 
 
@@ -562,19 +547,19 @@ def test_rotated_grids_that_agree_are_fine(tmp_path):
 
 def test_no_chip(tmp_path):
     mr, hr = pair(tmp_path, hr_side=32)
-    with pytest.raises(ValueError, match="--chip 64: no MR chip of 64 x 64 pixels lies wholly"):
+    with refused(ValueError, "--chip 64"):
         pack_files(mr, hr, tmp_path / "store")
     mr, hr = pair(tmp_path)
     array = np.zeros((2, 64, 64), "uint16")
     write_scene(tmp_path / "mr/a.tif", 10.0, (0, 0), 64, 64, array=array, nodata=0)
-    message = r"no chip kept \(4 MR not valid enough\); "
-    with pytest.raises(ValueError, match=message + "one of each pair is all nodata; check"):
+    with refused(pack.NoChip, "4 MR", "nodata"):
         pack_files(mr, hr, tmp_path / "store", chip=32)
     array[:, ::2] = 1
     write_scene(tmp_path / "mr/a.tif", 10.0, (0, 0), 64, 64, array=array, nodata=0)
-    with pytest.raises(ValueError, match=message + "lower --min-valid 1.0 or --chip 32"):
+    with refused(pack.NoChip, "4 MR", "--min-valid 1.0", "--chip 32"):
         pack_files(mr, hr, tmp_path / "store", chip=32)
     assert not (tmp_path / "store").exists()
+    pack_files(mr, hr, tmp_path / "store", chip=32, val=0, min_valid=0.5)  # as the error said
 
 
 @pytest.mark.parametrize(
@@ -595,7 +580,7 @@ def test_no_chip(tmp_path):
 )
 def test_flags_out_of_range(tmp_path, bad):
     mr, hr = pair(tmp_path)
-    with pytest.raises(ValueError, match="--" + next(iter(bad)).replace("_", "-")):
+    with refused(ValueError, "--" + next(iter(bad)).replace("_", "-")):
         pack_files(mr, hr, tmp_path / "store", **bad)
 
 
@@ -605,16 +590,15 @@ def test_an_output_that_exists(tmp_path):
     store.mkdir()
     (store / "meta.json").write_text("{}")
     for overwrite in (False, True):
-        with pytest.raises(FileExistsError, match="store: exists and is not a store; move it"):
+        with refused(FileExistsError, f"{store}: "):
             pack_files(mr, hr, store, overwrite=overwrite)
     shutil.rmtree(store)
     pack_files(mr, hr, store, chip=32, val=0)
-    with pytest.raises(FileExistsError, match="store: a store is there; add --overwrite"):
+    with refused(FileExistsError, f"{store}: ", "--overwrite"):
         pack_files(mr, hr, store, chip=16, val=0)
     assert len(data.Store(store)) == 4
     (store / "notes.txt").write_text("mine")
-    message = "store: --overwrite would delete notes.txt, which is no part of the store; move it"
-    with pytest.raises(FileExistsError, match=message):
+    with refused(FileExistsError, f"{store}: ", "--overwrite", "notes.txt"):
         pack_files(mr, hr, store, chip=16, val=0, overwrite=True)
     (store / "notes.txt").unlink()
     pack_files(mr, hr, store, chip=16, val=0, overwrite=True)
@@ -639,10 +623,10 @@ def test_what_comes_to_the_output_meanwhile_stays(tmp_path, monkeypatch, capsys,
 
     with monkeypatch.context() as patch:
         patch.setattr(pack, "draw_contact", meanwhile)
-        with pytest.raises(FileExistsError, match="store: exists and is not a store; move it"):
+        with refused(FileExistsError, f"{out}: "):
             pack.pack(patches(), out, val=0, overwrite=overwrite)
     assert (out / "thesis.txt").read_text() == "precious"
-    assert "6 of 6 units are packed; the same command continues" in capsys.readouterr().out
+    assert "6 of 6 units" in capsys.readouterr().out
     shutil.rmtree(out)
     monkeypatch.setattr(pack, "stream", lambda listing, *_: None)  # nothing is packed again
     pack.pack(patches(), out, val=0)
@@ -658,7 +642,7 @@ def test_a_store_that_comes_to_the_output_meanwhile_stays(tmp_path, monkeypatch)
         (tmp_path / "other").rename(tmp_path / "store")
 
     monkeypatch.setattr(pack, "draw_contact", meanwhile)
-    with pytest.raises(FileExistsError, match="store: a store is there; add --overwrite"):
+    with refused(FileExistsError, f"{tmp_path / 'store'}: ", "--overwrite"):
         pack.pack(patches(), tmp_path / "store", val=0)
     assert content(tmp_path / "store") == other
 
@@ -677,11 +661,10 @@ def test_an_output_that_is_a_link(tmp_path, there):
 
 def test_flags_of_a_store_that_is_replaced_are_told(tmp_path, capsys):
     pack.pack(patches(), tmp_path / "store")
-    assert "the flags of" not in capsys.readouterr().out
+    assert "data.py check" not in capsys.readouterr().out
     (tmp_path / "store" / "flags.csv").write_text("chip,reason\n1,shift\n")
     pack.pack(patches(), tmp_path / "store", overwrite=True)
-    message = f"gone; python data.py check {tmp_path / 'store'} makes them anew"
-    assert f"the flags of the old store are {message}\n" in capsys.readouterr().out
+    assert f"python data.py check {tmp_path / 'store'} " in capsys.readouterr().out
 
 
 def test_a_full_disk_and_a_failing_one_name_a_file(tmp_path, monkeypatch):
@@ -690,7 +673,7 @@ def test_a_full_disk_and_a_failing_one_name_a_file(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(pack, "ground_keys", full)
-        with pytest.raises(OSError, match=r"No space left on device: '.*store\.packing'"):
+        with refused(OSError, "No space left", "store.packing"):
             pack.pack(patches(), tmp_path / "store")
     listing = patches()
     for when in (0, 1):  # of the survey, of the pass that cuts
@@ -700,11 +683,11 @@ def test_a_full_disk_and_a_failing_one_name_a_file(tmp_path, monkeypatch):
             return full() if next(count) == when else listing.units[0].open()
 
         units = [formats.Unit("far.tif", opened), *listing.units]
-        with pytest.raises(OSError, match=r"No space left on device: 'far\.tif'"):
+        with refused(OSError, "No space left", "far.tif"):
             pack.pack(listing._replace(units=units), tmp_path / "store")
     image = next(listing.units[0].open()).mr._replace(read=full)
     units = [formats.Unit("far.tif", lambda: iter([formats.Pair(image, [])]))]
-    with pytest.raises(OSError, match=r"No space left on device: 'far\.tif'"):
+    with refused(OSError, "No space left", "far.tif"):
         pack.pack(listing._replace(units=units, bands={"mr": "RGB", "hr": []}), tmp_path / "store")
 
 
@@ -721,11 +704,8 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     meta = data.Store(out).meta
     assert meta["bands"] == {"mr": ["B", "G", "R"], "hr": ["B", "G", "R"]}
     assert meta["provenance"]["command"].startswith("data.py pack")
-    with pytest.raises(SystemExit) as exit_:
+    with refused(SystemExit, f"data.py: {out}: ", "--overwrite"):
         data.main()
-    assert exit_.value.code == 2
-    error = capsys.readouterr().err.strip().splitlines()
-    assert error == [f"data.py: {out}: a store is there; add --overwrite to replace it"]
 
 
 def set_argv(monkeypatch, *words):
@@ -733,24 +713,19 @@ def set_argv(monkeypatch, *words):
 
 
 @pytest.mark.parametrize(
-    "words, message",
+    "words, mentions",
     [
-        (["a", "b", "c"], "a b c: ROOT and OUT expected, or OUT alone with --mr"),
-        (["a", "--hr", "b"], "a: ROOT and OUT expected"),
-        (["a", "b", "--mr", "c"], "a b: ROOT and OUT expected"),
-        (
-            ["a", "b", "--format", "sen2naip", "--product", "20m"],
-            "--product: not for --format sen2naip, which takes none of them",
-        ),
-        (["a", "b", "--mr-dataset", "x"], "--mr-dataset: not for --format geotiff, which takes "),
+        (["a", "b", "c"], ["a b c", "ROOT", "OUT", "--mr"]),
+        (["a", "--hr", "b"], ["a: ", "ROOT", "OUT"]),
+        (["a", "b", "--mr", "c"], ["a b: ", "ROOT", "OUT"]),
+        (["a", "b", "--format", "sen2naip", "--product", "20m"], ["--product", "sen2naip"]),
+        (["a", "b", "--mr-dataset", "x"], ["--mr-dataset", "geotiff"]),
     ],
 )
-def test_flags_that_do_not_fit(monkeypatch, capsys, words, message):
+def test_flags_that_do_not_fit(monkeypatch, words, mentions):
     set_argv(monkeypatch, *words)
-    with pytest.raises(SystemExit) as exit_:
+    with refused(SystemExit, "data.py: ", *mentions):
         data.main()
-    assert exit_.value.code == 2
-    assert capsys.readouterr().err.startswith("data.py: " + message)
 
 
 def test_where_images_are_from_goes_into_the_store(tmp_path, monkeypatch):
@@ -774,7 +749,7 @@ def test_what_a_listing_says_of_itself_goes_into_the_store(tmp_path):
     )  # fmt: skip
     (skipped,) = rows_of(tmp_path / "store", "skipped")
     assert (skipped["mr_source"], skipped["reason"]) == ("x/y.pt", "no HR of its date")
-    with pytest.raises(ValueError, match=r"nothing to pack: no image .* \(skipped: 1 no HR of its"):
+    with refused(ValueError, "nothing to pack", "1 no HR of its date"):
         pack.pack(listing._replace(units=[]), tmp_path / "none")
 
 
@@ -879,8 +854,7 @@ def test_one_pack_at_a_time_writes_a_store(tmp_path, overwrite):
     ) as other:
         assert other.stdout.readline().strip() == b"held"
         before = sorted(tmp_path.rglob("*"))
-        message = r"store: another data\.py pack is writing it; wait for it or choose another OUT$"
-        with pytest.raises(FileExistsError, match=message):
+        with refused(FileExistsError, f"{tmp_path / 'store'}: ", "another"):
             pack.pack(patches(), tmp_path / "store", overwrite=overwrite)
         assert sorted(tmp_path.rglob("*")) == before
         other.kill()
@@ -913,7 +887,7 @@ def test_a_lock_that_its_owner_deletes_just_then_is_none(tmp_path, monkeypatch):
         lock(file)
 
     monkeypatch.setattr(pack, "lock", late)
-    with pytest.raises(FileExistsError, match=r"another data\.py pack is writing it"):
+    with refused(FileExistsError, f"{tmp_path / 'store'}: ", "another"):
         pack.pack(patches(), tmp_path / "store")
 
 
@@ -923,7 +897,7 @@ def test_a_drive_without_locks_is_told(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(pack, "lock", refuse)
     pack.pack(patches(), tmp_path / "store")
-    assert "lock: cannot be locked ([Errno 38] Function" in capsys.readouterr().out
+    assert "[Errno 38]" in capsys.readouterr().out
     assert os.listdir(tmp_path) == ["store"]
 
 
@@ -937,25 +911,24 @@ def stopped(tmp_path, monkeypatch, **options):
 
 def test_another_command_does_not_continue(tmp_path, monkeypatch):
     stopped(tmp_path, monkeypatch, val=0)
-    message = r"packing: another command was interrupted there \(--val 0, now 0\.1\); repeat that "
-    with pytest.raises(FileExistsError, match=message + "one .* or discard it with --overwrite or"):
+    with refused(FileExistsError, "store.packing", "--val 0, now 0.1", "--overwrite"):
         pack.pack(patches(), tmp_path / "store")
-    with pytest.raises(FileExistsError, match=r"\(input 6 units .*, now 5 units"):
+    with refused(FileExistsError, "store.packing", "6 units", "now 5 units"):
         pack.pack(patches(5), tmp_path / "store", val=0)
     meta = pack.pack(patches(5), tmp_path / "store", val=0, overwrite=True)
     assert meta["count"]["mr"] == 10 and os.listdir(tmp_path) == ["store"]
 
 
 @pytest.mark.parametrize(
-    "more, told",
+    "more, was",
     [
-        (["--hr", "{}/hr2"], r"--hr \S+hr, now \S+hr2"),
-        (["--mr", "{}/mr2"], r"--mr \S+mr, now \S+mr2"),
-        (["--hr-bands", "1,0"], r"--hr-bands not given, now \['1', '0'\]"),
-        (["--nodata", "7"], r"--nodata nan, now 7\.0"),
+        (["--hr", "{}/hr2"], "{}/hr"),
+        (["--mr", "{}/mr2"], "{}/mr"),
+        (["--hr-bands", "1,0"], "not given"),
+        (["--nodata", "7"], "nan"),
     ],
 )
-def test_another_input_does_not_continue(tmp_path, monkeypatch, capsys, more, told):
+def test_another_input_does_not_continue(tmp_path, monkeypatch, more, was):
     for k in range(3):
         write_scene(tmp_path / f"mr/{k}.tif", 10.0, (9000 * k, 0), 64, 64)
         write_scene(tmp_path / f"hr/{k}.tif", 5.0, (9000 * k, 0), 128, 128)
@@ -969,29 +942,27 @@ def test_another_input_does_not_continue(tmp_path, monkeypatch, capsys, more, to
         with pytest.raises(SystemExit):
             data.main()
         set_argv(patch, *words, *[word.format(tmp_path) for word in more])
-        with pytest.raises(SystemExit) as exit_:
+        told = f"{more[0]} {was.format(tmp_path)}, now"
+        with refused(SystemExit, "data.py: ", "out.packing", told):
             data.main()
-    assert exit_.value.code == 2
-    message = rf"data\.py: \S+out\.packing: another command was interrupted there \({told}\); rep"
-    assert re.match(message, capsys.readouterr().err.splitlines()[-1])
     set_argv(monkeypatch, *words)
     data.main()
     assert len(data.Store("out")) == 3
 
 
 @pytest.mark.parametrize("more", ["--level L1C", "--hr-product ps", "--per-site 2"])
-def test_another_choice_from_a_published_set_does_not_continue(tmp_path, monkeypatch, capsys, more):
+def test_another_choice_from_a_published_set_does_not_continue(tmp_path, monkeypatch, more):
     pair_layouts.worldstrat(tmp_path / "root")
     words = ["--format", "worldstrat", tmp_path / "root", tmp_path / "out", "--chip", 32]
     words += ["--min-valid", 0.5, "--workers", 1]
-    for added in ([], more.split()):
-        with monkeypatch.context() as patch:
-            break_at(patch, 3)
-            set_argv(patch, *words, *added)
-            with pytest.raises(SystemExit):
-                data.main()
-    flag, value = more.split()
-    assert f"there ({flag} not given, now {value}); repeat" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        break_at(patch, 3)
+        set_argv(patch, *words)
+        with pytest.raises(SystemExit):
+            data.main()
+        set_argv(patch, *words, *more.split())
+        with refused(SystemExit, "out.packing", *more.split(), "not given"):
+            data.main()
 
 
 def test_a_unit_with_another_key_does_not_continue(tmp_path, monkeypatch):
@@ -1005,7 +976,7 @@ def test_a_unit_with_another_key_does_not_continue(tmp_path, monkeypatch):
         break_at(patch, 7)
         with pytest.raises(KeyboardInterrupt):
             pack.pack(listing("a"), tmp_path / "store")
-    with pytest.raises(FileExistsError, match=r"there \(input 6 units \w+, now 6 units \w+\); rep"):
+    with refused(FileExistsError, "store.packing", "now 6 units"):
         pack.pack(listing("b"), tmp_path / "store")
     assert pack.pack(listing("a"), tmp_path / "store")["count"]["mr"] == 12
 
@@ -1013,7 +984,7 @@ def test_a_unit_with_another_key_does_not_continue(tmp_path, monkeypatch):
 def test_what_is_no_partial_store_is_left_alone(tmp_path, monkeypatch):
     (tmp_path / "store.packing").mkdir()
     (tmp_path / "store.packing" / "mine.txt").write_text("x")
-    with pytest.raises(FileExistsError, match=r"store\.packing: exists and is no partial store"):
+    with refused(FileExistsError, f"{tmp_path / 'store.packing'}: "):
         pack.pack(patches(), tmp_path / "store", overwrite=True)
     assert os.listdir(tmp_path / "store.packing") == ["mine.txt"]
 
@@ -1028,7 +999,7 @@ def test_a_partial_store_that_lost_data_and_one_with_half_a_line(tmp_path, monke
     shutil.rmtree(tmp_path / "store")
     folder = stopped(tmp_path, monkeypatch, val=0)
     os.truncate(folder / "store" / "mr.npy", 200)
-    with pytest.raises(ValueError, match=r"mr\.npy: \d+ bytes expected, 200 found; delete .*ing"):
+    with refused(ValueError, "mr.npy", "200", f"delete {folder}"):
         pack.pack(patches(), tmp_path / "store", val=0)
 
 
@@ -1040,8 +1011,7 @@ def test_interrupted(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit) as exit_:
             data.main()
     assert exit_.value.code == 130
-    error = capsys.readouterr().err.strip().splitlines()
-    assert error[-1] == "data.py: interrupted; the same command continues"
+    assert capsys.readouterr().err.splitlines()[-1].startswith("data.py: interrupted")
     assert sorted(os.listdir(tmp_path)) == ["hr", "mr"]  # no unit was done
 
 
@@ -1049,8 +1019,7 @@ def test_an_error_late_says_that_work_is_kept(tmp_path, monkeypatch, capsys):
     break_at(monkeypatch, 7, ValueError)
     with pytest.raises(ValueError, match="stop"):
         pack.pack(patches(), tmp_path / "store", workers=1)
-    said = "store.packing: 2 of 6 units are packed; the same command continues from there"
-    assert said in capsys.readouterr().out
+    assert "store.packing: 2 of 6 units" in capsys.readouterr().out
 
 
 # memory
@@ -1103,8 +1072,7 @@ def test_the_publishers_splits_are_kept(tmp_path):
     assert meta["splits"] == {"train": 4, "val": 4, "test": 4}
     for row in rows_of(tmp_path / "store"):
         assert row["split"] == ["train", "val", "test"][int(row["mr_source"].split(".")[0]) % 3]
-    message = "no training chip left: the publisher's splits have none of these in train; pack the"
-    with pytest.raises(ValueError, match=message):
+    with refused(pack.NoChip, "train"):
         pack.pack(patches(split=lambda n: "val"), tmp_path / "none")
     assert not (tmp_path / "none.packing").exists()
 
@@ -1239,18 +1207,18 @@ def test_another_ratio_is_skipped_in_a_published_set_and_refused_in_a_folder(tmp
     pack.pack(sized(32, 32, 48), tmp_path / "store", val=0)
     (skipped,) = rows_of(tmp_path / "store", "skipped")
     assert (skipped["mr_source"], skipped["reason"]) == ("2", "another pixel ratio")
-    with pytest.raises(ValueError, match="2: 3 HR pixels to an MR pixel of 1, but 2 to 1 in 1; pa"):
+    with refused(ValueError, "2: ", "3 HR", "2 to"):
         pack.pack(sized(32, 32, 48, chip=None), tmp_path / "other", chip=16)
 
 
 def test_mr_of_another_pixel_size_without_hr(tmp_path):
     for k, (gsd, side) in enumerate([(10.0, 64), (10.3, 64), (60.0, 64)]):
         write_scene(tmp_path / f"mr/{k}.tif", gsd, (9000 * k, 0), side, side)
-    message = r"2\.tif: gsd 60, but .*0\.tif has gsd 10; pack files of one pixel size at a time"
-    with pytest.raises(ValueError, match=message):
+    mentions = "mr/2.tif", "gsd 60", "mr/0.tif", "gsd 10"
+    with refused(ValueError, *mentions):
         pack_files(tmp_path / "mr", None, tmp_path / "store", chip=16)
     write_scene(tmp_path / "hr/0.tif", 5.0, (0, 0), 128, 128)
-    with pytest.raises(ValueError, match=message):
+    with refused(ValueError, *mentions):
         pack_files(tmp_path / "mr", tmp_path / "hr", tmp_path / "all", chip=16, keep_unpaired=True)
     (tmp_path / "mr/2.tif").unlink()
     assert pack_files(tmp_path / "mr", None, tmp_path / "store", chip=16)["count"]["mr"] == 32
@@ -1296,9 +1264,8 @@ def test_one_file_of_another_type(tmp_path, capsys, where):
     assert meta["count"]["mr"] == 2 and meta["dtype"]["mr"] == "uint8"
     (skipped,) = rows_of(tmp_path / "store", "skipped")
     assert (skipped["mr_source"], skipped["reason"]) == ("1", "another type of pixels")
-    message = "odd: float32 pixels, but the MR of this store is uint8"
-    assert f"warning: left out: {message}\n" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=message + "; pack them apart"):
+    assert "warning: left out: odd: float32" in capsys.readouterr().out
+    with refused(ValueError, "odd: ", "float32", "uint8"):
         pack.pack(listing._replace(chip=None), tmp_path / "other", chip=16)
 
 
@@ -1378,9 +1345,8 @@ def test_an_offset_that_was_not_removed_is_told(tmp_path, capsys, low, options, 
         units.append(formats.Unit(str(n), lambda pairs=pairs: iter(pairs)))
     listing = formats.Listing(units, {"mr": ["B", "G", "R"], "hr": []}, 16)
     pack.pack(listing, tmp_path / "store", val=0, **options)
-    message = "warning: MR has hardly a pixel below"
     out = capsys.readouterr().out
-    assert (message in out) == warns and (not warns or "--offset -1000 --overwrite" in out)
+    assert ("warning: " in out) == ("--offset -1000 --overwrite" in out) == warns
 
 
 # parts

@@ -9,6 +9,7 @@ import h5py
 import layouts
 import numpy as np
 import pytest
+from conftest import refused
 
 from datasets import published, tasks
 from datasets.published import TASKS
@@ -271,7 +272,7 @@ def test_statistics_that_are_none(write, name, key, value):
     else:
         said[next(band for band in said if band.startswith("05"))][key] = value
     path.write_text(json.dumps(said))
-    with pytest.raises(ValueError, match=rf"{path.name}: band B05 has .*; download it again$"):
+    with refused(ValueError, path, "B05"):
         load_task(name, root, tile=TILE)
 
 
@@ -283,7 +284,7 @@ def test_pastis_statistics_of_another_number_of_bands(write, count, band):
     for fold in said.values():
         fold["mean"] = [100.0] * count
     path.write_text(json.dumps(said))
-    with pytest.raises(ValueError, match=rf"NORM_S2_patch\.json: band {band} has .*download"):
+    with refused(ValueError, path, band):
         load_task("pastis", root, tile=TILE)
 
 
@@ -349,7 +350,7 @@ def test_a_full_disk_is_told_before_anything_is_written(write, monkeypatch):
     root, _ = write("marida")
     monkeypatch.setattr(tasks, "IN_MEMORY", 1000)
     monkeypatch.setattr(tasks.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))
-    with pytest.raises(OSError, match=r"GB needed for the images, 0\.0 GB free; .* TMPDIR"):
+    with refused(OSError, "0.0 GB", "TMPDIR"):
         load_task("marida", root, tile=TILE)
 
 
@@ -369,22 +370,17 @@ def test_pickles_are_never_read(write):
 
 
 def test_unknown_task():
-    with pytest.raises(
-        ValueError, match=r"--task mado: no such task; choose from mados, .*geotiff"
-    ):
+    with refused(ValueError, "--task mado", *TASKS, "geotiff"):
         load_task("mado", ".")
 
 
 def test_wrong_root_says_what_was_looked_for(name, tmp_path):
     (tmp_path / "holiday.jpg").write_text("")
-    with pytest.raises(FileNotFoundError) as caught:
+    wanted = (*TASKS[name].marks, *TASKS[name].folders, TASKS[name].url)
+    with refused(FileNotFoundError, f"--root {tmp_path}", "holiday.jpg", *wanted):
         load_task(name, tmp_path)
-    said = str(caught.value)
-    with pytest.raises(FileNotFoundError, match=r"found nothing; download it from"):
+    with refused(FileNotFoundError, f"--root {tmp_path / 'nowhere'}", *wanted):
         load_task(name, tmp_path / "nowhere")
-    for word in (f"--root {tmp_path}", *TASKS[name].marks, *TASKS[name].folders, TASKS[name].url):
-        assert word in said
-    assert "holiday.jpg" in said and "\n" not in said
 
 
 @pytest.mark.parametrize(
@@ -400,15 +396,14 @@ def test_wrong_root_says_what_was_looked_for(name, tmp_path):
 def test_an_archive_is_told_from_a_set(tmp_path, name, archive):
     (tmp_path / archive).parent.mkdir(exist_ok=True)
     (tmp_path / archive).write_text("")
-    with pytest.raises(FileNotFoundError, match=rf"{archive} is not unpacked; unpack it"):
+    with refused(FileNotFoundError, archive):
         load_task(name, tmp_path)
 
 
 def test_missing_bands_are_named(name):
-    with pytest.raises(ValueError) as caught:
+    names = f"--bands B02,B13,VV: --task {name}", "B13,VV;", BANDS[name].replace(" ", ",")
+    with refused(ValueError, *names):
         load_task(name, ".", bands=["B02", "B13", "VV"])
-    wanted = f"--bands B02,B13,VV: --task {name} has no B13,VV; its bands are "
-    assert str(caught.value) == wanted + BANDS[name].replace(" ", ",")
 
 
 def test_the_names_of_bands():
@@ -417,36 +412,31 @@ def test_the_names_of_bands():
     assert found == "B B B B G NIR NIR NIR B8A B11 B01 B05 B05".split()
 
 
-PIECES = {  # a file of one sample, by pattern
-    "mados": ("Scene_0_L2R_rhorc_865_2.tif", r"1 of 6 listed samples lack a mask and 11 bands"),
-    "marida": ("S2_18-9-20_16PCC_1.tif", r"1 of 6 listed .*the first is 18-9-20_16PCC_1"),
-    "m-cashew-plantation": (
-        "sample-7.hdf5",
-        r"1 of 5 listed .* \.hdf5 file, the first is sample-7",
-    ),
-    "m-sa-crop-type": ("sample-7.hdf5", r"1 of 5 listed"),
-    "pastis": ("TARGET_10021.npy", r"1 of 5 listed .*the first is 10021; complete"),
-    "sen1floods11": ("Ghana_103272_S2Hand.tif", r"1 of 4 listed .*the first is Ghana_103272"),
-    "substation": ("image_3.npz", r"1 of 10 listed .*the first is image_3"),
+PIECES = {  # a file of one sample, by pattern; how many samples there are, and its name
+    "mados": ("Scene_0_L2R_rhorc_865_2.tif", 6, "Scene_0"),
+    "marida": ("S2_18-9-20_16PCC_1.tif", 6, "18-9-20_16PCC_1"),
+    "m-cashew-plantation": ("sample-7.hdf5", 5, "sample-7"),
+    "m-sa-crop-type": ("sample-7.hdf5", 5, "sample-7"),
+    "pastis": ("TARGET_10021.npy", 5, "10021"),
+    "sen1floods11": ("Ghana_103272_S2Hand.tif", 4, "Ghana_103272"),
+    "substation": ("image_3.npz", 10, "image_3"),
 }
 
 
 def test_missing_files_are_counted(write, name):
     root, _ = write(name)
-    pattern, message = PIECES[name]
+    pattern, count, sample = PIECES[name]
     find(root, pattern).unlink()
-    with pytest.raises(FileNotFoundError, match=message) as caught:
+    with refused(FileNotFoundError, root, f"1 of {count} ", sample):
         load_task(name, root, tile=TILE)
-    assert "\n" not in str(caught.value)
 
 
 def test_damaged_files_are_named(write, name):
     root, _ = write(name)
     path = find(root, PIECES[name][0])
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(ValueError, match=path.name.replace(".", r"\.")) as caught:
+    with refused(ValueError, path):
         load_task(name, root, tile=TILE, bands=BANDS[name].split())
-    assert "\n" not in str(caught.value)
 
 
 ARRAYS = (np.int16(5), np.zeros(9), np.zeros((0, 0)), np.full((2, 3), "5"))
@@ -466,8 +456,7 @@ def test_arrays_of_another_shape_are_named(write, name, pattern, array):
     root, _ = write(name)
     path = find(root, pattern)
     (np.savez if path.suffix == ".npz" else np.save)(path, array)
-    message = rf"{path.name}: no whole \{path.suffix} file .*, wanted numbers .*download it again$"
-    with pytest.raises(ValueError, match=message):
+    with refused(ValueError, path):
         load_task(name, root, tile=TILE)
 
 
@@ -490,8 +479,7 @@ def test_odd_datasets_are_named(write, dataset, array):
             file.create_group(dataset)
         else:
             file[dataset] = array
-    message = r"sample-7\.hdf5: no whole HDF5 file as its .* \(.*\); copy or download it again$"
-    with pytest.raises(ValueError, match=message):
+    with refused(ValueError, "sample-7.hdf5"):
         load_task("m-sa-crop-type", root, tile=TILE)
 
 
@@ -507,30 +495,29 @@ def test_images_of_another_number_of_bands_are_named(write, name, pattern, shape
     root, _ = write(name)
     path = find(root, pattern)
     geotiff.write(path, np.zeros(shape, np.float32))
-    message = rf"{path.name}: {shape[0]} bands, its publisher ships \d+; download it again"
-    with pytest.raises(ValueError, match=message):
+    with refused(ValueError, path, f"{shape[0]} bands"):
         load_task(name, root, tile=TILE)
 
 
 def test_alien_labels_are_named(write, name):
     root, _ = write(name)
     if name in ("mados", "marida"):
-        path = find(root, "*_cl*.tif")
-        geotiff.write(path, np.full(geotiff.read(path)[0].shape, 17, np.uint8))
+        value, path = 17, find(root, "*_cl*.tif")
+        geotiff.write(path, np.full(geotiff.read(path)[0].shape, value, np.uint8))
     elif name.startswith("m-"):
-        path = find(root, "*.hdf5")
+        value, path = 17, find(root, "*.hdf5")
         with h5py.File(path, "r+") as file:
-            file["label"][3, 3] = 17
+            file["label"][3, 3] = value
     elif name == "pastis":
-        path = find(root, "TARGET_*.npy")
-        np.save(path, np.full((3, 16, 16), 27, np.uint8))
+        value, path = 27, find(root, "TARGET_*.npy")
+        np.save(path, np.full((3, 16, 16), value, np.uint8))
     elif name == "sen1floods11":
-        path = find(root, "Ghana*_LabelHand.tif")
-        geotiff.write(path, np.full((20, 20), 7, np.int16))
+        value, path = 7, find(root, "Ghana*_LabelHand.tif")
+        geotiff.write(path, np.full((20, 20), value, np.int16))
     else:
-        path = find(root, "mask/image_0.npz")
-        np.savez(path, np.full((12, 12), 4, np.uint8))
-    with pytest.raises(ValueError, match=r"its mask holds the values \d+, those of the set are"):
+        value, path = 4, find(root, "mask/image_0.npz")
+        np.savez(path, np.full((12, 12), value, np.uint8))
+    with refused(ValueError, f" {value}"):
         load_task(name, root, tile=TILE)
 
 
@@ -548,7 +535,7 @@ LISTS = {
 def test_missing_lists_are_named(write, name):
     root, _ = write(name)
     find(root, LISTS[name]).unlink()
-    with pytest.raises(FileNotFoundError, match=LISTS[name] + ": no such file, which comes with"):
+    with refused(FileNotFoundError, LISTS[name]):
         load_task(name, root, tile=TILE)
 
 
@@ -557,67 +544,55 @@ def test_damaged_lists_are_named(write, name):
     root, _ = write(name)
     path = find(root, LISTS[name])
     path.write_text(path.read_text()[:-20])
-    with pytest.raises(ValueError, match=rf"{LISTS[name]}: no whole JSON file .*JSONDecodeError"):
+    with refused(ValueError, path):
         load_task(name, root, tile=TILE)
 
 
-def test_lists_that_lack_what_they_should_say(write):
-    root, _ = write("pastis")
-    (root / "PASTIS-R/metadata.geojson").write_text("{}")
-    with pytest.raises(
-        ValueError, match=r"metadata\.geojson: no whole JSON .*KeyError: 'features'"
-    ):
-        load_task("pastis", root)
-    root, _ = write("m-cashew-plantation")
-    (root / "m-cashew-plant/default_partition.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"its lists name no sample"):
-        load_task("m-cashew-plantation", root)
-
-
-def test_lists_of_the_wrong_kind(write):
-    root, _ = write("substation")
-    (root / "Substation/splits.json").write_text("[1, 2]")
-    with pytest.raises(
-        ValueError, match=r"splits\.json: no whole JSON file .*: a list where names"
-    ):
-        load_task("substation", root)
-
-
 @pytest.mark.parametrize(
-    "name, pattern, text, kind",
+    "name, pattern, text",
     [
-        ("pastis", "metadata.geojson", '{"features": [1, 2]}', "JSON"),
-        ("pastis", "metadata.geojson", '{"features": 1}', "JSON"),
-        ("pastis", "metadata.geojson", '{"features": [{"properties": null}]}', "JSON"),
-        ("pastis", "NORM_S2_patch.json", '{"Fold_1": 5, "Fold_2": 5, "Fold_3": 5}', "JSON"),
-        ("pastis", "NORM_S2_patch.json", '{"Fold_1": 5}', "JSON"),
-        ("m-sa-crop-type", "default_partition.json", '{"train": 5}', "JSON"),
-        ("m-sa-crop-type", "band_stats.json", '{"02 - Blue": 5}', "JSON"),
-        ("substation", "splits.json", '{"train": null}', "JSON"),
-        pytest.param("substation", "splits.json", "[" * 100_000, "JSON", id="deep"),
-        pytest.param("sen1floods11", "flood_test_data.csv", "x" * 200_000, "CSV", id="long"),
+        *(
+            ("pastis", "metadata.geojson", text)
+            for text in ("{}", '{"features": [1, 2]}', '{"features": 1}',
+                         '{"features": [{"properties": null}]}')
+        ),
+        ("pastis", "NORM_S2_patch.json", '{"Fold_1": 5, "Fold_2": 5, "Fold_3": 5}'),
+        ("pastis", "NORM_S2_patch.json", '{"Fold_1": 5}'),
+        ("m-sa-crop-type", "default_partition.json", '{"train": 5}'),
+        ("m-sa-crop-type", "band_stats.json", '{"02 - Blue": 5}'),
+        ("substation", "splits.json", '{"train": null}'),
+        ("substation", "splits.json", "[1, 2]"),
+        pytest.param("substation", "splits.json", "[" * 100_000, id="deep"),
+        pytest.param("sen1floods11", "flood_test_data.csv", "x" * 200_000, id="long"),
     ],
-)
-def test_lists_of_another_build_are_named(write, name, pattern, text, kind):
+)  # fmt: skip
+def test_lists_of_another_build_are_named(write, name, pattern, text):
     root, _ = write(name)
-    find(root, pattern).write_text(text)
-    message = rf"{pattern}: no whole {kind} file as its .* \(.*\); copy or download it again$"
-    with pytest.raises(ValueError, match=message):
+    path = find(root, pattern)
+    path.write_text(text)
+    with refused(ValueError, path):
         load_task(name, root)
 
 
-def test_a_list_without_an_entry(write):
-    root, _ = write("pastis")
-    find(root, "metadata.geojson").write_text('{"features": []}')
-    with pytest.raises(ValueError, match=r"its lists name no sample"):
-        load_task("pastis", root)
+@pytest.mark.parametrize(
+    "name, pattern, text",
+    [
+        ("pastis", "metadata.geojson", '{"features": []}'),
+        ("m-cashew-plantation", "default_partition.json", "{}"),
+    ],
+)
+def test_a_list_without_an_entry(write, name, pattern, text):
+    root, _ = write(name)
+    find(root, pattern).write_text(text)
+    with refused(ValueError, root):
+        load_task(name, root)
 
 
 def test_a_fold_that_is_none(write):
     root, _ = write("pastis")
     path = root / "PASTIS-R/metadata.geojson"
     path.write_text(path.read_text().replace('"Fold": 5', '"Fold": 6'))
-    with pytest.raises(ValueError, match=r"metadata\.geojson: no whole JSON file .*KeyError: 6"):
+    with refused(ValueError, path, "6"):
         load_task("pastis", root)
 
 
@@ -629,7 +604,7 @@ def test_a_substation_list_may_say_valid_and_must_name_a_test(write):
     task = load_task("substation", root)
     assert task.split.tolist() == [truth[sample][0] for sample in sorted(truth)]
     path.write_text(json.dumps({"valid": lists["val"], "train": lists["train"]}))
-    with pytest.raises(ValueError, match=r"no labelled pixel in the test split"):
+    with refused(ValueError, "test split"):
         load_task("substation", root)
 
 
@@ -650,46 +625,44 @@ def test_the_first_error_ends_the_reading():
 def test_a_sample_in_two_splits(write):
     root, _ = write("marida")
     (root / "MARIDA/splits/val_X.txt").write_text("1-12-19_48MYU_0\n")
-    with pytest.raises(
-        ValueError, match=r"splits: 1-12-19_48MYU_0 is listed for train and for val"
-    ):
+    with refused(ValueError, "MARIDA/splits", "1-12-19_48MYU_0", "train", "val"):
         load_task("marida", root)
 
 
 def test_an_empty_split(write):
     root, _ = write("marida")
     (root / "MARIDA/splits/val_X.txt").write_text("\n")
-    with pytest.raises(ValueError, match=r"no labelled pixel in the val split"):
+    with refused(ValueError, "val split"):
         load_task("marida", root, tile=TILE)
     for split in ("train", "test"):
         (root / f"MARIDA/splits/{split}_X.txt").write_text("")
-    with pytest.raises(ValueError, match=r"its lists name no sample"):
+    with refused(ValueError, root):
         load_task("marida", root, tile=TILE)
 
 
 @pytest.mark.parametrize(
-    "name, options, message",
+    "name, options, mentions",
     [
-        ("marida", {}, r"--tile 64: .*\.tif is 20 px wide or high; use at most that"),
-        ("marida", {"dates": 2}, r"--dates 2: .*only --task pastis is a time series"),
-        ("pastis", {"dates": 0}, r"--dates 0: at least 1"),
-        ("pastis", {"pastis_classes": 17}, r"--pastis-classes 17: choose 18, 19 or 20"),
+        ("marida", {}, ["--tile 64", ".tif", "20 px"]),
+        ("marida", {"dates": 2}, ["--dates 2", "pastis"]),
+        ("pastis", {"dates": 0}, ["--dates 0", "1"]),
+        ("pastis", {"pastis_classes": 17}, ["--pastis-classes 17", "18", "19", "20"]),
     ],
 )
-def test_wrong_options(write, name, options, message):
-    with pytest.raises(ValueError, match=message):
+def test_wrong_options(write, name, options, mentions):
+    with refused(ValueError, *mentions):
         load_task(name, write(name)[0], **options)
 
 
 def test_images_that_do_not_fit_their_masks(write):
     root, _ = write("mados")
     geotiff.write(find(root, "*_rhorc_704_1.tif"), np.zeros((7, 7), np.float32))
-    with pytest.raises(ValueError, match=r"704_1\.tif: 7 x 7 pixels do not divide .* 24 x 24"):
+    with refused(ValueError, "704_1.tif", "7 x 7", "24 x 24"):
         load_task("mados", root, tile=24, bands=["B05"])
     root, _ = write("marida")
     path = find(root, "S2_1-12-19_48MYU_0.tif")
     geotiff.write(path, np.zeros((11, 19, 20), np.float32))
-    with pytest.raises(ValueError, match=r"MYU_0\.tif: 19 x 20 pixels, its mask has 20 x 20"):
+    with refused(ValueError, "MYU_0.tif", "19 x 20", "20 x 20"):
         load_task("marida", root, tile=TILE)
 
 
@@ -697,7 +670,7 @@ def test_images_of_several_sizes(write):
     root, _ = write("substation")
     np.savez(find(root, "image_stack/image_0.npz"), np.zeros((2, 13, 16, 16), np.float32))
     np.savez(find(root, "mask/image_0.npz"), np.zeros((16, 16), np.uint8))
-    with pytest.raises(ValueError, match=r"images of 12, 16 px; pass --tile"):
+    with refused(ValueError, "12, 16 px", "--tile"):
         load_task("substation", root)
     assert load_task("substation", root, tile=TILE).images.shape[-1] == TILE
 
@@ -706,7 +679,7 @@ def test_a_band_that_a_file_lacks(write):
     root, _ = write("m-sa-crop-type")
     with h5py.File(find(root, "sample-7.hdf5"), "r+") as file:
         del file["08 - NIR"]
-    with pytest.raises(ValueError, match=r"sample-7\.hdf5: no dataset '08'; it holds 01 - Coastal"):
+    with refused(ValueError, "sample-7.hdf5", "'08'", "01 - Coastal"):
         load_task("m-sa-crop-type", root, tile=20)
 
 
@@ -736,13 +709,11 @@ def test_own_folder(own):
     assert tasks.fingerprint(named) == tasks.fingerprint(numbered)
     assert np.array_equal(named.images, task.images[:, [2, 0]])
     assert named.positions == (2, 0) and named.bands == ("NIR", "B4")
-    with pytest.raises(
-        ValueError, match=r"--bands B8A: .*a\.tif has no B8A; its bands are R,G,NIR"
-    ):
+    with refused(ValueError, "--bands B8A", "a.tif", "R,G,NIR"):
         load_task("geotiff", own, bands=["B8A"])
     for path in (own / "mr").iterdir():
         geotiff.write(path, geotiff.read(path))
-    with pytest.raises(ValueError, match="its bands are unnamed, so R cannot be found; name them"):
+    with refused(ValueError, "a.tif", " R "):
         load_task("geotiff", own, bands=["R"])
     assert load_task("geotiff", own, tile=8, bands=[2]).bands == ("",)
 
@@ -755,9 +726,7 @@ def test_own_folder_in_short(own):
     assert task.classes == ("0", "1") and task.split_by == "image"
     assert len({load_task("geotiff", own, tile=16, split_seed=s).split_hash for s in range(9)}) > 1
     shutil.rmtree(own / "masks")
-    with pytest.raises(
-        FileNotFoundError, match=r"--task geotiff wants the folders images \(or mr\)"
-    ):
+    with refused(FileNotFoundError, own, "masks"):
         load_task("geotiff", own)
 
 
@@ -822,9 +791,7 @@ def test_real_geobench_file(real):
             ("02 - Blue", "08 - NIR", "08A - Vegetation Red Edge", "12 - SWIR")
         ):
             assert np.array_equal(pixels[band], file[name])
-    with pytest.raises(
-        ValueError, match=r"id_1905\.hdf5: no dataset 'label'; it holds 01 - Coastal"
-    ):
+    with refused(ValueError, "id_1905.hdf5", "'label'", "01 - Coastal"):
         published.read_hdf5(path, ["label"])
 
 

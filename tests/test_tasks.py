@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from conftest import refused
 from real_tasks import write_eolearn, write_ukis
 
 from datasets import tasks
@@ -349,50 +350,49 @@ def spoil_nothing(f):
 
 
 @pytest.mark.parametrize(
-    "spoil, options, message",
+    "spoil, options, mentions",
     [
-        (spoil_not_a_tiff, {}, r"b\.tif: not a TIFF"),
-        (spoil_truncated, {}, r"b\.tif: truncated"),
-        (spoil_ids, {"named": True}, r"b\.tif: class ids 9, 255 found.*0 to 2.*--ignore-index 9"),
-        (spoil_negative, {}, r"b\.tif: class ids -1 found.*--ignore-index -1"),
-        (spoil_fill_value, {}, r"b\.tif: class ids 65533, .* found.*name them in --classes"),
-        (spoil_size, {}, r"masks.b\.tif: 18 x 13 pixels, its image has 19 x 13; resample"),
-        (spoil_float, {}, r"b\.tif: values of type float32.*uint8"),
-        (spoil_mask_bands, {}, r"masks.b\.tif: 3 bands; a mask has one"),
-        (spoil_place, {}, r"masks.b\.tif: its grid lies up to 1 px off its image's; resample"),
-        (spoil_pixel_size, {}, r"masks.b\.tif: its grid lies up to 0\.13 px off its image's"),
-        (spoil_crs, {}, r"masks.b\.tif: its CRS is EPSG:32634, its image's EPSG:32633; resample"),
-        (spoil_fill, {}, r"masks.b\.tif: class id 255 found.* only 0, 1, 2, 255; .*--classes"),
-        (spoil_nothing, {"tile": 20}, r"--tile 20: the largest image is 19 px wide or high"),
-        (spoil_missing, {}, r"images.b\.tif: no mask of that name in .*masks"),
-        (spoil_missing_image, {}, r"images: no image named b, which the --splits lists name"),
-        (spoil_bands, {}, r"b\.tif: 3 bands, but .*a\.tif has 2; .*--bands"),
-        (spoil_twins, {}, r"b\.tiff: shares its name with .*b\.tif"),
-        (spoil_labels, {"ignore_index": 2}, r"no labelled pixel falls in the val split \(file"),
-        (spoil_all_labels, {"ignore_index": 2}, r"no labelled pixel in any mask"),
-        (spoil_nothing, {"bands": [0, 2]}, r"a\.tif: --bands 0,2 asks for more than its 2 bands"),
-        (spoil_nothing, {"bands": [-1]}, r"a\.tif: --bands -1 asks for .*use positions 0 to 1"),
-        (spoil_nothing, {"splits": None, "val": 0.5, "test": 0.5}, r"3 separate groups \(by image"),
-        (spoil_nothing, {"splits": "nowhere"}, r"train\.txt: no list of file names"),
-        (spoil_nothing, {"classes": "nowhere.txt"}, r"nowhere\.txt: no such file; --classes"),
+        (spoil_not_a_tiff, {}, ["images/b.tif"]),
+        (spoil_truncated, {}, ["masks/b.tif"]),
+        (spoil_ids, {"named": True}, ["masks/b.tif", "9, 255", "0 to 2", "--ignore-index 9"]),
+        (spoil_negative, {}, ["masks/b.tif", "--ignore-index -1"]),
+        (spoil_fill_value, {}, ["masks/b.tif", "65533", "--classes"]),
+        (spoil_size, {}, ["masks/b.tif", "18 x 13", "19 x 13"]),
+        (spoil_float, {}, ["masks/b.tif", "float32"]),
+        (spoil_mask_bands, {}, ["masks/b.tif", "3 bands"]),
+        (spoil_place, {}, ["masks/b.tif", "1 px"]),
+        (spoil_pixel_size, {}, ["masks/b.tif", "0.13 px"]),
+        (spoil_crs, {}, ["masks/b.tif", "EPSG:32634", "EPSG:32633"]),
+        (spoil_fill, {}, ["masks/b.tif", "255", "--classes"]),
+        (spoil_nothing, {"tile": 20}, ["--tile 20", "19 px"]),
+        (spoil_missing, {}, ["images/b.tif", "masks"]),
+        (spoil_missing_image, {}, ["images", " b,", "--splits"]),
+        (spoil_bands, {}, ["b.tif", "3 bands", "a.tif", "2", "--bands"]),
+        (spoil_twins, {}, ["b.tiff", "b.tif,"]),
+        (spoil_labels, {"ignore_index": 2}, ["val split"]),
+        (spoil_all_labels, {"ignore_index": 2}, ["label"]),
+        (spoil_nothing, {"bands": [0, 2]}, ["a.tif", "--bands 0,2", "2 bands"]),
+        (spoil_nothing, {"bands": [-1]}, ["a.tif", "--bands -1", "0 to 1"]),
+        (spoil_nothing, {"splits": None, "val": 0.5, "test": 0.5}, ["3 separate", "image"]),
+        (spoil_nothing, {"splits": "nowhere"}, ["nowhere/train.txt"]),
+        (spoil_nothing, {"classes": "nowhere.txt"}, ["nowhere.txt", "--classes"]),
     ],
 )
-def test_bad_input_is_told_in_one_sentence(three, spoil, options, message):
+def test_bad_input_is_told_in_one_sentence(three, spoil, options, mentions):
     spoil(three)
     options = {"splits": three.splits, **options}
     if options.pop("named", False):
         options["classes"] = three.classes("x", "y", "z")
-    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+    with refused((ValueError, FileNotFoundError), *mentions):
         three.load(**options)
-    assert "\n" not in str(caught.value)
 
 
 def test_bad_lists(three):
     both = three.lists(train=["a", "b"])
-    with pytest.raises(ValueError, match=r"val\.txt: b is in train\.txt too"):
+    with refused(ValueError, "val.txt", "b", "train.txt"):
         three.load(splits=both)
     empty = three.lists(train=["a"], test=[""])
-    with pytest.raises(FileNotFoundError, match=r"test\.txt: no list"):
+    with refused(FileNotFoundError, "test.txt"):
         three.load(splits=empty)
 
 
@@ -406,18 +406,18 @@ def test_a_byte_order_mark_is_no_part_of_a_name(three):
 def test_bad_class_files(three):
     names = three.classes("x")
     names.write_bytes("prairie\nforêt\n".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"classes\.txt: not UTF-8 text \(.* at byte 11\); save"):
+    with refused(ValueError, "classes.txt", "UTF-8", "byte 11"):
         three.load(classes=names)
-    with pytest.raises(ValueError, match=r"classes\.txt: line 2 is empty"):
+    with refused(ValueError, "classes.txt", "line 2"):
         three.load(classes=three.classes("x", "", "z"))
-    with pytest.raises(ValueError, match=r"classes\.txt: x names two classes"):
+    with refused(ValueError, "classes.txt", "x names"):
         three.load(classes=three.classes("x", "y", "x"))
 
 
 def test_empty_folder(three, tmp_path):
     (tmp_path / "empty").mkdir()
     for where in (tmp_path / "empty", tmp_path / "*.png"):
-        with pytest.raises(FileNotFoundError, match=r"no \.tif or \.tiff file there"):
+        with refused(FileNotFoundError, where):
             load_folder(where, three.masks)
 
 
