@@ -221,8 +221,8 @@ def test_no_store(tmp_path):
         (lambda meta: meta | {"mean": {"mr": [1.0, 2.0]}}, "KeyError: 'hr'"),
         (lambda meta: meta | {"mean": {"mr": [1.0], "hr": [1.0]}}, "do not fit its bands"),
         (lambda meta: meta | {"bands": {"mr": ["B"], "hr": ["B"]}}, "do not fit its bands"),
-        (lambda meta: meta | {"bands": {"mr": ["0", "1"], "hr": ["1", "0"]}}, "do not fit its"),
-        (lambda meta: meta | {"bands": {"mr": ["0", "1"], "hr": ["0", "2"]}}, "do not fit its"),
+        (lambda meta: meta | {"bands": {"mr": ["B", "B"], "hr": ["B", "G"]}}, "do not fit its"),
+        (lambda meta: meta | {"bands": {"mr": ["B", "G"], "hr": ["B", "B"]}}, "do not fit its"),
         (lambda meta: meta | {"mean": {"mr": [1.0, 2.0], "hr": [1.0, np.nan]}}, "not finite"),
         (lambda meta: meta | {"std": {"mr": [1.0, 2.0], "hr": [1.0, -2.0]}}, "not above 0"),
         (lambda meta: meta | {"gsd": {"mr": np.inf, "hr": 5.0}}, "not finite"),
@@ -277,7 +277,7 @@ def test_a_batch_reads_only_the_sensors_asked_for(tmp_path):
         assert batch["hr_window"].equal(both["hr_window"])
 
 
-# chips without HR, HR with fewer bands, several stores
+# chips without HR, HR with other bands, several stores
 
 
 def test_chips_without_hr(tmp_path):
@@ -312,6 +312,18 @@ def test_hr_share_is_exact_reproducible_and_nested(tmp_path):
     assert (shares[0][held_out] == whole[held_out]).all()
     batch = data.Store(path, 0.25, seed=1).batch(train)
     assert batch["has_hr"].sum() == 14 and not batch["hr"][~batch["has_hr"]].any()
+
+
+@pytest.mark.parametrize("hr_bands", ["B G R NIR", "VH B", "VH VV", "B"])
+def test_hr_has_the_bands_that_it_has(tmp_path, hr_bands):
+    path = write_store(tmp_path / "s", bands=["VV", "VH"], hr_bands=hr_bands.split(), ratio=3)
+    store, chips = data.Store(path), data.open_chips([path], pairs=1)
+    assert chips.bands == store.meta["bands"] == {"mr": ["VV", "VH"], "hr": hr_bands.split()}
+    mr, hr = crop_pairs(store, [3, 1], [[0, 0, 1, 1]] * 2, 16, 48)
+    for sensor, images in (("mr", mr), ("hr", hr)):
+        stored = store.batch([3, 1], {sensor})[sensor].float()
+        mean, std = (torch.tensor(store.meta[k][sensor])[:, None, None] for k in ("mean", "std"))
+        torch.testing.assert_close(images, (stored - mean) / std, rtol=0, atol=1e-4)
 
 
 def test_bands_are_chosen_by_name():
