@@ -771,6 +771,16 @@ def test_bands_of_hr_that_mr_has_not(tmp_path, capsys):
     assert "B1,B2,B3,B4" in said and "w,x,y,z" in said and "--hr-band-names" in said
 
 
+def test_bands_of_hr_alone_are_read_by_name_in_every_file(tmp_path):
+    layouts.tif(tmp_path / "mr" / "a.tif", layouts.pixels(2, 20, 20), 10.0, band_names=["VV", "VH"])
+    first, second = (
+        layouts.tif(tmp_path / "hr" / name, layouts.pixels(3, 40, 40), 5.0, band_names=names)
+        for name, names in (("a.tif", [*"BGR"]), ("b.tif", [*"RGB"]))
+    )
+    ((a, b),) = (pair.hrs for pair in pairs_of(formats.read_geotiff(tmp_path)))
+    assert same(a, first) and same(b, second[::-1])
+
+
 def test_one_order_by_other_names_is_no_disagreement(tmp_path):
     for name, bands in (("a", "B02 B03 B04"), ("b", "Blue Green Red")):
         array = layouts.pixels(3, 20, 20)
