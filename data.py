@@ -65,8 +65,7 @@ class Store:
                 for key in ("mean", "std", "gsd", "shape", "bands")
             )
             lists = zip(bands, mean, std, shape, strict=True)
-            fits = [{*map(len, each)} == {size[0]} for *each, size in lists]
-            if not all(fits) or [b for b in bands[0] if b in bands[-1]] != bands[-1]:
+            if not all({len({*b}), *map(len, (b, m, s))} == {size[0]} for b, m, s, size in lists):
                 raise ValueError("lists that do not fit its bands")
             positive = np.concatenate([*std, [side or 1 for side in gsd]])
             if not np.isfinite([*np.concatenate(mean), *positive]).all() or positive.min() <= 0:

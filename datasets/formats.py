@@ -45,10 +45,10 @@ Pair = namedtuple("Pair", "mr hrs split site", defaults=(None, None))
 # order each time, and raises as a reader does. key: differs where what it yields does, such as
 # other HR files, bands, dates or splits; resuming compares it.
 Unit = namedtuple("Unit", "name open key", defaults=("",))
-# What a reader returns. bands: {"mr": names, "hr": names}, as chosen from the files; hr's are among
-# mr's and in their order, [] without HR. chip: side in MR pixels to cut to, None where the user
-# decides. sources: [{"name", "licence", "attribution", "url"}]. skipped: [(name, reason)] of what
-# was found and left out.
+# What a reader returns. bands: {"mr": names, "hr": names}, as chosen from the files; first those of
+# hr that mr has, as mr calls them and in its order; [] without HR. chip: side in MR pixels to cut
+# to, None where the user decides. sources: [{"name", "licence", "attribution", "url"}]. skipped:
+# [(name, reason)] of what was found and left out.
 Listing = namedtuple("Listing", "units bands chip sources skipped", defaults=(None, (), ()))
 
 RASTERS = (".tif", ".tiff", ".jp2")
@@ -78,8 +78,8 @@ def read_geotiff(
     are the bands of a Sentinel-2 SAFE folder. mr_bands, hr_bands: names or positions from 0, as
     text; all bands when None, but B, G, R, NIR of a scene of one file per band. band_names,
     hr_band_names: what the chosen bands are called, else as in the files. Where both sensors name
-    their bands HR gives those that MR has, by what the names mean; else theirs are the same, in
-    the same order.
+    their bands HR gives those that MR has, by what the names mean, and all of its own where MR has
+    none of them or hr_bands chooses; else theirs are the same, in the same order.
     Returns Listing, a unit per MR image. Raises FileNotFoundError or ValueError as its parts do.
     """
     if hr is None and (Path(mr) / "mr").is_dir():
@@ -89,23 +89,19 @@ def read_geotiff(
     check_band_order({"--mr-bands": mr_sources}, band_names)
     pairs, hr_names = [(source, []) for source in mr_sources], []
     if hr is not None:
-        called = hr_band_names
-        if not called:
+        if called := hr_band_names:
+            same = dict(zip(meanings(names), names, strict=True))
+            meant = zip(called, meanings(called), strict=True)
+            called = [name if name in names else same.get(m, name) for name, m in meant]
+        else:
             path, files = scenes(find_files(hr, "--hr"))[0]
             has = list(files or describe(path).band_names)
             hr_bands, called = shared_bands(mr_sources[0], names, path, has, hr_bands)
         hr_sources, hr_names = open_sources(hr, "hr", hr_bands, called or names, nodata)
-        same = dict(zip(meanings(names), names, strict=True))
-        meant = zip(hr_names, meanings(hr_names), strict=True)
-        hr_names = [name if name in names else same.get(m, name) for name, m in meant]
-        if other := [name for name in hr_names if name not in names]:
-            raise ValueError(
-                f"--hr-band-names {','.join(hr_names)}: {other[0]} is no band of the MR files "
-                f"({','.join(names)}); choose those that both have with --hr-bands"
-            )
         check_band_order({"--mr-bands": mr_sources, "--hr-bands": hr_sources}, band_names)
         check_band_order({"--hr-bands": hr_sources}, hr_band_names, "--hr-band-names")
-        order = sorted(range(len(hr_names)), key=lambda k: names.index(hr_names[k]))
+        place = [*names, *hr_names].index
+        order = sorted(range(len(hr_names)), key=lambda k: place(hr_names[k]))
         hr_names = [hr_names[k] for k in order]
         hr_sources = [s._replace(bands=[s.bands[k] for k in order]) for s in hr_sources]
         pairs = pair_up(mr_sources, hr_sources, mr, hr)
@@ -318,6 +314,7 @@ def open_sources(where, sensor, wanted, names, nodata):
             raise ValueError(
                 f"{path}: {len(names)} bands expected ({','.join(names)}), found {len(bands)}; use "
                 f"{flag} to choose them, such as {flag} 2,1,0 for RGB files"
+                + (", or say with --hr-band-names what they are" if sensor == "hr" else "")
             )
         if info.dtype.kind == "c":
             raise ValueError(
@@ -369,12 +366,13 @@ def names_of(source):
 
 
 def shared_bands(mr, names, path, has, wanted):
-    """Which bands of the HR files are MR's, and what MR calls them: (hr_bands, names or None).
+    """Which bands of the HR files to take, and what to call them: (hr_bands, names or None).
 
     mr: a source, whose bands are called names. has: what the HR file at path calls all of its
-    bands. wanted: bands chosen from these by the user, or None; returned as it is where one sensor
-    does not name its bands, or both use the same names.
-    Raises ValueError if both name their bands and share none, or not all that are wanted.
+    bands. wanted: bands chosen from these by the user, or None. A band that MR has gets MR's name.
+    Unless they are wanted, bands that MR has not are left out, or none where it has none of them.
+    names are None, for MR's, where one sensor does not name its bands or both use the same names.
+    Raises ValueError if a band is called as one of MR's that is another.
     """
     at = positions(wanted, has) if wanted else range(len(has))
     if not has or min(at) < 0 or max(at) >= len(has):
@@ -388,17 +386,26 @@ def shared_bands(mr, names, path, has, wanted):
     name_of = {meant: name for name, meant in reversed(theirs)}
     both = [(name_of[m], name) for (_, m), name in zip(ours, names, strict=True) if m in name_of]
     left = [name for name, _ in theirs if name not in dict(both)]
-    if not both and not names_of(mr):
-        return wanted, None  # the names that the user gives are of bands in this order
-    if left and (wanted or not both):
+    mr_has = ",".join(name for name, _ in ours)
+    if both and not wanted:
+        if left:
+            print(f"{path}: {','.join(left)} left out, as MR has {mr_has}; --hr-bands can take all")
+        return [theirs_name for theirs_name, _ in both], [name for _, name in both]
+    own = [name for name, _ in theirs]
+    if not both and not names_of(mr) and len(own) == len(names):
+        # the names that the user gives are of bands in this order
+        print(f"{path}: its {','.join(own)} are called {','.join(names)}, as MR's; "
+              "--hr-band-names can say otherwise")  # fmt: skip
+        return wanted, None
+    if same := [name for name in left if name.lower() in [n.lower() for n in names]]:
         raise ValueError(
-            f"{path}: {','.join(left)} {'is no band' if len(left) == 1 else 'are no bands'} of the "
-            f"MR files ({','.join(name for name, _ in ours)}); choose those that both have with "
-            "--hr-bands, or say what MR calls them with --hr-band-names"
+            f"{path}: its {','.join(same)} cannot be told from MR's ({mr_has}), which mean other "
+            "bands; say what HR's are with --hr-band-names, or choose others with --hr-bands"
         )
-    if left:
-        print(f"{path}: {','.join(left)} left out, as MR has {','.join(name for name, _ in ours)}")
-    return [theirs_name for theirs_name, _ in both], [name for _, name in both]
+    if not both:
+        print(f"{path}: {','.join(own)} are other bands than MR's ({mr_has}) by their names; if "
+              "they are not, say what MR calls them with --hr-band-names")  # fmt: skip
+    return own, [dict(both).get(name, name) for name in own]
 
 
 def check_band_order(flags, given, flag_given="--band-names"):

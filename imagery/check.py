@@ -51,8 +51,9 @@ def check(path, out=None, max_shift=None, min_correlation=None):
 
     path: a store, or a folder with mr/ and hr/ of GeoTIFFs, which is packed for the while and needs
     `out`; pack's contact.png and skipped.csv are left there too. max_shift: MR pixels.
-    min_correlation: mean over the shared bands. With either, flags.csv is written: the pairs beyond
-    it and the training chips that leak, see `find_leaks`.
+    min_correlation: mean over the bands that both have. With either, flags.csv is written: the
+    pairs beyond it and the training chips that leak, see `find_leaks`. Sensors without a common
+    band, such as radar and optics, cannot be compared: no pair of theirs is beyond anything.
     Returns the figures, a dict of (N,) or (N, bands) arrays, NaN where there is none. Raises
     FileNotFoundError, OSError or ValueError, one sentence.
     """
@@ -150,13 +151,14 @@ def measure(store):
     """
     meta, count = store.meta, len(store)
     sensors = [sensor for sensor in ("mr", "hr") if meta["shape"][sensor]]
-    names = meta["bands"]["hr"] if store.hr is not None else []
-    shared = [meta["bands"]["mr"].index(name) for name in names]
+    own = {sensor: meta["bands"][sensor] for sensor in sensors}
+    names = [name for name in own.get("hr", []) if name in own["mr"]]
+    places = {sensor: [own[sensor].index(name) for name in names] for sensor in sensors}
     figures = {
         "shared": names,
         "shift": np.full((count, 2), np.nan),
         "confidence": np.full(count, np.nan),
-        "correlation": np.full((count, len(shared)), np.nan),
+        "correlation": np.full((count, len(names)), np.nan),
     }
     for sensor in sensors:
         bands = len(meta["bands"][sensor])
@@ -179,10 +181,9 @@ def measure(store):
                 figures[f"{sensor}_flat"][here] = (np.ptp(pixels, axis=(2, 3)) == 0).sum(1)
                 figures[f"{sensor}_top"][here] = highest(pixels)
                 figures[f"{sensor}_digest"][here] = [digest(chip) for chip in pixels]
-            if pairs.any():
-                mr, hr = batch["mr"][pairs][:, shared].float(), batch["hr"][pairs]
-                window = batch["hr_window"][pairs]
-                here = chips[pairs]
+            if names and pairs.any():
+                mr, hr = (batch[sensor][pairs][:, places[sensor]] for sensor in sensors)
+                mr, window, here = mr.float(), batch["hr_window"][pairs], chips[pairs]
                 alike = correlate(mr, resample(hr, window, mr.shape[2:]))
                 figures["correlation"][here] = alike.numpy()
                 shift, confidence = measure_shift(mr, hr, window)
@@ -514,7 +515,13 @@ def report(name, figures, store):
             f"{length[known].max():.2f} MR pixels; median {rows:+.2f} rows, {cols:+.2f} columns"
         )
         print(f"               largest: {worst(length, figures, '.2f')}")
-    if pairs > known.sum():
+    if pairs and not figures["shared"]:
+        mr, hr = (",".join(store.meta["bands"][sensor]) for sensor in ("mr", "hr"))
+        print(
+            f"  likeness     neither shift nor correlation is known: MR ({mr}) and HR ({hr}) have "
+            "no band in common"
+        )
+    elif pairs > known.sum():
         print(
             f"               {pairs - known.sum()} of {pairs} pairs: too little in common to tell"
         )

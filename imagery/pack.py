@@ -90,13 +90,15 @@ def add_flags(parser, formats):
     g.add_argument("--mr", help="in place of ROOT, MR images: folder, file or quoted glob")
     g.add_argument("--hr", help="HR images: folder, file or quoted glob (default: none, a store "
                    "of MR alone)")
-    choose = "bands of %s files in the order wanted, names or indices from 0 (default: all)"
-    g.add_argument("--mr-bands", type=names, metavar="B,..", help=choose % "MR")
-    g.add_argument("--hr-bands", type=names, metavar="B,..", help=choose % "HR")
+    choose = "bands of %s files in the order wanted, names or indices from 0 (default: all"
+    g.add_argument("--mr-bands", type=names, metavar="B,..", help=choose % "MR" + ")")
+    g.add_argument("--hr-bands", type=names, metavar="B,..",
+                   help=choose % "HR" + ", or those that MR has by name, if it has any)")
     g.add_argument("--band-names", type=names, metavar="B,G,R,NIR",
                    help="what the chosen bands are called (default: as in the first MR file)")
     g.add_argument("--hr-band-names", type=names, metavar="B,..",
-                   help="the same of HR, where its bands are others (default: as MR's)")
+                   help="the same of HR, which may have bands that MR has not (default: as in the "
+                   "first HR file; as MR's where either names none)")
     g.add_argument("--nodata", type=float,
                    help="value of missing pixels in files that declare none (default: none)")
     g.add_argument("--offset", type=float, metavar="DN",
@@ -187,12 +189,12 @@ def pack(
             f"--min-valid {min_valid} must be above 0 and at most 1, --val {val} and --test {test} "
             "at least 0 and less than 1 together"
         )
-    names = [name.lower() for name in listing.bands["mr"]]
-    if len(set(names)) < len(names):
-        raise ValueError(
-            f"--band-names {','.join(listing.bands['mr'])}: a name occurs twice; give each band "
-            "its own"
-        )
+    for sensor, flag in (("mr", "--band-names"), ("hr", "--hr-band-names")):
+        names = listing.bands[sensor]
+        if len({name.lower() for name in names}) < len(names):
+            raise ValueError(
+                f"{flag} {','.join(names)}: a name occurs twice; give each band its own"
+            )
     out = Path(os.path.realpath(out))  # a link stays, what it leads to is replaced
     folder = out.with_name(f"{out.name}.packing")
     with alone(out), named(folder), ExitStack() as stack:

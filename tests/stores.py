@@ -32,16 +32,17 @@ def write_store(
 ):
     """mr (chips, C, size, size) and hr (pairs, C', ratio * size, ...) uint16 of the same ground.
 
-    pairs: chips that have HR, in any order, all when None. hr_bands: as many of `bands`.
+    pairs: chips that have HR, in any order, all when None. hr_bands: `bands` when None.
     """
     generator = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(chips, len(bands), 6, 6, generator=generator)
+    hr_bands = bands if hr_bands is None else hr_bands
+    names = [*bands, *(name for name in hr_bands if name not in bands)]
+    coarse = torch.rand(chips, len(names), 6, 6, generator=generator)
     hr = F.interpolate(coarse, (ratio * size, ratio * size), mode="bicubic")
     hr = (2000 + 1000 * hr + 200 * torch.rand(hr.shape, generator=generator)).clamp(0, 10000)
-    mr = F.avg_pool2d(hr, ratio)
+    mr = F.avg_pool2d(hr, ratio)[:, : len(bands)]
     pairs = list(range(chips)) if pairs is None else list(pairs)
-    hr_bands = bands if hr_bands is None else hr_bands
-    hr = hr[pairs][:, [bands.index(name) for name in hr_bands]]
+    hr = hr[pairs][:, [names.index(name) for name in hr_bands]]
     arrays = {"mr": mr.numpy().astype(np.uint16), "hr": hr.numpy().astype(np.uint16)}
     if not pairs:
         del arrays["hr"]

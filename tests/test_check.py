@@ -143,6 +143,40 @@ def test_correlation_is_pearson(tmp_path):
     assert rows_of(store / "check.csv")[0]["correlation_NIR"] == f"{found[0, 1]:.5g}"
 
 
+@pytest.mark.parametrize("hr_bands", [("NIR", "VV", "G"), ("VV", "NIR", "G", "VH")])
+def test_bands_are_compared_by_name(tmp_path, hr_bands):
+    found = [
+        check.check(write_store(tmp_path / str(n), chips=5, size=32, hr_bands=hr_bands))
+        for n, hr_bands in enumerate((hr_bands, ("NIR", "G")))
+    ]
+    assert found[0]["shared"] == found[1]["shared"] == ["NIR", "G"]
+    assert found[0]["correlation"].min() > 0.8 and found[0]["correlation"].shape == (5, 2)
+    assert np.nanmax(np.abs(found[0]["shift"])) < 0.1
+
+
+def test_sensors_without_a_common_band(tmp_path, picture, capsys):
+    """Nothing is said of their likeness, and doubles and leaks are found all the same."""
+    hr_bands = ("B", "G", "R", "NIR")
+    store = write_store(tmp_path / "store", chips=16, bands=("VV", "VH"), hr_bands=hr_bands)
+
+    def double(array):
+        array[3], array[7] = array[2], array[0]  # 7 is held out
+
+    for sensor in ("mr", "hr"):
+        edit_pixels(store, sensor, double)
+    figures = check.check(store, max_shift=0.1, min_correlation=1)
+    assert np.isnan(figures["shift"]).all() and figures["correlation"].shape == (16, 0)
+    assert np.flatnonzero(figures["duplicate_of"] >= 0).tolist() == [3, 7]
+    assert figures["leak"][0] == 7 and np.flatnonzero(data.Store(store).flagged).tolist() == [0]
+    assert (figures["mr_flat"] == 0).all() and (figures["hr_saturated"] == 0).all()
+    said = [line for line in capsys.readouterr().out.splitlines() if "in common" in line]
+    assert len(said) == 1 and "VV,VH" in said[0] and "B,G,R,NIR" in said[0]
+    row = rows_of(store / "check.csv")[3]
+    assert row["shift"] == "" and row["duplicate_of"] == "2"
+    assert not [key for key in row if key.startswith("correlation")]
+    assert (store / picture).is_file()
+
+
 def test_constant_bands(tmp_path):
     store = write_store(tmp_path / "store", chips=4)
 

@@ -666,8 +666,10 @@ def test_other_band_names_of_hr(tmp_path):
     assert listing.bands["hr"] == ["B", "G", "R"]
     (pair,) = pairs_of(listing)
     assert same(pair.hrs[0], hr[[2, 1, 0]])
-    with refused(ValueError, "--hr-band-names R,G,haze"):
-        formats.read_geotiff(tmp_path, hr_band_names=["R", "G", "haze"])
+    listing = formats.read_geotiff(tmp_path, hr_band_names=["haze", "R", "G"])  # as they are given
+    assert listing.bands["hr"] == ["G", "R", "haze"]
+    (pair,) = pairs_of(listing)
+    assert same(pair.hrs[0], hr[[2, 1, 0]])
     hr = layouts.tif(
         tmp_path / "hr" / "a.tif", layouts.pixels(3, 40, 40), 5.0, band_names=["R", "G", "B"]
     )
@@ -697,6 +699,20 @@ S2 = "B01 B02 B03 B04 B05 B06 B07 B08 B8A B09 B11 B12".split()
         ("B G R", None, {}, "B G R", [0, 1, 2]),
         ("1 2 3", "R G B", {}, "1 2 3", [0, 1, 2]),
         ("B02 B03 B04", "x y z", {"hr_band_names": ["R", "B", "G"]}, "B02 B03 B04", [1, 2, 0]),
+        # bands that MR has not: HR's own where MR has none of them or the user asks
+        ("VV VH", "B G R NIR", {}, "B G R NIR", [0, 1, 2, 3]),
+        ("VV VH", "Red Green Blue", {"hr_bands": ["B02", "0"]}, "Blue Red", [2, 0]),
+        ("VV VH", "R G", {}, "R G", [0, 1]),
+        ("VV VH", None, {"hr_band_names": ["R", "G"]}, "R G", [0, 1]),
+        ("1 2", "VH Red B", {"hr_band_names": ["VH", "R", "B"]}, "VH R B", [0, 1, 2]),
+        (None, "B G R", {"band_names": ["VV", "VH"]}, "B G R", [0, 1, 2]),
+        ("B02 B03 B04", "R haze G", {"hr_bands": ["haze", "R"]}, "B04 haze", [0, 1]),
+        ("B02 B03 B04", "R haze N", {"hr_bands": ["2", "1"]}, "N haze", [2, 1]),
+        ("B02 B03", "G VV R", {"hr_band_names": ["G", "VV", "R"]}, "B03 VV R", [0, 1, 2]),
+        ("c1 c2 c3", "R G B", {}, "R G B", [0, 1, 2]),
+        ("B1 B2 B3 B4 B5", "R G B N", {}, "R G B N", [0, 1, 2, 3]),  # not Sentinel-2's
+        ("B1 B2 B3 B4 B5 B6 B7 B8", "Red Green NIR", {}, "Red Green NIR", [0, 1, 2]),
+        ("B02 B03 B04", "B1 B2 B3 B4", {"hr_bands": ["B4", "B2"]}, "B4 B2", [3, 1]),
     ],
 )
 def test_bands_are_matched_by_what_their_names_mean(tmp_path, mr, hr, options, bands, at):
@@ -722,20 +738,35 @@ def test_bands_of_hr_that_mr_has_not(tmp_path, capsys):
     write("B02 B03 B04", "R haze G N")
     assert formats.read_geotiff(tmp_path).bands["hr"] == ["B03", "B04"]
     path = tmp_path / "hr" / "a.tif"
-    said = capsys.readouterr().out
-    assert f"{path}: haze,N " in said and "B02,B03,B04" in said and said.count("\n") == 1
-    with refused(ValueError, path, "haze", "B02,B03,B04"):
-        formats.read_geotiff(tmp_path, hr_bands=["R", "haze"])
-    for mr, hr in (
-        ("c1 c2 c3", "R G B"),
-        ("B1 B2 B3 B4 B5", "R G B N"),  # of another satellite than Sentinel-2, as are these
-        ("B1 B2 B3 B4 B5 B6 B7 B8", "Red Green Blue NIR"),
-        ("B2 B3 B4 B8", "B1 B2 B3 B4"),
-    ):
-        write(mr, hr)
-        bands = (names.replace(" ", ",") for names in (hr, mr))
-        with refused(ValueError, path, *bands, "--hr-band-names"):
-            formats.read_geotiff(tmp_path)
+    (said,) = capsys.readouterr().out.splitlines()
+    assert said.startswith(f"{path}: haze,N left out") and "B02,B03,B04" in said
+    formats.read_geotiff(tmp_path, hr_bands=["R", "haze"])  # as asked for
+    assert not capsys.readouterr().out
+    write("c1 c2 c3", "R G B")
+    formats.read_geotiff(tmp_path)
+    (said,) = capsys.readouterr().out.splitlines()
+    assert all(word in said for word in (str(path), "R,G,B", "c1,c2,c3", "--hr-band-names"))
+    # the band names of one satellite in the files of another mean other bands
+    write("B2 B3 B4 B8", "B1 B2 B3 B4")
+    for options in ({}, {"hr_bands": ["B1", "B2"]}):
+        with refused(ValueError, path, "B2", "B2,B3,B4,B8", "--hr-band-names", "--hr-bands"):
+            formats.read_geotiff(tmp_path, **options)
+    assert formats.read_geotiff(tmp_path, hr_bands=["B1"]).bands["hr"] == ["B1"]
+    # without names in the MR file, --band-names is of HR too where the number fits; that is told
+    layouts.tif(tmp_path / "mr" / "a.tif", layouts.pixels(4, 20, 20), 10.0)
+    assert formats.read_geotiff(tmp_path, band_names=[*"wxyz"]).bands["hr"] == [*"wxyz"]
+    (said,) = capsys.readouterr().out.splitlines()[1:]
+    assert "B1,B2,B3,B4" in said and "w,x,y,z" in said and "--hr-band-names" in said
+
+
+def test_bands_of_hr_alone_are_read_by_name_in_every_file(tmp_path):
+    layouts.tif(tmp_path / "mr" / "a.tif", layouts.pixels(2, 20, 20), 10.0, band_names=["VV", "VH"])
+    first, second = (
+        layouts.tif(tmp_path / "hr" / name, layouts.pixels(3, 40, 40), 5.0, band_names=names)
+        for name, names in (("a.tif", [*"BGR"]), ("b.tif", [*"RGB"]))
+    )
+    ((a, b),) = (pair.hrs for pair in pairs_of(formats.read_geotiff(tmp_path)))
+    assert same(a, first) and same(b, second[::-1])
 
 
 def test_one_order_by_other_names_is_no_disagreement(tmp_path):

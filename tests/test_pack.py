@@ -29,6 +29,7 @@ from landscape import (
 from stores import crop_pairs
 
 import data
+import figures
 from datasets import formats
 from imagery import geotiff, pack
 
@@ -487,6 +488,8 @@ def test_bands_of_one_name_in_another_order_within_a_folder(tmp_path):
 def test_a_band_name_twice(tmp_path):
     with refused(ValueError, "--band-names B,G,b"):
         pack_files(*pair(tmp_path, bands=3), tmp_path / "store", band_names=["B", "G", "b"])
+    with refused(ValueError, "--hr-band-names", "x,y,X", "twice"):
+        pack_files(*pair(tmp_path, bands=3), tmp_path / "store", hr_band_names=["x", "y", "X"])
 
 
 @pytest.mark.parametrize("name, dtype, mentions", [
@@ -1270,6 +1273,28 @@ def test_one_file_of_another_type(tmp_path, capsys, where):
 
 
 # bands
+
+
+def test_hr_has_bands_that_mr_has_not(tmp_path, monkeypatch):
+    """Radar MR and optical HR; the contact sheet shows each in its own bands."""
+    radar, optical = ("VV", "VH"), ("B02", "B03", "B04", "B08")
+    write_scene(tmp_path / "mr/a.tif", 10.0, (0, 0), 64, 64, 2, band_names=radar)
+    scene = write_scene(tmp_path / "hr/a.tif", 5.0, (0, 0), 128, 128, 4, band_names=optical)
+    store = tmp_path / "store"
+    meta = pack_files(tmp_path / "mr", tmp_path / "hr", store, chip=32, val=0)
+    assert meta["bands"] == {"mr": [*radar], "hr": [*optical]}
+    assert np.array_equal(data.Store(store).hr[0], scene[:, :64, :64])
+    shown, composite = [], figures.composite
+
+    def seen(images, bands):
+        shown.append((images.shape[1], bands))
+        return composite(images, bands)
+
+    monkeypatch.setattr(figures, "composite", seen)
+    rows = {n: row | {"hr": int(row["hr"])} for n, row in enumerate(rows_of(store))}
+    draw_contact(store, meta, rows)
+    assert shown == [(2, ["VV", "VH"]), (4, ["B", "G", "R", "NIR"])]
+    assert (store / "contact.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_hr_has_some_of_many_bands(tmp_path):

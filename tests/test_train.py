@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import data
+import figures
 import model
 import run as runs
 import train
@@ -359,6 +360,50 @@ def test_hr_with_fewer_bands(tmp_path, variant):
     encoder = load_encoder(tmp_path / "run")
     assert encoder.meta["bands"] == (["B", "G", "R", "NIR"] if variant == "hr" else bands)
     assert encoder.in_channels == len(encoder.meta["mean"]) == len(encoder.meta["bands"])
+
+
+@pytest.fixture(scope="module")
+def radar(tmp_path_factory):
+    """A store of radar MR with optical HR, and an encoder that was trained on its HR."""
+    folder = tmp_path_factory.mktemp("radar")
+    store = write_store(folder / "pairs", bands=["VV", "VH"], hr_bands=["B", "G", "R", "NIR"])
+    run(store, folder / "hr", variant="hr")
+    return store, folder / "hr"
+
+
+@every_objective
+def test_hr_with_bands_that_mr_has_not(radar, tmp_path, objective, monkeypatch):
+    """A teacher of the student's weights cannot read them, one that was trained on them can."""
+    store, teacher = radar
+    assert load_encoder(teacher).meta["bands"] == ["B", "G", "R", "NIR"]
+    for variant in ("sa", "sa-mse", "sa-shuffled"):
+        rejects(
+            [store, "B,G,R,NIR", "VV,VH", "--hr-teacher"],
+            *(store, tmp_path / "no", objective),
+            variant=variant,
+        )
+    assert not (tmp_path / "no").exists()
+    drawn, composite = [], figures.composite
+
+    def seen(images, bands):
+        drawn.append((images.shape[1], bands))
+        return composite(images, bands)
+
+    monkeypatch.setattr(figures, "composite", seen)
+    run(store, tmp_path / "run", objective, hr_teacher=teacher)
+    assert all(entry["affinity"] > 0 for entry in log_of(tmp_path / "run"))
+    encoder = load_encoder(tmp_path / "run")
+    assert encoder.meta["bands"] == ["VV", "VH"] and encoder.in_channels == 2
+    assert drawn == [(4, ["B", "G", "R", "NIR"]), (2, ["VV", "VH"])]
+    assert (tmp_path / "run" / "tokens.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("variant", ["mr", "hr", "sa-interp"])
+def test_variants_that_need_no_common_band(radar, tmp_path, variant):
+    run(radar[0], tmp_path / "run", variant=variant)
+    seen = ["B", "G", "R", "NIR"] if variant == "hr" else ["VV", "VH"]
+    assert load_encoder(tmp_path / "run").meta["bands"] == seen
+    assert (tmp_path / "run" / "tokens.png").is_file()
 
 
 def test_hr_share_leaves_hr_to_that_share(store, tmp_path):
