@@ -110,7 +110,7 @@ def find_encoder(tree, path):
     order = [
         r"objective\.student\.",
         r"target_encoder\.(module\.)?",
-        r"(state_dict\.)?(module\.)?encoder\.",
+        r"(state_dict\.)?(module\.)?encoder\.(module\.)?",
         r"teacher\..*",
         r"student\..*",
         r".*",
