@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from affinity import gram_loss, unit, unit_pairs
 from kernels import forms
@@ -32,10 +34,13 @@ gpu = [
 ]
 N_SWEEP = [1, 2, 20, 49, 65, 110, 196, 197, 256, 300]
 D_SWEEP = [16, 40, 192, 384]
+WIDTHS = [(96, 192), (192, 96), (16, 24), (40, 16)]  # student's, teacher's
 
 
 def tokens(b, n, d, group=1, dtype=torch.float32, noise=0.3, common=0.0, seed=0, device="cpu"):
-    """A teacher with a common component, and a student near it."""
+    """A teacher with a common component, and a student near it. d: their width, or both, (D, D'):
+    then the wider one has channels of its own."""
+    d, cut = (max(d), d) if isinstance(d, tuple) else (d, (d, d))
     generator = torch.Generator().manual_seed(seed)
     mean = common * torch.randn(d, generator=generator)
     pooled = torch.randn(b, n, d, generator=generator) + mean
@@ -43,6 +48,7 @@ def tokens(b, n, d, group=1, dtype=torch.float32, noise=0.3, common=0.0, seed=0,
     teacher = pooled.repeat_interleave(group, 1)
     if group > 1:
         teacher = teacher + 0.1 * torch.randn(b, n * group, d, generator=generator)
+    student, teacher = student[..., : cut[0]], teacher[..., : cut[1]]
     return student.to(device, dtype), teacher.to(device, dtype)
 
 
@@ -65,6 +71,8 @@ def rounding_bounds(student, teacher, operand, linear):
     eps, eps32 = 4 * torch.finfo(operand).eps, 4 * torch.finfo(torch.float32).eps
     b, n, _ = student.shape
     s, t = unit_pairs(student.double(), teacher.double())
+    width = max(s.shape[2], t.shape[2])
+    s, t = (functional.pad(x, (0, width - x.shape[2])) for x in (s, t))
     u, w = (s - t).abs(), s.abs() + t.abs()
     error = (eps * u + eps32 * w) @ w.mT
     delta, error, s = (s @ s.mT - t @ t.mT).abs(), (error + error.mT) / 2, s.abs()
@@ -74,6 +82,7 @@ def rounding_bounds(student, teacher, operand, linear):
         loss_error += eps32 * (u @ w.mT).square().mean()
         g_error += eps32 * (u @ (w.mT @ u + w.mT @ w) + w @ (u.mT @ u + u.mT @ w)) / 4
     g_error += ((g_error + eps * g) * s).sum(-1, keepdim=True) * s + eps * g
+    g_error = g_error[..., : student.shape[2]]
     return loss_error, 4 / (b * n**2) * g_error / student.double().norm(dim=-1, keepdim=True)
 
 
@@ -102,9 +111,70 @@ def test_pytorch_forms_against_float64(n, dtype, backend):
         assert_only_rounded(student, teacher, loss, grad, linear=backend != "matmul")
 
 
+@pytest.mark.parametrize("backend", ["matmul", "linear", "auto"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("widths", WIDTHS)
+def test_a_teacher_of_another_width(widths, dtype, backend):
+    for n in (1, 7, 49):
+        student, teacher = tokens(2, n, widths, 4, dtype)
+        loss, grad = loss_and_grad(student, teacher, backend)
+        assert_only_rounded(student, teacher, loss, grad, linear=backend != "matmul")
+        with torch.autocast("cpu", torch.bfloat16):
+            assert loss_and_grad(student, teacher, backend)[0].equal(loss)
+
+
+def test_another_width_asks_for_float32_operands(caplog):
+    """Under autocast and for 16-bit tokens; tokens of one width follow them."""
+    said = []
+    for widths in ((8, 8), (8, 12)):
+        for tokens_in, autocast in ((torch.bfloat16, False), (torch.float32, True)):
+            forms.say.cache_clear()
+            with (
+                caplog.at_level("DEBUG", logger="crossscale"),
+                torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+            ):
+                gram_loss(*tokens(1, 4, widths, dtype=tokens_in))
+            said.append("bfloat16" in caplog.messages[-1])
+    assert said == [True, True, False, False]
+
+
+@pytest.mark.parametrize("backend", ["eager", "auto", "matmul", "linear"])
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_nan_token_gives_nan(side, backend):
+    pair = tokens(2, 9, 16, group=4)
+    pair[side][1, 3, 5] = torch.nan
+    loss, grad = loss_and_grad(*pair, backend)
+    assert loss.isnan() and grad[1].isnan().all() and grad[0].isfinite().all()
+
+
+class NoFloat64(TorchDispatchMode):
+    """A device without float64, as far as dtypes go: whatever makes such a tensor raises."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor) and x.dtype == torch.float64:
+                raise TypeError(f"{func} made a float64 tensor")
+        return out
+
+
+@pytest.mark.parametrize("form", [forms.matmul, forms.linear])
+def test_a_device_without_float64_sums_in_float32(form, monkeypatch):
+    student, teacher = tokens(2, 30, 16, group=4)
+    expected = form(student, teacher, True)
+    with NoFloat64(), pytest.raises(TypeError):
+        form(student, teacher, True)
+    monkeypatch.setattr(forms, "NO_FLOAT64", {"cpu"})
+    with NoFloat64():
+        total, grad = form(student, teacher, True)[:2]
+    torch.testing.assert_close(total.double(), expected[0], rtol=1e-5, atol=0)
+    assert total.dtype == torch.float32 and grad.equal(expected[1])
+
+
+@pytest.mark.parametrize("widths", [(16, 16), (16, 24), (24, 16)])
 @pytest.mark.parametrize("backend", ["matmul", "linear"])
-def test_large_batches_and_images_are_cut(backend, monkeypatch):
-    student, teacher = tokens(5, 30, 16, dtype=torch.float64)
+def test_large_batches_and_images_are_cut(backend, widths, monkeypatch):
+    student, teacher = tokens(5, 30, widths, dtype=torch.float64)
     whole = loss_and_grad(student, teacher, backend)
     for chunk in (30 * 30 * 2, 30 * 7, 1):  # two images, seven rows, one row at a time
         monkeypatch.setattr(forms, "CHUNK", chunk)
@@ -112,9 +182,10 @@ def test_large_batches_and_images_are_cut(backend, monkeypatch):
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("widths", [(8, 8), (8, 12), (8, 6)])
 @pytest.mark.parametrize("backend", ["matmul", "linear"])
-def test_gradient_is_exact(backend):
-    student, teacher = tokens(2, 5, 8, group=4, dtype=torch.float64)
+def test_gradient_is_exact(backend, widths):
+    student, teacher = tokens(2, 5, widths, group=4, dtype=torch.float64)
     assert torch.autograd.gradcheck(
         lambda s: gram_loss(s, teacher, backend=backend), student.requires_grad_()
     )
@@ -153,15 +224,22 @@ def test_auto_leaves_the_linear_form_where_its_terms_cancel():
 
 
 def test_operator_is_well_formed():
-    for n, want_grad in ((5, True), (5, False), (40, True)):
-        student, teacher = tokens(2, n, 16, group=4)
+    for n, widths, want_grad in (
+        (5, 16, True),
+        (5, 16, False),
+        (40, 16, True),
+        (5, (16, 24), True),
+    ):
+        student, teacher = tokens(2, n, widths, group=4)
         args = student.requires_grad_(want_grad), teacher, "auto", torch.float32, want_grad
         torch.library.opcheck(forms.gram_fused, args)
 
 
+@pytest.mark.parametrize("widths", [(16, 16), (16, 24), (24, 16)])
 @pytest.mark.parametrize("backend", ["auto", "matmul", "linear"])
-def test_compiles_without_a_graph_break(backend):
-    student, teacher = tokens(2, 12, 16, group=4)
+def test_compiles_without_a_graph_break(backend, widths):
+    torch.compiler.reset()  # each case is a first compilation, not the ninth
+    student, teacher = tokens(2, 12, widths, group=4)
     compiled = torch.compile(
         lambda s, t: 2 * gram_loss(s, t, backend=backend), backend="aot_eager", fullgraph=True
     )
@@ -217,7 +295,7 @@ def test_factor_is_not_rounded_to_the_gradients_16_bits():
 def test_double_backward_is_refused():
     student, teacher = tokens(1, 4, 8)
     student.requires_grad_()
-    with pytest.raises(RuntimeError, match="cannot be differentiated twice; use backend='eager'"):
+    with pytest.raises(RuntimeError, match="eager"):
         torch.autograd.grad(gram_loss(student, teacher), student, create_graph=True)
     (grad,) = torch.autograd.grad(
         gram_loss(student, teacher, backend="eager"), student, create_graph=True
@@ -231,19 +309,17 @@ def test_says_once_what_auto_took(caplog):
         for _ in range(2):
             gram_loss(*tokens(1, 4, 8))
             gram_loss(*tokens(1, 16, 8))
-    assert [record.message for record in caplog.records] == [
-        "gram_loss: auto takes matmul for torch.float32 on cpu",
-        "gram_loss: auto takes linear for torch.float32 on cpu",
-    ]
+    first, second = (record.message for record in caplog.records)
+    assert "matmul" in first and "linear" in second
 
 
 @outside
 def test_triton_refuses_what_it_cannot_do():
     student, teacher = tokens(1, 4, 8)
-    with pytest.raises(RuntimeError, match="use backend='auto'") as error:
+    with pytest.raises(RuntimeError, match="cpu" if HAS_TRITON else "triton") as error:
         gram_loss(student, teacher, backend="triton")
-    assert ("needs an NVIDIA GPU, found cpu" if HAS_TRITON else "triton >= 3.5") in str(error.value)
-    with pytest.raises(ValueError, match="backend 'cuda' is none of auto, eager, triton"):
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="cuda"):
         gram_loss(student, teacher, backend="cuda")
 
 
@@ -255,7 +331,7 @@ def test_serves_where_triton_is_missing(monkeypatch):
     monkeypatch.delattr("kernels.gram", raising=False)
     student, teacher = tokens(1, 4, 8)
     assert gram_loss(student, teacher) > 0
-    with pytest.raises(RuntimeError, match=r"Triton is missing or too old .* triton >= 3\.5"):
+    with pytest.raises(RuntimeError, match=r"triton >= 3\.5"):
         gram_loss(student, teacher, backend="triton")
     forms.kernel_missing.cache_clear()
 
@@ -265,11 +341,11 @@ def test_names_what_the_kernel_does_not_support(monkeypatch):
     from kernels import gram
 
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert "not torch.float64" in gram.unsupported(cpu, torch.float64)
+    assert "float64" in gram.unsupported(cpu, torch.float64)
     monkeypatch.setattr(gram.triton.knobs.runtime, "interpret", False)
-    assert "NVIDIA GPU, found cpu" in gram.unsupported(cpu, torch.float32)
+    assert "cpu" in gram.unsupported(cpu, torch.float32)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert "8.0 (A100) or later, found 7.5" in gram.unsupported(cuda, torch.float16)
+    assert "7.5" in gram.unsupported(cuda, torch.float16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert gram.unsupported(cuda, torch.bfloat16) is None
 
@@ -284,7 +360,7 @@ def test_an_old_gpu_is_told_once_and_served(monkeypatch, caplog):
         assert forms.kernel_missing(torch.device("cuda"), torch.float32) == "the GPU is too old"
     forms.kernel_missing.cache_clear()
     (record,) = caplog.records
-    assert record.message == "gram_loss: the GPU is too old; the PyTorch form serves"
+    assert "the GPU is too old" in record.message
 
 
 # ---- the kernels, interpreted: the tests below marked `inside` run in one process of their own,
@@ -318,6 +394,25 @@ def test_kernel_against_float64(n, dtype):
         assert_only_rounded(student, teacher, loss, grad, operand=dtype)
 
 
+@inside
+@pytest.mark.parametrize("widths", WIDTHS)
+def test_kernel_takes_a_teacher_of_another_width(widths):
+    for n in (1, 20, 65):
+        for dtype in (torch.float32, torch.float16):
+            student, teacher = tokens(2, n, widths, 4, dtype)
+            loss, grad = loss_and_grad(student, teacher, "triton")
+            assert_only_rounded(student, teacher, loss, grad)  # as of float32 operands
+
+
+@inside
+@pytest.mark.parametrize("side", [0, 1])
+def test_kernel_keeps_nan(side):
+    pair = tokens(2, 20, 40, group=4)
+    pair[side][1, 3, 5] = torch.nan
+    loss, grad = loss_and_grad(*pair, "triton")
+    assert loss.isnan() and grad[1].isnan().any()
+
+
 BUGS = {
     "row mask of the last tile": ("tl.where(same & inside", "tl.where(same"),
     "image mask": ("tl.where(same & inside", "tl.where(inside"),
@@ -327,6 +422,8 @@ BUGS = {
     "the first panels' share": ("if start > 0:", "if start > BN:"),
     "group of tokens": ("(token * G + g)", "(token + g)"),
     "norm": ("inverse + base + i", "inverse + base + 0 * i"),
+    "the student's own width": ("inside & (d < width)", "inside"),
+    "the teacher's own width": ("inside & (d < t_width)", "inside & (d < width)"),
 }
 
 
@@ -345,8 +442,9 @@ def test_kernel_bugs_are_caught(bug, tmp_path):
     spec.loader.exec_module(planted)
 
     def check(module):
-        for b, n in ((5, 20), (2, 150)):  # packed, two groups; several tiles and panels
-            student, teacher = tokens(b, n, 24, group=4)
+        # packed, two groups; several tiles and panels; widths apart
+        for b, n, widths in ((5, 20, 24), (2, 150, 24), (2, 9, (24, 40))):
+            student, teacher = tokens(b, n, widths, group=4)
             loss, grad = module.loss_and_grad(student, teacher, torch.float32, True)
             grad = grad * (4 / (b * n**2))
             assert_only_rounded(student, teacher, loss, grad)
@@ -411,7 +509,7 @@ def test_kernel_edges():
     assert grad[0, 3].eq(0).all()
     loss, grad = loss_and_grad(teacher, teacher, "triton")
     assert loss == 0 and grad.eq(0).all()
-    with pytest.raises(ValueError, match="N, D > 0"):
+    with pytest.raises(ValueError, match="student"):
         gram_loss(student[:, :0], teacher[:, :0], backend="triton")
 
 
