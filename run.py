@@ -280,9 +280,10 @@ class Run:
     def logs(self, step):
         return step == 0 or (step + 1) % self.log_every == 0 or self.saves(step)
 
-    def log(self, step, entry, images):
+    def log(self, step, entry, images, more=None):
         """Print and write a log line: entry, with the step's time and what is left. images: those
-        of a step, over all ranks."""
+        of a step, over all ranks. more: called on rank 0 for more of the entry, in no step's time.
+        """
         now = time.perf_counter()
         seconds = (now - self.clock) / max(step + 1 - self.logged, 1)
         cuda = self.ranks.device.type == "cuda"
@@ -294,6 +295,7 @@ class Run:
             "gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else None,
         }
         if self.ranks.rank == 0:
+            entry |= more() if more else {}
             print(log_line(entry, self.total, seconds * (self.stop - step - 1)), flush=True)
             with open(self.out / "log.jsonl", "a") as log:
                 log.write(json.dumps(entry) + "\n")

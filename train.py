@@ -687,9 +687,8 @@ def main(args):
             entry = {"loss": value, "ssl": ssl, "affinity": aff}
             entry |= {"vicreg": vicreg} if args.vicreg else {}
             entry |= health(*sums) | {"grad_norm": float(norm)} | rates._asdict()
-            if probes and ranks.rank == 0:  # the others wait in the next step's reduction
-                entry["probe_miou"] = probe()
-            run.log(step, entry, args.global_batch)
+            # rank 0 probes while the others wait in the next step's reduction
+            run.log(step, entry, args.global_batch, probe if probes else None)
         if run.saves(step):
             size = torch.nn.utils.get_total_norm([p.detach() for p in weights])
             check_finite(size.item(), "the update left weights of norm", step, args.out)
@@ -703,8 +702,11 @@ def main(args):
     if ranks.rank == 0 and stop < total:
         print(f"{args.out}: stopped after step {stop} of {total}; --resume continues")
     if ranks.rank == 0 and start < stop == total:
-        draw_picture(args, chips, objective, teacher, device)
-        print(f"{args.out}: encoder.safetensors to share, tokens.png to look at")
+        try:
+            draw_picture(args, chips, objective, teacher, device)
+            print(f"{args.out}: encoder.safetensors to share, tokens.png to look at")
+        except ImportError as error:
+            print(f"{args.out}: encoder.safetensors to share; no tokens.png without {error.name}")
     # DDP lets go of the process group under Python's lock, for which gloo's threads may be waiting:
     # it goes before `script` ends the group, whose last owner would wait for them in turn
     del model
@@ -719,12 +721,14 @@ def check_finite(value, what, step, out):
 
 
 def load_probe(task, bands, encoder, grid):
-    """A function that tells the validation mIoU of nearest neighbours on a task (name, folder)."""
+    """A function that adds to a log entry the validation mIoU of nearest neighbours on a task, a
+    name and a folder."""
     from datasets.tasks import load_task  # reads imagery: not for those who do not ask
     from segment import probe
 
     task = load_task(*task, bands=bands)
-    return lambda: probe(encoder, task, "knn", grid[0] * encoder.patch_size)["val_miou"]
+    side = grid[0] * encoder.patch_size
+    return lambda: {"probe_miou": probe(encoder, task, "knn", side)["val_miou"]}
 
 
 if __name__ == "__main__":

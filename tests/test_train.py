@@ -686,6 +686,40 @@ def test_a_fourth_objective_is_a_class_and_an_entry(store, tmp_path, monkeypatch
         train.parse_args(["--store", str(store), "--objective", "mae", "--hidden", "3"])
 
 
+def test_pretraining_needs_no_library_that_reads_imagery(store, tmp_path):
+    """And without matplotlib it says that there is no picture."""
+    code = (
+        "import sys; sys.modules['matplotlib'] = sys.modules['matplotlib.figure'] = None\n"
+        "import train; train.main(train.parse_args())\n"
+        "assert not {'tifffile', 'imagecodecs', 'h5py', 'rasterio'} & set(sys.modules)"
+    )
+    words = [sys.executable, "-c", code, *command(store, tmp_path / "run")]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "no tokens.png without matplotlib" in done.stdout
+
+
+@every_objective
+def test_compile_changes_no_loss_and_compiles_the_teacher_too(
+    store, tmp_path, monkeypatch, objective
+):
+    made = []
+
+    def compile(function):  # what inductor would make is not at stake
+        made.append(function)
+        return eager(function, backend="aot_eager")
+
+    eager = torch.compile
+    monkeypatch.setattr(torch, "compile", compile)
+    torch._dynamo.reset()
+    flags = dict(steps=4, affinity_index="block")
+    run(store, tmp_path / "a", objective, **flags)
+    run(store, tmp_path / "b", objective, **flags, compile=True)
+    assert len(made) == 2
+    for a, b in zip(log_of(tmp_path / "a"), log_of(tmp_path / "b"), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+
+
 # ---- HR teachers
 
 
