@@ -140,6 +140,9 @@ def build_parser():
     g.add_argument("--depth", type=positive, help="blocks, instead of the model's")
     g.add_argument("--heads", type=positive, help="attention heads, instead of the model's, or of "
                    "--init where the file does not tell")
+    g.add_argument("--patch-gain", type=between(1e-6), default=1.0, help="factor on the patch "
+                   "weights at the start: of few bands or pixels a patch says little beside its "
+                   "position code, and tokens stay mostly place; paper: 1")
     g.add_argument("--init", type=Path, metavar="CKPT", help="start from this encoder, whose "
                    "architecture replaces the flags above; 3-band weights are inflated")
 
@@ -284,7 +287,7 @@ def unused(args, given):
         idle["hr_share"] = "--variant mr looks at no HR"
     if args.init:
         why = f"the architecture is that of --init {args.init}"
-        idle |= dict.fromkeys(("model", "patch", "dim", "depth"), why)
+        idle |= dict.fromkeys(("model", "patch", "dim", "depth", "patch_gain"), why)
     if "--steps" in given:
         idle["epochs"] = "--steps says how long to train"
     if not args.probe_task:
@@ -329,6 +332,7 @@ def build_objective(args, bands):
         sizes = {k: v for k in ("dim", "depth", "heads") if (v := getattr(args, k)) is not None}
         shape = dict(in_channels=len(bands), patch_size=args.patch, **kind.encoder)
         encoder = vit(args.model, **sizes, **shape)
+        encoder.patch_embed.proj.weight.data *= args.patch_gain
     own = {name: getattr(args, name) for name in kind.flags}
     gap = own.get("gap", 0)
     cell = encoder.patch_size + gap

@@ -913,6 +913,29 @@ def test_a_gpu_trains_resumes_and_never_waits(partial, tmp_path, monkeypatch, ob
         torch.cuda.set_sync_debug_mode(0)
 
 
+def test_every_flag_of_the_recipe_is_wired(store, tmp_path):
+    """Each changes what it is for: terms that are logged must be trained, too."""
+    run(store, tmp_path / "plain")
+    plain = log_of(tmp_path / "plain")
+    for name, flags, first in (
+        ("vicreg", dict(vicreg=1), ()),
+        ("weight", dict(affinity_weight=20), ()),
+        ("centre", dict(affinity_centre="image"), ("affinity",)),
+        ("gain", dict(patch_gain=3), ("ssl", "affinity", "place")),
+    ):
+        run(store, tmp_path / name, **flags)
+        log = log_of(tmp_path / name)
+        for key in ("ssl", "affinity", "place"):  # after an update all of them differ
+            assert (log[0][key] != plain[0][key]) == (key in first), (name, key)
+            assert log[1][key] != plain[1][key], (name, key)
+    args = parsed(store, "ijepa", hr_teacher=tmp_path / "plain", affinity_centre="image")
+    chips = open_chips(args.store, pairs=1)
+    teacher = train.build_teacher(args, None, chips.bands, CPU)
+    affinity = train.build_affinity(args, teacher)
+    assert affinity.exact and affinity.centre and affinity.patch == 4
+    assert not any(p.requires_grad for p in teacher.tokens.parameters())
+
+
 # ---- starting from other weights
 
 
@@ -980,6 +1003,7 @@ def test_bad_stores_and_weights(store, tmp_path):
         ("--variant mr --hr-teacher w.pt", "--hr-teacher"),
         ("--init w --dim 64", "--dim"),
         ("--init w --model tiny", "--model"),
+        ("--init w --patch-gain 2", "--patch-gain"),
         ("--steps 3 --epochs 2", "--epochs"),
         ("--probe-every 3", "--probe-every"),
     ],
