@@ -112,7 +112,11 @@ def script(main, parse_args, interrupted):
     except KeyboardInterrupt:
         fail(f"{name}: interrupted; {interrupted}", 130)
     if dist.is_initialized():
-        dist.destroy_process_group()
+        # All ranks leave together, and at once: everything is written, and taking a process group
+        # apart has hung (DDP waits under Python's lock for gloo's threads) and aborted.
+        dist.barrier()
+        sys.stdout.flush()
+        os._exit(0)
 
 
 def fail(sentence, code=2):

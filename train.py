@@ -711,9 +711,6 @@ def main(args):
             print(f"{args.out}: encoder.safetensors to share, tokens.png to look at")
         except ImportError as error:
             print(f"{args.out}: encoder.safetensors to share; no tokens.png without {error.name}")
-    # DDP lets go of the process group under Python's lock, for which gloo's threads may be waiting:
-    # it goes before `script` ends the group, whose last owner would wait for them in turn
-    del model
 
 
 def check_finite(value, what, step, out):

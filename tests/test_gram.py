@@ -369,6 +369,7 @@ def test_an_old_gpu_is_told_once_and_served(monkeypatch, caplog):
 
 @outside
 @needs_triton
+@pytest.mark.slow
 def test_interpreted():
     tests = [test for test in globals().values() if inside.mark in getattr(test, "pytestmark", ())]
     expected = sum(
