@@ -33,7 +33,7 @@ from imagery.bands import meanings, positions
 from model import ViT
 from run import positive
 from segment import Segmenter, encode, load_segmenter, resize
-from weights import load_encoder, read_tensors
+from weights import bands_of, load_encoder, read_tensors
 
 NO_CLASS = 255  # nodata of the class maps; so they hold at most 255 classes
 PREVIEW = 1000  # px a side at most, of --png
@@ -156,7 +156,8 @@ def load_model(path, tile, image_size, heads, device):
     size = image_size or max(1, min(224, encoder.meta.get("mr_size", 224)) // patch) * patch
     if size % patch:
         raise ValueError(f"--image-size {size} is no multiple of the encoder's patch of {patch} px")
-    return Model(encoder, None, encoder.meta, size, tile or 64)
+    meta = encoder.meta | {"bands": bands_of(encoder)}
+    return Model(encoder, None, meta, size, tile or 64)
 
 
 def choose_bands(about, model, flag=None):

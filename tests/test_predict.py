@@ -493,6 +493,14 @@ def test_bands_are_found(scene, flag, expected):
     assert bands == expected[0] and how.startswith(expected[1])
 
 
+def test_weights_without_names_read_red_green_and_blue(tmp_path):
+    torch.save(ViT(3, 4, 32, 1, 4).state_dict(), tmp_path / "rgb.pt")
+    model = predict.load_model(tmp_path / "rgb.pt", None, None, 4, torch.device("cpu"))
+    assert choose_bands(about(("B", "G", "R")), model) == ([2, 1, 0], "by name")
+    assert choose_bands(about(("B02", "B03", "B04", "B08")), model)[0] == [2, 1, 0]
+    assert choose_bands(about(count=3), model)[0] == [0, 1, 2]
+
+
 @pytest.mark.parametrize("scene, flag, mentions", [
     (about(("B", "G", "R")), None, ["3 bands (B,G,R)", "NIR", "--bands"]),
     (about(count=5), None, ["5 bands", "4 (B,G,R,NIR)", "--bands 0,1,2,3"]),
