@@ -5,13 +5,17 @@ import os
 import torch
 from einops import rearrange
 
+from imagery.bands import meanings
+
 
 def composite(images, bands):
     """An RGB picture of each chip: (B, C, H, W) any scale -> (B, H, W, 3) in 0..1, CPU.
 
-    bands: names; R, G and B where all are there, else the first three bands, or one as grey.
-    Stretched between the 2nd and 98th percentile of all chips together.
+    bands: names; R, G and B where all are there, however spelt, else the first three bands, or one
+    as grey. Stretched between the 2nd and 98th percentile of all chips together.
     """
+    # Sentinel-2 and Landsat 8 and 9 agree on B2, B3 and B4; of others the colours are off here
+    bands = meanings(bands, sentinel=True)
     chosen = [bands.index(b) for b in "RGB"] if set("RGB") <= set(bands) else range(len(bands))[:3]
     picture = images.detach().float().cpu()[:, list(chosen)]
     if picture.shape[1] < 3:

@@ -45,7 +45,7 @@ from datasets.tasks import (
     own_folder,
 )
 from imagery import geotiff
-from imagery.bands import IGNORE
+from imagery.bands import IGNORE, meanings
 from model import ViT, vit
 from run import positive
 from segment import (
@@ -60,7 +60,7 @@ from segment import (
     resize,
     save_segmenter,
 )
-from weights import load_encoder
+from weights import bands_of, load_encoder
 
 UNPREDICTED = 255  # in the class maps; so they hold at most 255 classes
 
@@ -392,7 +392,7 @@ def load(args):
 
 def check_encoder(encoder, name, task, image_size):
     """Raise ValueError if the encoder does not read the task's bands or the image size."""
-    wanted = encoder.meta.get("bands", [])
+    wanted = [] if name == "random" else bands_of(encoder)
     if encoder.in_channels != len(task.bands):
         raise ValueError(
             f"--encoder {name} reads {encoder.in_channels} bands ({','.join(wanted) or 'unnamed'}),"
@@ -403,12 +403,14 @@ def check_encoder(encoder, name, task, image_size):
     own = task.name == "geotiff"
     named = [(file.path, file.band_names) for file in task.files if file.band_names] if own else []
     for path, names in named or [(task.name, task.bands)]:
-        found = [names[band] for band in task.positions] if named else list(names)
-        if found != wanted and sorted(found) == sorted(wanted):
-            order = ",".join(str(names.index(band)) if own else band for band in wanted)
+        places = list(task.positions) if named else list(range(len(names)))
+        meant, means = meanings(wanted), meanings(names)  # Blue and B02 are one band
+        found = [means[place] for place in places]
+        if found != meant and sorted(found) == sorted(meant):
+            order = [str(places[found.index(band)]) for band in meant] if own else wanted
             raise ValueError(
-                f"--encoder {name} reads the bands {','.join(wanted)}, but those of {path} "
-                f"come as {','.join(found)}; pass --bands {order}"
+                f"--encoder {name} reads the bands {','.join(wanted)}, but those of {path} come as "
+                f"{','.join(names[place] for place in places)}; pass --bands {','.join(order)}"
             )
     patch = encoder.patch_size
     if image_size % patch:

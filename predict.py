@@ -15,7 +15,6 @@ class maps, NaN in the others.
 import argparse
 import colorsys
 import math
-import re
 import sys
 import time
 from contextlib import ExitStack
@@ -30,14 +29,14 @@ from tqdm import tqdm
 from datasets.formats import find_files
 from figures import composite, save_figure
 from imagery import geotiff
+from imagery.bands import meanings, positions
 from model import ViT
 from run import positive
 from segment import Segmenter, encode, load_segmenter, resize
-from weights import load_encoder, read_tensors
+from weights import bands_of, load_encoder, read_tensors
 
 NO_CLASS = 255  # nodata of the class maps; so they hold at most 255 classes
 PREVIEW = 1000  # px a side at most, of --png
-COMMON = {"B2": "B", "B3": "G", "B4": "R", "B8": "NIR", "BLUE": "B", "GREEN": "G", "RED": "R"}
 
 
 # fmt: off
@@ -157,13 +156,8 @@ def load_model(path, tile, image_size, heads, device):
     size = image_size or max(1, min(224, encoder.meta.get("mr_size", 224)) // patch) * patch
     if size % patch:
         raise ValueError(f"--image-size {size} is no multiple of the encoder's patch of {patch} px")
-    return Model(encoder, None, encoder.meta, size, tile or 64)
-
-
-def common_name(band):
-    """One name for what files call a band: B02, B2, blue and B are "B"."""
-    name = re.sub(r"^B0?(\d+A?)$", r"B\1", band.strip().upper())
-    return COMMON.get(name, name)
+    meta = encoder.meta | {"bands": bands_of(encoder)}
+    return Model(encoder, None, meta, size, tile or 64)
 
 
 def choose_bands(about, model, flag=None):
@@ -172,15 +166,12 @@ def choose_bands(about, model, flag=None):
     flag: list of names or positions as text, or None. Raises ValueError where nothing tells.
     """
     count, meta = model.encoder.in_channels, model.meta
-    names = [common_name(name) for name in about.band_names]
-    wanted = [common_name(name) for name in meta.get("bands") or []]
+    names, wanted = meanings(about.band_names), meanings(meta.get("bands") or [])
     has = f"{about.path} has {about.bands} bands ({','.join(about.band_names) or 'unnamed'})"
     reads = f"the model reads {count} ({','.join(meta.get('bands') or []) or 'unnamed'})"
     if flag:
-        unknown = [b for b in flag if not b.isdecimal() and common_name(b) not in names]
-        bands = [int(b) if b.isdecimal() else names.index(common_name(b)) for b in flag
-                 if b not in unknown]  # fmt: skip
-        if unknown or len(bands) != count or max(bands) >= about.bands:
+        bands = positions(flag, about.band_names)
+        if min(bands) < 0 or len(bands) != count or max(bands) >= about.bands:
             raise ValueError(
                 f"--bands {','.join(flag)}: {has}, counted from 0, and {reads}; give one of the "
                 "scene's for each of the model's"
@@ -190,7 +181,8 @@ def choose_bands(about, model, flag=None):
     if found and len(found) == len(wanted):
         return [names.index(band) for band in wanted], "by name"
     if found:
-        missing = ",".join(band for band in wanted if band not in names)
+        own = zip(meta["bands"], wanted, strict=True)
+        missing = ",".join(name for name, band in own if band not in names)
         raise ValueError(f"{has}, none is {missing}, but {reads}; choose with --bands")
     if meta.get("positions") and about.bands == meta.get("file_bands"):
         return list(meta["positions"]), "at the positions of the training files"
@@ -478,8 +470,8 @@ def draw_map(path, picture, bands, ids, classes, colours, counts):
     from matplotlib.figure import Figure  # here, so that --help does not wait for its import
     from matplotlib.patches import Patch
 
-    bands = [common_name(band) for band in bands or [""] * len(picture)]
-    scene = composite(torch.from_numpy(np.nan_to_num(picture)[None]), bands)[0].numpy()
+    pixels = torch.from_numpy(np.nan_to_num(picture)[None])
+    scene = composite(pixels, bands or [""] * len(picture))[0].numpy()
     scene[np.isnan(picture).all(0)] = 1
     table = np.full((256, 3), 255, np.uint8)
     table[: len(colours)] = colours

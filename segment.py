@@ -258,7 +258,7 @@ def parse_segmenter(state, facts, path):
             f"finetune.py --encoder {path}, and give its model_*.safetensors"
         )
     about, meta = facts["segmenter"], facts["meta"]
-    encoder = parse_encoder(state, facts, path, None)
+    encoder = parse_encoder(state, facts, path)
     bands, patch = encoder.in_channels, encoder.patch_size
     size, count, gsd = about["image_size"], meta["file_bands"], meta["gsd"]
 

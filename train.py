@@ -39,6 +39,7 @@ from data import (
     stream,
 )
 from figures import draw_tokens
+from imagery.bands import meanings
 from model import OBJECTIVES, SIZES, Plan, draw_rectangle, ema_update, regularise, vit
 from run import (
     Parser,
@@ -55,7 +56,7 @@ from run import (
     token_sums,
     whole,
 )
-from weights import fit_bands, load_encoder, save_encoder
+from weights import bands_of, fit_bands, load_encoder, save_encoder
 
 
 class Variant(NamedTuple):
@@ -83,7 +84,8 @@ FREE_ON_RESUME = {
 
 # Flags of the affinity, which variants without one refuse
 AFFINITY_FLAGS = (
-    "ratio", "affinity_weight", "affinity_index", "affinity_centre", "hr_teacher", "pos",
+    "ratio", "affinity_weight", "affinity_index", "affinity_centre", "hr_teacher",
+    "hr_teacher_heads", "pos",
 )  # fmt: skip
 
 # Without --store and without pairs/: procedural scenes, and without a GPU a model that a CPU trains
@@ -139,7 +141,7 @@ def build_parser():
     g.add_argument("--dim", type=positive, help="width, instead of the model's")
     g.add_argument("--depth", type=positive, help="blocks, instead of the model's")
     g.add_argument("--heads", type=positive, help="attention heads, instead of the model's, or of "
-                   "--init where the file does not tell")
+                   "--init where nothing in the file tells")
     g.add_argument("--patch-gain", type=between(1e-6), default=1.0, help="factor on the patch "
                    "weights at the start: of few bands or pixels a patch says little beside its "
                    "position code, and tokens stay mostly place; paper: 1")
@@ -172,6 +174,8 @@ def build_parser():
     g.add_argument("--hr-teacher", default="ema", metavar="ema|WEIGHTS", help="who sees the HR "
                    "image: the student's EMA, or any encoder that weights.py reads, frozen; "
                    "paper: ema")
+    g.add_argument("--hr-teacher-heads", type=positive, metavar="HEADS", help="attention heads of "
+                   "--hr-teacher WEIGHTS where nothing in the file tells")
     g.add_argument("--pos", choices=["grid", "ground"], default="grid",
                    help="HR token positions, 0..rg-1 or in MR grid units; paper: grid")
 
@@ -290,6 +294,8 @@ def unused(args, given):
         idle |= dict.fromkeys(("model", "patch", "dim", "depth", "patch_gain"), why)
     if "--steps" in given:
         idle["epochs"] = "--steps says how long to train"
+    if args.hr_teacher == "ema":
+        idle.setdefault("hr_teacher_heads", "the EMA teacher has the student's heads")
     if not args.probe_task:
         idle["probe_every"] = "there is no --probe-task"
     return [(k, why) for k, why in idle.items() if "--" + k.replace("_", "-") in given]
@@ -325,9 +331,7 @@ def build_objective(args, bands):
     kind = OBJECTIVES[args.objective]
     if args.init:
         given = load_encoder(args.init, args.heads)
-        encoder = fit_bands(given, bands).train()
-        if encoder is not given:
-            print(f"--init: {given.in_channels}-band weights fitted to {','.join(bands)}")
+        encoder = fit_bands(given, bands, f"--init {args.init}").train()
     else:
         sizes = {k: v for k in ("dim", "depth", "heads") if (v := getattr(args, k)) is not None}
         shape = dict(in_channels=len(bands), patch_size=args.patch, **kind.encoder)
@@ -371,12 +375,12 @@ def build_teacher(args, objective, bands, device):
                 "WEIGHTS that read them, or pack MR's bands alone (--hr-bands)"
             )
         return Teacher(objective.hr_tokens, own, objective.student.patch_size)
-    encoder = load_encoder(args.hr_teacher, args.heads if not args.init else None)
-    meta = encoder.meta
-    own = meta.get("bands") or (["R", "G", "B"] if encoder.in_channels == 3 else seen)
-    if not set(own) <= set(seen):
-        encoder, own, meta = fit_bands(encoder, seen), seen, {}
-    statistics = None
+    encoder = load_encoder(args.hr_teacher, args.hr_teacher_heads)
+    names = dict(zip(meanings(seen), seen, strict=True))
+    own = [names.get(band) for band in meanings(bands_of(encoder))]  # as the store spells them
+    if not own or None in own:
+        encoder, own = fit_bands(encoder, seen, f"--hr-teacher {args.hr_teacher}"), seen
+    meta, statistics = encoder.meta, None
     if VARIANTS[args.variant].teacher != "mr" and {"mean", "std"} <= meta.keys():
         of = {band: (m, s) for band, m, s in zip(own, meta["mean"], meta["std"], strict=True)}
         statistics = tuple(zip(*(of.get(band, (0.0, 1.0)) for band in seen), strict=True))

@@ -2,7 +2,8 @@
 
 `save_encoder` writes what `load_encoder` reads back with all that is known of its data;
 `load_encoder` reads a `ViT` off any of these families' weights and says what it recognised;
-`fit_bands` makes it read other bands. Nothing in a file is run: no pickle, no code.
+`fit_bands` makes it read other bands; `to_timm` gives it to timm. Nothing in a file is run: no
+pickle, no code.
 """
 
 import json
@@ -17,9 +18,11 @@ from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from model import ViT, position_table
+from imagery.bands import meanings
+from model import SIZES, ViT, position_table
 
-HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}  # of published widths
+# (width, depth) of published ViTs -> attention heads, which no weight shows
+HEADS = {(dim, depth): heads for dim, depth, heads in SIZES.values()} | {(1408, 40): 16}
 
 
 def save_encoder(encoder, path, **meta):
@@ -30,6 +33,25 @@ def save_encoder(encoder, path, **meta):
     """
     state = {k: v.contiguous() for k, v in encoder.state_dict().items() if k[:5] != "head."}
     write_tensors(path, state, {"config": encoder.config, "meta": meta})
+
+
+def to_timm(encoder, grid):
+    """The weights of a `ViT` for timm's VisionTransformer, which holds one grid's position table.
+
+    grid: (rows, cols) of tokens. Returns a state dict that loads strictly, with the tokens of
+    `encoder.encode` from `forward_features`, into
+        VisionTransformer(img_size=(rows * patch, cols * patch), patch_size=patch, in_chans=bands,
+            embed_dim=dim, depth=depth, num_heads=heads, mlp_ratio=mlp_ratio, num_classes=0,
+            class_token=class_token, global_pool="token" if class_token else "", fc_norm=False)
+    (`encoder.config` has the values; timm's own LayerNorm has our epsilon). `load_encoder` reads it
+    back, but for the heads, which no weight shows.
+    """
+    state = {k: v.detach().clone() for k, v in encoder.state_dict().items() if k[:5] != "head."}
+    with torch.no_grad():
+        table = encoder.position(tuple(grid), 1.0, encoder.norm.weight.device)[None]
+    if encoder.class_token:  # timm adds a position to it too: none
+        table = torch.cat([torch.zeros_like(table[:, :1]), table], dim=1)
+    return state | {"pos_embed": table.clone()}
 
 
 def write_tensors(path, state, facts):
@@ -105,12 +127,12 @@ def find_encoder(tree, path):
                 flat[f"{prefix}{key}"] = value
     ending = "blocks.0.attn.qkv.weight"
     found = [key[: -len(ending)] for key in flat if re.search(r"(^|\.)" + re.escape(ending), key)]
-    # a checkpoint may hold several: I-JEPA's own evaluation reads the target encoder, Latent MIM's
-    # and ours the student; ViTs trained by DINO the teacher
+    # a checkpoint may hold several: I-JEPA's own evaluation reads the target encoder, Latent MIM's,
+    # MoCo v3's and ours the student; ViTs trained by DINO the teacher
     order = [
         r"objective\.student\.",
         r"target_encoder\.(module\.)?",
-        r"(state_dict\.)?(module\.)?encoder\.(module\.)?",
+        r"(state_dict\.)?(module\.)?(base_)?encoder\.(module\.)?",
         r"teacher\..*",
         r"student\..*",
         r".*",
@@ -126,14 +148,16 @@ def find_encoder(tree, path):
     )
 
 
-def load_encoder(path, heads=None):
+def load_encoder(path, heads=None, grid=None):
     """Read a pretrained encoder from a run directory or a weights file -> `ViT` in eval mode.
 
-    Understands our exports and checkpoints, official I-JEPA and Latent MIM files, and timm, MAE and
-    DINO ViT state dicts, as .safetensors or as torch files (`weights_only=True`: nothing in them is
-    run). Width, depth, patch and bands are read off the weights; `heads` follows from the width for
-    the published sizes. `encoder.meta` holds what the export says of its data, {} for other files.
-    Prints what was recognised and what was left out. Raises FileNotFoundError or ValueError.
+    Understands our exports and checkpoints, official I-JEPA and Latent MIM files, and timm, MAE,
+    DINO and MoCo v3 ViT state dicts, as .safetensors or as torch files (`weights_only=True`:
+    nothing in them is run). Width, depth, patch and bands are read off the weights. heads: needed
+    where they cannot be known, which is for sizes that no published family has, and where two have
+    the same (`known_heads`). grid: (rows, cols) of learned positions, where it is no square.
+    `encoder.meta` holds what the export says of its data, {} for other files. Prints what was
+    recognised and what was left out. Raises FileNotFoundError or ValueError.
     """
     path = Path(path)
     if path.is_dir():
@@ -142,7 +166,7 @@ def load_encoder(path, heads=None):
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: holds a {type(tree).__name__}, not a dict of weights")
     try:
-        return parse_encoder(tree, facts, path, heads)
+        return parse_encoder(tree, facts, path, heads, grid)
     except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ValueError) as e:
         if str(e).startswith(f"{path}:"):
             raise
@@ -150,7 +174,24 @@ def load_encoder(path, heads=None):
         raise ValueError(f"{path}: not the weights of a plain ViT ({reason})") from None
 
 
-def parse_encoder(tree, facts, path, heads):
+def known_heads(config, table, found_at):
+    """The attention heads of a foreign ViT by what tells its family, None where nothing does.
+
+    table: its position table as in the file, None without. found_at: the keys' prefix.
+    """
+    dim, sines = config["dim"], None
+    if config.get("pos") == "learned" and dim % 4 == 0:
+        sines = position_table(config["pos_grid"], dim, "ijepa").roll(dim // 2, dims=1)
+    # MoCo v3, also where its names were shortened: sines of the row come before the column's
+    moco = "base_encoder." in found_at or "momentum_encoder." in found_at
+    if moco or (sines is not None and torch.allclose(table, sines, atol=1e-4)):
+        return {384: 12}.get(dim, HEADS.get((dim, config["depth"])))
+    if dim == 768 and not config["class_token"] and config.get("pos") in (None, "learned"):
+        return None  # SigLIP has 12 heads, timm's vit_base_patch16_gap_224 16
+    return HEADS.get((dim, config["depth"]))
+
+
+def parse_encoder(tree, facts, path, heads=None, grid=None):
     """`load_encoder` for what `read_tensors` found."""
     state, found_at = find_encoder(tree, path)
     if facts is None and isinstance(tree.get("facts"), str):  # our ckpt.pt
@@ -199,19 +240,27 @@ def parse_encoder(tree, facts, path, heads):
     )
     if facts is not None:
         config = facts["config"]
-    else:
-        config["heads"] = heads or HEADS.get(dim)
-        if config["heads"] is None:
-            raise ValueError(f"{path}: width {dim} is no published size; give heads=")
+        if heads and heads != config["heads"]:
+            raise ValueError(
+                f"{path}: says that it has {config['heads']} heads, not {heads}; leave them out"
+            )
+        named = facts["meta"].get("bands") or []
+        if not (isinstance(named, list) and all(isinstance(band, str) for band in named)) or (
+            len(named) not in (0, bands)
+        ):
+            raise ValueError(f"{path}: {bands} bands, its metadata say {named}; export it again")
     if table is not None:
         table = table.reshape(-1, dim).float()
         side = math.isqrt(len(table))
-        grid = tuple(config.get("pos_grid") or (side, side))
+        grid = tuple(config.get("pos_grid") or grid or (side, side))
         if config["class_token"] and len(table) == grid[0] * grid[1] + 1:
             state["cls_token"] = state["cls_token"] + table[0]  # its position, for good
             table = table[1:]
         if grid[0] * grid[1] != len(table):
-            raise ValueError(f"{path}: a position table of {len(table)} rows is no square grid")
+            raise ValueError(
+                f"{path}: a position table of {len(table)} rows is no grid of {grid[0]} x "
+                f"{grid[1]} tokens; give its grid=(rows, cols) to load_encoder"
+            )
         for kind in ("ijepa", "latentmim"):
             if torch.allclose(position_table(grid, dim, kind), table, atol=1e-4):
                 config["pos"] = kind
@@ -223,6 +272,18 @@ def parse_encoder(tree, facts, path, heads):
             notes.append(f"learned positions of a {grid[0]} x {grid[1]} grid")
     elif facts is None:
         notes.append("no position table: I-JEPA's sine-cosine positions assumed")
+    if facts is None:
+        config["heads"] = heads or known_heads(config, table, found_at)
+        if config["heads"] is None:
+            raise ValueError(
+                f"{path}: nothing tells how many attention heads a ViT of width {dim} and depth "
+                f"{config['depth']} has; give heads=, to a script --heads (--hr-teacher-heads)"
+            )
+    if "norm.weight" not in state and "fc_norm.weight" in state:
+        raise ValueError(
+            f"{path}: its last LayerNorm is behind the pooling (fc_norm), so that its tokens have "
+            "none; a plain ViT has one (norm)"
+        )
 
     encoder = ViT(**config)
     wanted = encoder.state_dict()
@@ -230,7 +291,8 @@ def parse_encoder(tree, facts, path, heads):
     wrong = sorted(k for k in wanted.keys() & state.keys() if wanted[k].shape != state[k].shape)
     extra = sorted(state.keys() - wanted.keys())
     # what would change the tokens; a head or a predictor beside the encoder would not
-    blocking = [k for k in extra if re.match(r"blocks\.|norm_pre|.*(reg|dist|storage)\w*_token", k)]
+    other = r"blocks\.|norm_pre|patch_embed\.|rope|.*(reg|dist|storage)\w*_token"
+    blocking = [key for key in extra if re.match(other, key)]
     if missing or wrong or blocking:
         raise ValueError(
             f"{path}: another architecture than a plain ViT: "
@@ -252,28 +314,50 @@ def parse_encoder(tree, facts, path, heads):
     return encoder.eval()
 
 
-def fit_bands(encoder, bands):
+def bands_of(encoder):
+    """The names of the bands that an encoder reads, [] where they are not known: what its file says
+    (`encoder.meta`), R, G, B of the published 3-band ViTs, whose files say nothing."""
+    return encoder.meta.get("bands", ["R", "G", "B"] if encoder.in_channels == 3 else [])
+
+
+def fit_bands(encoder, bands, name="encoder"):
     """The encoder for images of `bands`, a list of names such as ["B", "G", "R", "NIR"].
 
-    Its own bands are those of `encoder.meta`, or R, G, B for 3-band weights without. Known bands
-    keep their weights, in their new place; 3-band weights are inflated, every other band getting
-    the mean of the three, and all scaled by 3 / len(bands), so that a patch which is equal in all
-    bands gives the same token as before. Returns `encoder` itself where nothing changes, also where
-    the number of bands fits and the names tell nothing. Raises ValueError if the number does not.
+    Bands that it knows (`bands_of`), in whatever spelling, keep their weights in their new place.
+    Those that it does not know get the mean of its own, and then all are scaled by its number of
+    bands over theirs, so that a patch which is equal in all bands gives the same token as before.
+    Bands that the images lack are left out, which is to see them at their mean, 0. Where no name
+    tells, as many bands are taken in their order, and others only by weights of 3 bands.
+
+    Prints what became of each band, after `name`, the flag and file of the encoder. Returns
+    `encoder` itself where nothing changes. Raises ValueError where neither names nor number fit.
     """
-    if encoder.in_channels not in (3, len(bands)):
-        raise ValueError(
-            f"the encoder reads {encoder.in_channels} bands, the data has {len(bands)} "
-            f"({','.join(bands)}); only 3-band weights can be inflated"
-        )
-    own = encoder.meta.get("bands") or ["R", "G", "B"]
-    same_count = encoder.in_channels == len(bands)
-    if own == bands or (same_count and set(own) != set(bands)):
+    own, count, said = bands_of(encoder), encoder.in_channels, ",".join(bands)
+    ours = meanings(own)
+    at = [ours.index(band) if band in ours else -1 for band in meanings(bands)]
+    has = f"{count} bands ({','.join(own) or 'unnamed'})"
+    if max(at) < 0 and count == len(bands):
+        print(f"{name}: its {has} read {said} in this order, as no names tell")
         return encoder
-    weight = encoder.patch_embed.proj.weight.data
-    kernels, mean = dict(zip(own, weight.unbind(1), strict=True)), weight.mean(1)
-    weight = torch.stack([kernels.get(band, mean) for band in bands], dim=1)
+    if at == list(range(count)):
+        print(f"{name}: its {has} read {said}")
+        return encoder
+    if max(at) < 0 and count != 3:
+        raise ValueError(
+            f"{name}: reads {has}, the data has {len(bands)} ({said}), none of the same name; only "
+            "3-band weights can be inflated"
+        )
+    kernels = encoder.patch_embed.proj.weight.data.unbind(1)
+    mean, scale = sum(kernels) / count, count / len(bands) if -1 in at else 1.0
+    parts = [f"{band} as {own[k]}" if k >= 0 else f"{band} as the mean of all"
+             for band, k in zip(bands, at, strict=True)]  # fmt: skip
+    parts += [f"{band} left out" for k, band in enumerate(own) if k not in at]
+    print(f"{name}: {', '.join(parts)}" + (f"; all x {scale:.3g}" if scale != 1 else ""))
     fitted = ViT(**{**encoder.config, "in_channels": len(bands)})
-    state = {"patch_embed.proj.weight": weight * encoder.in_channels / len(bands)}
-    fitted.load_state_dict({**encoder.state_dict(), **state})
-    return fitted
+    weight = torch.stack([kernels[k] if k >= 0 else mean for k in at], dim=1) * scale
+    fitted.load_state_dict({**encoder.state_dict(), "patch_embed.proj.weight": weight})
+    fitted.meta = {"bands": list(bands)}
+    if -1 not in at:  # the statistics go with the bands
+        statistics = {k: encoder.meta[k] for k in ("mean", "std") if k in encoder.meta}
+        fitted.meta |= {key: [values[k] for k in at] for key, values in statistics.items()}
+    return fitted.train(encoder.training)

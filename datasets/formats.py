@@ -30,7 +30,7 @@ import torch
 from tqdm import tqdm
 
 from imagery import geotiff
-from imagery.bands import SAME_BAND
+from imagery.bands import SAME_BAND, meanings, positions
 
 # An image and what is wanted of it. info: geotiff.Info, whose path may name a part, "x.pt#12".
 # bands: positions. nodata: value or None. read(window, bands) -> (bands, height, width), as
@@ -329,32 +329,6 @@ def open_sources(where, sensor, wanted, names, nodata):
         nodata_of = nodata if info.nodata is None else info.nodata
         sources.append(Source(info, bands, nodata_of, read, date_of(path.name), offset))
     return sources, names
-
-
-def meanings(names):
-    """The names of one file's bands, those that mean the same in one spelling, else in lower case.
-
-    "B2" is Sentinel-2's beside a name that it alone has (B8A, or with a zero: B02), or where three
-    of B2, B3, B4 and B8 come without B1, B5, B6 and B7, which Landsat has too.
-    """
-    lower = [name.lower() for name in names]
-    sentinel = any(re.fullmatch("b(8a|0[1-9])", name) for name in lower) or (
-        len({"b2", "b3", "b4", "b8"} & {*lower}) >= 3 and not {"b1", "b5", "b6", "b7"} & {*lower}
-    )
-    if sentinel:
-        lower = [re.sub("^b([1-9])$", r"b0\1", name) for name in lower]
-    return [SAME_BAND.get(re.sub("[ _-]", "", name), name) for name in lower]
-
-
-def positions(wanted, names):
-    """Where the wanted bands are among names, by index as text, by name, or by what that means; -1
-    for those that are not."""
-    known = dict(zip(meanings(names)[::-1], range(len(names))[::-1], strict=True))
-    exact = {name.lower(): band for band, name in enumerate(names)}
-    return [
-        int(w) if w.isdecimal() else exact.get(w.lower(), known.get(meant, -1))
-        for w, meant in zip(wanted, meanings(wanted), strict=True)
-    ]
 
 
 def names_of(source):
@@ -955,11 +929,8 @@ def open_tiffs(files, mr_orders, hr_orders, split=None, site=None):
 def tiff_source(path, orders, date):
     """A Source of B, G, R, NIR, by the names in the file, else by orders: bands -> positions."""
     info = geotiff.info(path)
-    for names in (BGRN, ["B2", "B3", "B4", "B8"]):
-        bands = positions(names, info.band_names)
-        if min(bands) >= 0:
-            break
-    else:
+    bands = positions(BGRN, info.band_names, sentinel=True)  # sets without it write no B2
+    if min(bands) < 0:
         bands = orders.get(info.bands)
     if bands is None:
         raise ValueError(

@@ -23,7 +23,7 @@ import h5py
 import numpy as np
 
 from imagery import geotiff
-from imagery.bands import IGNORE
+from imagery.bands import IGNORE, positions
 
 SPLITS = ("train", "val", "test")
 
@@ -31,7 +31,6 @@ L1C = ("B01", "B", "G", "R", "B05", "B06", "B07", "NIR", "B8A", "B09", "B10", "B
 L2A = tuple(band for band in L1C if band != "B10")
 RHO = tuple(band for band in L2A if band != "B09")  # ACOLITE's reflectances
 LAND = ("B", "G", "R", "B05", "B06", "B07", "NIR", "B8A", "B11", "B12")
-SHORT = {"B02": "B", "B03": "G", "B04": "R", "B08": "NIR"}
 FOLDS = {1: "train", 2: "train", 3: "train", 4: "val", 5: "test"}
 HDF5 = dict(zip(L1C, "01 02 03 04 05 06 07 08 08A 09 10 11 12".split(), strict=True))
 
@@ -255,25 +254,20 @@ class Source:
     dates: int | None = None
 
 
-def band_name(name):
-    """The one name of a Sentinel-2 band: "B2", "b02" and "B" are all "B"."""
-    name = re.sub(r"^B(\d)$", r"B0\1", name.strip().upper())
-    return SHORT.get(name, name)
-
-
-def find_bands(wanted, held, what):
+def find_bands(wanted, held, what, sentinel=False):
     """Positions of the bands called `wanted` among those that the files hold, by name.
 
-    Raises ValueError naming the missing ones and what there is; `what` names the set.
+    sentinel: whether a bare B2 is Sentinel-2's whatever else they hold. Raises ValueError naming
+    the missing ones and what there is; `what` names the set.
     """
-    names, held = [band_name(name) for name in wanted], [band_name(name) for name in held]
-    missing = [name for name in names if name not in held]
+    found = positions([name.strip() for name in wanted], held, sentinel)
+    missing = [name for name, at in zip(wanted, found, strict=True) if at < 0]
     if missing:
         raise ValueError(
             f"--bands {','.join(wanted)}: {what} has no {','.join(missing)}; its bands are "
             f"{','.join(held) or 'unnamed'}"
         )
-    return tuple(held.index(name) for name in names)
+    return tuple(found)
 
 
 def find_folder(task, root):

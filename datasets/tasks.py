@@ -174,7 +174,8 @@ def load_task(name, root, *, bands=None, tile=None, dates=None, pastis_classes=1
     about = TASKS[name]
     if dates is not None and (name != "pastis" or dates < 1):
         raise ValueError(f"--dates {dates}: at least 1, and only --task pastis is a time series")
-    positions = find_bands(bands or ("B", "G", "R", "NIR"), about.bands, f"--task {name}")
+    wanted = bands or ("B", "G", "R", "NIR")
+    positions = find_bands(wanted, about.bands, f"--task {name}", sentinel=True)
     source = open_set(name, root, positions, dates, pastis_classes, split_seed)
     samples, splits = list(source.split), list(source.split.values())
     if not samples:

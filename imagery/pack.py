@@ -32,7 +32,6 @@ from tqdm import tqdm
 import figures
 from data import FORMAT, INDEX, SPLITS, VERSION, WINDOW, resample
 from imagery import geotiff
-from imagery.bands import SAME_BAND
 
 ROWS = [name for name in INDEX if name not in ("chip", "hr", "split")]  # known while packing
 SKIPPED = "mr_source row col hr_source valid reason".split()
@@ -1142,15 +1141,11 @@ def draw_contact(store, meta, rows):
     """
     from matplotlib.figure import Figure  # here: it takes a second to import
 
-    # Sentinel-2 and Landsat 8 and 9 agree on these; of others the colours are off in the picture
-    colours = SAME_BAND | {"b2": "B", "b3": "G", "b4": "R"}
-
     def pictures(sensor, chips, windows, side):
         pixels = torch.from_numpy(np.load(store / f"{sensor}.npy", mmap_mode="r")[chips])
         side = min(256, side)
         images = resample(pixels, torch.tensor(windows, dtype=torch.float64), (side, side))
-        names = [colours.get(name.lower(), name) for name in meta["bands"][sensor]]
-        return figures.composite(images, names)
+        return figures.composite(images, meta["bands"][sensor])
 
     side = meta["shape"]["mr"][1]
     columns = [pictures("mr", list(rows), [[0, 0, side, side]] * len(rows), side)]

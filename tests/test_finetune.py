@@ -801,6 +801,15 @@ def test_bands_in_another_order_are_refused(scenes, encoder, tmp_path):
     task.name = "mados"
     with refused(ValueError, "mados", "--bands R,NIR"):
         finetune.check_encoder(load_encoder(encoder), "e", task, 16)
+    # bands of another spelling are the same bands, and weights without names read R, G, B
+    file = SimpleNamespace(path="s0.tif", band_names=("B08", "Red"))
+    task = SimpleNamespace(name="geotiff", bands=("B08", "Red"), positions=(0, 1), files=[file])
+    with refused(ValueError, "s0.tif", "B08,Red", "--bands 1,0"):
+        finetune.check_encoder(load_encoder(encoder), "e", task, 16)
+    file.band_names, task.bands, task.positions = ("Blue", "Green", "Red"), ("",) * 3, (0, 1, 2)
+    with refused(ValueError, "s0.tif", "R,G,B", "--bands 2,1,0"):
+        finetune.check_encoder(ViT(3, 4, 32, 1, 2), "e", task, 16)
+    finetune.check_encoder(ViT(3, 4, 32, 1, 2), "random", task, 16)
     # names of another kind tell nothing
     foreign = write_named(scenes, tmp_path / "foreign", "B8", "B4")
     run(foreign, encoder, tmp_path / "out", "--epochs", "1")

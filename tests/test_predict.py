@@ -479,7 +479,8 @@ def about(names=(), count=None, gsd=10.0, crs=None, north=0.0):
 @pytest.mark.parametrize("scene, flag, expected", [
     (about(("NIR", "R", "G", "B")), None, ([3, 2, 1, 0], "by name")),
     (about(("B01", "B02", "B03", "B04", "B05", "B08")), None, ([1, 2, 3, 5], "by name")),
-    (about(("red", "Green", "BLUE", "B8")), None, ([2, 1, 0, 3], "by name")),
+    (about(("red", "Green", "BLUE", "B08")), None, ([2, 1, 0, 3], "by name")),
+    (about(("B8", "B4", "B3", "B2")), None, ([3, 2, 1, 0], "by name")),
     (about(count=13), None, ([1, 2, 3, 7], "at the positions of the training files")),
     (about(count=4), None, ([0, 1, 2, 3], "in the scene's order")),
     (about(("x1", "x2", "x3", "x4")), None, ([0, 1, 2, 3], "in the scene's order")),
@@ -492,12 +493,22 @@ def test_bands_are_found(scene, flag, expected):
     assert bands == expected[0] and how.startswith(expected[1])
 
 
+def test_weights_without_names_read_red_green_and_blue(tmp_path):
+    torch.save(ViT(3, 4, 32, 1, 4).state_dict(), tmp_path / "rgb.pt")
+    model = predict.load_model(tmp_path / "rgb.pt", None, None, 4, torch.device("cpu"))
+    assert choose_bands(about(("B", "G", "R")), model) == ([2, 1, 0], "by name")
+    assert choose_bands(about(("B02", "B03", "B04", "B08")), model)[0] == [2, 1, 0]
+    assert choose_bands(about(count=3), model)[0] == [0, 1, 2]
+
+
 @pytest.mark.parametrize("scene, flag, mentions", [
     (about(("B", "G", "R")), None, ["3 bands (B,G,R)", "NIR", "--bands"]),
     (about(count=5), None, ["5 bands", "4 (B,G,R,NIR)", "--bands 0,1,2,3"]),
     (about(count=5), "0,1,2", ["--bands 0,1,2", "5 bands"]),
     (about(count=5), "0,1,2,5", ["--bands 0,1,2,5", "5 bands", "from 0"]),
-    (about(("B", "G", "R", "N")), "B,G,R,NIR", ["--bands B,G,R,NIR", "4 bands (B,G,R,N)"]),
+    (about(("B", "G", "R", "X")), "B,G,R,NIR", ["--bands B,G,R,NIR", "4 bands (B,G,R,X)"]),
+    # Landsat's B8 is no near infrared
+    (about(("Red", "Green", "Blue", "B8")), None, ["none is NIR", "--bands"]),
 ])  # fmt: skip
 def test_bands_that_do_not_fit(scene, flag, mentions):
     with refused(ValueError, "s.tif", *mentions):

@@ -407,8 +407,8 @@ def test_missing_bands_are_named(name):
 
 
 def test_the_names_of_bands():
-    names = "B2 b02 B b g B8 nir B08 B8A B11 B1 B05 B5".split()
-    found = [published.band_name(name) for name in names]
+    names = "B2 b02 B b g B8 nir B08 b8a B11 B1 B05 B5".split()
+    found = [published.L1C[at] for at in published.find_bands(names, published.L1C, "it", True)]
     assert found == "B B B B G NIR NIR NIR B8A B11 B01 B05 B05".split()
 
 
@@ -693,7 +693,7 @@ def own(tmp_path):
         (tmp_path / folder).mkdir()
     for stem, split in zip("abc", SPLITS, strict=True):
         image = rng.integers(1, 99, (3, 16, 16)).astype(np.uint16)
-        geotiff.write(tmp_path / f"mr/{stem}.tif", image, band_names=("B4", "B3", "NIR"))
+        geotiff.write(tmp_path / f"mr/{stem}.tif", image, band_names=("B04", "B03", "NIR"))
         geotiff.write(tmp_path / f"masks/{stem}.tif", rng.integers(0, 2, (16, 16)).astype(np.uint8))
         (tmp_path / f"splits/{split}.txt").write_text(stem)
     (tmp_path / "classes.txt").write_text("x\ny\n")
@@ -703,13 +703,13 @@ def own(tmp_path):
 def test_own_folder(own):
     task = load_task("geotiff", own, tile=8)
     assert task.classes == ("x", "y") and task.split_by == "file lists" and task.name == "geotiff"
-    assert (task.bands, task.positions, task.file_bands) == (("B4", "B3", "NIR"), (0, 1, 2), 3)
+    assert (task.bands, task.positions, task.file_bands) == (("B04", "B03", "NIR"), (0, 1, 2), 3)
     assert task.mean == pytest.approx(task.images[task.split == "train"].mean((0, 2, 3)))
     named, numbered = (load_task("geotiff", own, tile=8, bands=b) for b in (["NIR", "R"], [2, 0]))
     assert tasks.fingerprint(named) == tasks.fingerprint(numbered)
     assert np.array_equal(named.images, task.images[:, [2, 0]])
-    assert named.positions == (2, 0) and named.bands == ("NIR", "B4")
-    with refused(ValueError, "--bands B8A", "a.tif", "R,G,NIR"):
+    assert named.positions == (2, 0) and named.bands == ("NIR", "B04")
+    with refused(ValueError, "--bands B8A", "a.tif", "B04,B03,NIR"):
         load_task("geotiff", own, bands=["B8A"])
     for path in (own / "mr").iterdir():
         geotiff.write(path, geotiff.read(path))

@@ -57,7 +57,7 @@ def command(store, out, objective="ijepa", steps=2, **flags):
     words = [*TINY.split(), *OWN[objective].split(), "--out", out, "--objective", objective]
     words += ["--steps", steps, "--store", *stores]
     if "init" in flags:  # it brings its own architecture
-        words = words[6:]
+        words = words[8:]
     for name, value in flags.items():
         words.append("--" + name.replace("_", "-"))
         words += value if isinstance(value, list) else [] if value is True else [value]
@@ -742,6 +742,41 @@ def test_the_recipe_of_a_frozen_hr_teacher(store, tmp_path, objective, variant):
     assert (tmp_path / "hr" / "encoder.safetensors").read_bytes() == before
 
 
+def test_a_teacher_takes_bands_that_the_store_spells_otherwise(tmp_path, capsys):
+    """By name, with its own statistics; what it does not find is said with flag and file."""
+    names = ["Blue", "Green", "Red", "B08"]
+    store, path = write_store(tmp_path / "pairs", bands=names), tmp_path / "x.safetensors"
+    meta = dict(bands=["NIR", "R", "B"], mean=[3.0, 2.0, 1.0], std=[6.0, 5.0, 4.0])
+    other = ViT(3, 4, 16, 1, 2)
+    save_encoder(other, path, **meta)
+    args = parsed(store, "ijepa", hr_teacher=path)
+    built = train.build_objective(args, names)
+    teacher = train.build_teacher(args, built, {"mr": names, "hr": names}, CPU)
+    assert teacher.bands == ["B08", "Red", "Blue"]
+    assert teacher.statistics == ((1.0, 0.0, 2.0, 3.0), (4.0, 1.0, 5.0, 6.0))
+    # more bands than HR has: those that it has are chosen, with their statistics
+    seen = ["B04", "B08"]
+    teacher = train.build_teacher(args, built, {"mr": names, "hr": seen}, CPU)
+    assert teacher.bands == seen and teacher.statistics == ((2.0, 3.0), (5.0, 6.0))
+    assert f"--hr-teacher {path}: B04 as R, B08 as NIR, B left out" in capsys.readouterr().out
+    save_encoder(ViT(2, 4, 16, 1, 2), path, bands=["VV", "VH"])
+    with refused(ValueError, f"--hr-teacher {path}", "VV,VH", "Blue,Green"):
+        train.build_teacher(args, built, {"mr": names, "hr": names}, CPU)
+
+
+def test_heads_of_foreign_teachers_and_starts(store, tmp_path):
+    """Each file has a flag of its own: the student's heads are not the teacher's."""
+    torch.save(ViT(4, 4, 16, 1, 2).state_dict(), tmp_path / "a.pt")
+    torch.save(ViT(4, 4, 32, 1, 8).state_dict(), tmp_path / "b.pt")
+    flags = dict(init=tmp_path / "a.pt", hr_teacher=tmp_path / "b.pt")
+    rejects(["a.pt", "--heads"], store, tmp_path / "no", **flags)
+    rejects(["b.pt", "--hr-teacher-heads"], store, tmp_path / "no", heads=2, **flags)
+    run(store, tmp_path / "run", heads=2, hr_teacher_heads=8, steps=1, **flags)
+    assert load_encoder(tmp_path / "run").config["heads"] == 2
+    with refused(SystemExit, "--hr-teacher-heads", "EMA"):
+        run(store, tmp_path / "no", hr_teacher_heads=8)
+
+
 @every_objective
 def test_a_teacher_of_another_width_patch_and_bands(store, tmp_path, objective, capsys):
     """RGB weights, 24 wide, patch 6: HR is resampled to its patches, its bands are chosen by name;
@@ -948,7 +983,7 @@ def test_init_from_rgb_weights(store, tmp_path, capsys):
     save_encoder(encoder, tmp_path / "rgb.safetensors")
     run(store, tmp_path / "run", steps=1, init=tmp_path / "rgb.safetensors", lr=0, start_lr=0,
         final_lr=0)  # fmt: skip
-    assert "3-band weights fitted to B,G,R,NIR" in capsys.readouterr().out
+    assert "rgb.safetensors: B as B, G as G, R as R, NIR as the mean" in capsys.readouterr().out
     loaded = load_encoder(tmp_path / "run")
     assert loaded.class_token and loaded.in_channels == 4
     torch.testing.assert_close(loaded.norm.weight, encoder.norm.weight)

@@ -1,17 +1,23 @@
 import copy
+import importlib.util
 import json
 import re
+import sys
+import types
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import refused
+from landscape import pack_files, pair
 from safetensors.torch import save_file
 
 import model
-from model import LatentMIM, ViT, take_patches
-from weights import fit_bands, load_encoder, save_encoder
+import train
+from model import LatentMIM, ViT, position_table, take_patches
+from segment import Segmenter
+from weights import fit_bands, load_encoder, save_encoder, to_timm
 
 
 def seeded(seed):
@@ -195,7 +201,7 @@ def test_layer_scale_is_folded(tmp_path):
 
 
 def test_published_widths_need_no_heads(tmp_path):
-    encoder = ViT(3, 4, 192, 1, 3)
+    encoder = ViT(3, 4, 192, 12, 3)
     torch.save(encoder.state_dict(), tmp_path / "tiny.pt")
     assert load_encoder(tmp_path / "tiny.pt").config["heads"] == 3
 
@@ -249,17 +255,29 @@ def test_other_programs_metadata_are_passed_over(tmp_path):
     assert load_encoder(tmp_path / "x.safetensors", heads=2).meta == {}
 
 
-def test_fit_bands_inflates_three():
+# ---- bands
+
+
+def columns(encoder, places):
+    """The kernels of some bands: (D, bands, patch, patch)."""
+    return encoder.patch_embed.proj.weight.detach()[:, places]
+
+
+def test_fit_bands_inflates_three(capsys):
     encoder = small()
-    wide = fit_bands(encoder, ["B", "G", "R", "NIR"])
+    wide = fit_bands(encoder, ["B", "G", "R", "NIR"], "--init x.pt")
+    said = "--init x.pt: B as B, G as G, R as R, NIR as the mean of all; all x 0.75\n"
+    assert capsys.readouterr().out == said
     grey = torch.randn(1, 1, 8, 8)
     with torch.no_grad():
         close(wide(grey.expand(-1, 4, -1, -1)), encoder(grey.expand(-1, 3, -1, -1)))
-    old, new = encoder.patch_embed.proj.weight, wide.patch_embed.proj.weight
-    close(new[:, 2], old[:, 0] * 0.75)
-    close(new[:, 3], old.mean(1) * 0.75)
-    with refused(ValueError, "4 bands", "2 (X,Y)"):
-        fit_bands(wide, ["X", "Y"])
+    close(columns(wide, [2, 1, 0]), columns(encoder, [0, 1, 2]) * 0.75)
+    close(columns(wide, 3), columns(encoder, [0, 1, 2]).mean(1) * 0.75)
+    assert wide.meta == {"bands": ["B", "G", "R", "NIR"]}
+    with refused(ValueError, "--hr-teacher x.pt", "4 bands (B,G,R,NIR)", "2 (X,Y)"):
+        fit_bands(wide, ["X", "Y"], "--hr-teacher x.pt")
+    five = fit_bands(wide, ["NIR", "X", "B", "G", "R"])
+    close(columns(five, [2, 3, 4, 0]), columns(wide, [0, 1, 2, 3]) * 0.8)
 
 
 def test_fit_bands_puts_known_bands_in_their_place():
@@ -269,8 +287,293 @@ def test_fit_bands_puts_known_bands_in_their_place():
         close(fit_bands(encoder, ["B", "G", "R"])(images.flip(1)), encoder(images))
         encoder.meta = {"bands": ["NIR", "R", "G"]}
         close(fit_bands(encoder, ["G", "NIR", "R"])(images[:, [2, 0, 1]]), encoder(images))
-    assert fit_bands(encoder, ["NIR", "R", "G"]) is encoder
-    assert fit_bands(encoder, ["0", "1", "2"]) is encoder  # the names tell nothing
+        # a band of no known name beside two that are known
+        mixed = fit_bands(encoder, ["SWIR", "Green", "Red"])
+    close(columns(mixed, [2, 1]), columns(encoder, [1, 2]))
+    close(columns(mixed, 0), columns(encoder, [0, 1, 2]).mean(1))
+
+
+def test_names_that_tell_nothing_leave_the_order(capsys):
+    encoder = small()
+    for bands in (["0", "1", "2"], ["VV", "VH", "x"], ["Red", "green", "B"]):
+        assert fit_bands(encoder, bands, "--init x") is encoder
+        assert f"--init x: its 3 bands (R,G,B) read {','.join(bands)}" in capsys.readouterr().out
+    encoder.meta = {"bands": []}  # a model of files without names
+    assert fit_bands(encoder, ["B", "G", "R"]) is encoder
+    assert "3 bands (unnamed)" in capsys.readouterr().out
+
+
+def test_a_superset_is_selected_by_name(capsys):
+    """Bands that the images lack are as good as at their mean, 0."""
+    encoder = small(in_channels=5)
+    encoder.meta = {"bands": ["B", "G", "R", "NIR", "SWIR1"], "mean": [1, 2, 3, 4, 5]}
+    encoder.meta["std"] = [5, 4, 3, 2, 1]
+    images = torch.randn(2, 4, 8, 8)
+    fitted = fit_bands(encoder.eval(), ["B08", "B02", "B03", "B04"], "it")
+    assert capsys.readouterr().out == (
+        "it: B08 as NIR, B02 as B, B03 as G, B04 as R, SWIR1 left out\n"
+    )
+    with torch.no_grad():
+        close(fitted(images[:, [3, 0, 1, 2]]), encoder(F.pad(images, (0, 0, 0, 0, 0, 1))))
+    assert fitted.meta["mean"] == [4, 1, 2, 3] and fitted.meta["std"] == [2, 5, 4, 3]
+    assert not fitted.training
+
+
+SPELLINGS = [
+    "Blue,Green,Red", "Red,Green,Blue", "B,G,R,NIR", "B02,B03,B04,B08", "B2,B3,B4,B8",
+    "NIR,red,green,blue", "B04,B03,B02",
+]  # fmt: skip
+PLACES = {"b": 2, "g": 1, "r": 0, "blue": 2, "green": 1, "red": 0, "b02": 2, "b03": 1, "b04": 0,
+          "b2": 2, "b3": 1, "b4": 0}  # fmt: skip
+
+
+@pytest.mark.parametrize("names", SPELLINGS)
+def test_rgb_weights_land_on_their_bands_from_images_to_weights(tmp_path, names, capsys):
+    """Pack, --init, the weights of the run."""
+    names = names.split(",")
+    mr, hr = pair(tmp_path, bands=len(names), band_names=tuple(names))
+    pack_files(mr, hr, tmp_path / "pairs", chip=32, val=0)
+    encoder = ViT(3, 4, 32, 1, 4)
+    torch.save(encoder.state_dict(), tmp_path / "rgb.pt")
+    words = "--heads 4 --mr-size 24 --predictor-dim 16 --predictor-depth 1 --targets 2 --device cpu"
+    words += " --global-batch 4 --steps 1 --lr 0 --start-lr 0 --final-lr 0 --target-scale 0.08 0.12"
+    folders = ["--store", tmp_path / "pairs", "--out", tmp_path / "run", "--init"]
+    folders.append(tmp_path / "rgb.pt")
+    train.main(train.parse_args([*words.split(), *map(str, folders)]))
+    assert f"--init {tmp_path / 'rgb.pt'}: " in capsys.readouterr().out
+    trained = load_encoder(tmp_path / "run")
+    assert trained.meta["bands"] == names
+    for place, name in enumerate(names):
+        own = PLACES.get(name.lower(), slice(None))
+        kernel = columns(encoder, [own] if isinstance(own, int) else own).mean(1)
+        close(columns(trained, place), kernel * 3 / len(names))
+
+
+def test_names_of_bands_in_metadata_are_checked(tmp_path):
+    for bands in ("RGB", ["R"], ["R", "G", 3]):
+        save_encoder(small(), tmp_path / "x.safetensors", bands=bands)
+        with refused(ValueError, tmp_path / "x.safetensors", "3 bands"):
+            load_encoder(tmp_path / "x.safetensors")
+
+
+# ---- other people's programs
+
+
+class Named(type):
+    def __getattr__(cls, name):
+        return name
+
+
+class Stub(types.ModuleType):
+    """A module in which every name is a class of nothing."""
+
+    __path__ = []
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Named(name, (), {})
+
+
+@pytest.fixture(scope="session")
+def timm_vit():
+    """timm's VisionTransformer. Of torchvision, which has to be built for the very torch that there
+    is, timm only wants the names while it is imported."""
+    if importlib.util.find_spec("timm") is None:
+        pytest.skip("no timm; pip install --no-deps --target DIR timm, and PYTHONPATH=DIR")
+    stubs = {}
+    if importlib.util.find_spec("torchvision") is None:
+        for name in ("", ".ops", ".ops.misc", ".datasets", ".transforms", ".transforms.functional"):
+            stubs[name] = sys.modules["torchvision" + name] = Stub("torchvision" + name)
+            if name:
+                parent, _, leaf = name.rpartition(".")
+                setattr(stubs[parent], leaf, stubs[name])
+    try:
+        from timm.models.vision_transformer import VisionTransformer
+    finally:
+        for name in stubs:
+            del sys.modules["torchvision" + name]
+
+    def build(**changes):
+        torch.manual_seed(0)
+        plain = dict(img_size=(32, 32), patch_size=8, embed_dim=192, depth=12, num_heads=3)
+        vit = VisionTransformer(**plain | dict(num_classes=0) | changes).eval()
+        with torch.no_grad():
+            for weight in vit.parameters():
+                weight += 0.05 * torch.randn(weight.shape)
+        return vit
+
+    return build
+
+
+def same_as_timm(encoder, vit, tolerance=1e-4):
+    size = vit.patch_embed.img_size
+    images = torch.randn(2, encoder.in_channels, *size)
+    with torch.no_grad():
+        close(encoder.encode(images), vit.forward_features(images), tolerance, tolerance)
+
+
+def moco_table(side, dim):
+    """MoCo v3's positions: the row's sines before the column's; none of the class token."""
+    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    omega = 10000.0 ** -(torch.arange(dim // 4) / (dim // 4))
+    angles = [place.flatten()[:, None].double() * omega for place in (y, x)]
+    table = torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], 1).float()
+    return F.pad(table, (0, 0, 1, 0))[None]
+
+
+def as_mae(state):
+    table = position_table((4, 4), 192, "ijepa")
+    state["pos_embed"] = F.pad(table, (0, 0, 1, 0))[None]
+    own = {"mask_token": torch.ones(1, 1, 8), "decoder_blocks.0.norm1.weight": torch.ones(8)}
+    return {"model": state | own | {"decoder_pos_embed": torch.ones(1, 17, 8)}}
+
+
+def as_dino(state):
+    student = {f"module.backbone.{key}": value + 1 for key, value in state.items()}
+    teacher = {f"backbone.{key}": value for key, value in state.items()}
+    return {"student": student, "teacher": teacher | {"head.mlp.0.weight": torch.ones(3, 3)}}
+
+
+def as_dinov2(state):
+    return state | {"mask_token": torch.zeros(1, 192)}
+
+
+@pytest.mark.parametrize(
+    "changes, wrap, note",
+    [
+        ({}, dict, "learned positions of a 4 x 4 grid"),
+        (dict(num_classes=7), dict, "left out: head"),
+        (dict(in_chans=13, mlp_ratio=2.0), dict, "13 bands"),
+        (dict(no_embed_class=True), dict, "learned"),  # as FlexiViT and DeiT III
+        (dict(class_token=False, global_pool="avg", fc_norm=False), dict, "learned"),
+        (dict(class_token=False, global_pool="map"), dict, "left out: attn_pool"),
+        (dict(init_values=1e-5), as_dinov2, "LayerScale folded in"),
+        ({}, as_dino, "at teacher.backbone."),
+        ({}, as_mae, "positions (ijepa) checked"),
+    ],
+    ids="timm head bands flexivit gap map dinov2 dino mae".split(),
+)
+def test_published_vits(timm_vit, tmp_path, capsys, changes, wrap, note):
+    vit = timm_vit(**changes)
+    saved = wrap({key: value.detach() for key, value in vit.state_dict().items()})
+    if wrap is as_mae:
+        vit.pos_embed.data = saved["model"]["pos_embed"]
+    torch.save(saved, tmp_path / "vit.pth")
+    same_as_timm(load_encoder(tmp_path / "vit.pth"), vit)
+    assert note in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stripped", [False, True])
+def test_moco_v3_has_12_heads_at_384(timm_vit, tmp_path, stripped):
+    """Told by its names or, where the converter of its authors shortened them, its positions."""
+    vit = timm_vit(embed_dim=384, num_heads=12)
+    vit.pos_embed.data = moco_table(4, 384)
+    state = {key: value.detach() for key, value in vit.state_dict().items()}
+    ours = {f"module.base_encoder.{key}": value for key, value in state.items()}
+    ours |= {"module.base_encoder.head.0.weight": torch.ones(2, 2)}
+    ours |= {f"module.momentum_encoder.{key}": value + 1 for key, value in state.items()}
+    torch.save({"model": state} if stripped else {"state_dict": ours}, tmp_path / "moco.pth")
+    same_as_timm(load_encoder(tmp_path / "moco.pth"), vit)
+    six = load_encoder(tmp_path / "moco.pth", heads=6)
+    images = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():  # what a guess by the width would give
+        assert (six(images) - vit.forward_features(images)[:, 1:]).abs().max() > 1e-2
+
+
+def test_heads_that_nothing_tells_are_asked_for(timm_vit, tmp_path):
+    gap = dict(class_token=False, global_pool="avg", fc_norm=False)
+    vit = timm_vit(embed_dim=768, num_heads=16, depth=2, **gap)
+    cases = {"gap": vit.state_dict(), "thin": timm_vit(embed_dim=96).state_dict()}
+    cases["shallow"] = timm_vit(embed_dim=768, num_heads=8, depth=8, mlp_ratio=3.0).state_dict()
+    for name, state in cases.items():
+        torch.save(state, tmp_path / f"{name}.pt")
+        with refused(ValueError, tmp_path / f"{name}.pt", "heads=", "--heads"):
+            load_encoder(tmp_path / f"{name}.pt")
+    same_as_timm(load_encoder(tmp_path / "gap.pt", heads=16), vit)
+
+
+@pytest.mark.parametrize(
+    "changes, mention",
+    [
+        (dict(global_pool="avg"), "fc_norm"),
+        (dict(reg_tokens=4, no_embed_class=True), "reg_token"),
+        (dict(reg_tokens=4), "rows"),
+        (dict(pre_norm=True), "patch_embed.proj.bias"),
+        (dict(qk_norm=True), "k_norm"),
+        (dict(embed_norm_layer="layernorm"), "patch_embed.norm"),
+        (dict(final_norm=False), "norm"),
+    ],
+)
+def test_vits_of_other_tokens_are_refused(timm_vit, tmp_path, changes, mention):
+    torch.save(timm_vit(depth=1, **changes).state_dict(), tmp_path / "other.pt")
+    with refused(ValueError, tmp_path / "other.pt", mention):
+        load_encoder(tmp_path / "other.pt", heads=3)
+
+
+@pytest.mark.parametrize("class_token", [False, True])
+@pytest.mark.parametrize("pos", ["ijepa", "latentmim", "learned"])
+def test_to_timm_and_back(timm_vit, tmp_path, pos, class_token):
+    encoder = small(pos=pos, pos_grid=(2, 2), class_token=class_token, in_channels=4)
+    encoder.head = model.projection_head(16, 8)
+    if pos == "learned":
+        encoder.pos_embed.normal_()
+    vit = timm_vit(
+        img_size=(8, 12), patch_size=4, in_chans=4, embed_dim=16, depth=2, num_heads=2,
+        class_token=class_token, global_pool="token" if class_token else "", fc_norm=False,
+    )  # fmt: skip
+    state = to_timm(encoder, (2, 3))
+    vit.load_state_dict(state, strict=True)
+    same_as_timm(encoder, vit, 1e-5)
+    torch.save(state, tmp_path / "vit.pt")
+    same_as_timm(load_encoder(tmp_path / "vit.pt", heads=2, grid=(2, 3)), vit, 1e-5)
+    if pos == "learned":
+        with refused(ValueError, tmp_path / "vit.pt", "rows", "grid=(rows, cols)"):
+            load_encoder(tmp_path / "vit.pt", heads=2)
+
+
+def exported(kind):
+    """The model and images of it, for the tests of exporters."""
+    torch.manual_seed(0)
+    pos = {"plain": "ijepa", "linear": "learned", "upernet": "latentmim"}[kind]
+    encoder = ViT(3, 4, 16, 4, 2, class_token=True, pos=pos, pos_grid=(2, 2))
+    if pos == "learned":
+        encoder.pos_embed.normal_()
+    whole = encoder if kind == "plain" else Segmenter(encoder, 5, 16, kind)
+    return whole.eval(), torch.randn(2, 3, 12, 12)
+
+
+every_export = pytest.mark.parametrize("kind", ["plain", "linear", "upernet"])
+
+
+@every_export
+def test_torch_export_in_any_order(kind):
+    """Nothing of a trace stays in the model or its process: other sizes go on, before and after."""
+    whole, images = exported(kind)
+    with torch.no_grad():
+        before = whole(images)
+        first = torch.export.export(whole, (images,)).module()
+        wide = torch.export.export(whole, (F.pad(images, (0, 4)),)).module()
+        close(first(images), before)
+        close(wide(F.pad(images, (0, 4))), whole(F.pad(images, (0, 4))))
+        assert whole(images).equal(before)
+
+
+@every_export
+@pytest.mark.slow
+def test_onnx_gives_the_same(kind, tmp_path):
+    runtime = pytest.importorskip("onnxruntime", reason="no onnxruntime")
+    pytest.importorskip("onnxscript", reason="no onnxscript, which torch.onnx writes with")
+    whole, images = exported(kind)
+    torch.export.export(whole, (images,))
+    torch.onnx.export(whole, (images,), tmp_path / "model.onnx", dynamo=True, verbose=False)
+    session = runtime.InferenceSession(tmp_path / "model.onnx")
+    (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    with torch.no_grad():
+        close(torch.from_numpy(found), whole(images))
+
+
+# ---- what is refused
 
 
 def test_weights_of_other_kinds_get_one_sentence(tmp_path):
@@ -286,6 +589,7 @@ def test_weights_of_other_kinds_get_one_sentence(tmp_path):
         "nan.pt": ({k: v * float("nan") for k, v in state.items()}, "NaN"),
         "table.pt": ({**state, "pos_embed": torch.zeros(1, 4, 5)}, ""),
         "oblong.pt": ({**state, "pos_embed": torch.zeros(1, 6, 16)}, "6 rows"),
+        "rope.pt": ({**state, "rope_embed.periods": torch.ones(4)}, "rope_embed"),
         "gamma.pt": ({**state, "blocks.0.ls1.gamma": torch.zeros(3)}, ""),
         "name.pt": ({**state, "blocks.x.foo": torch.zeros(3)}, ""),
         "scalar.pt": ({**state, "blocks.0.mlp.fc1.weight": torch.tensor(1.0)}, ""),
@@ -297,6 +601,13 @@ def test_weights_of_other_kinds_get_one_sentence(tmp_path):
         torch.save(content, tmp_path / name)
         with refused(ValueError, f"{tmp_path / name}: ", mention):
             load_encoder(tmp_path / name, heads=2)
+
+
+def test_heads_that_the_file_contradicts(tmp_path):
+    save_encoder(small(), tmp_path / "encoder.safetensors")
+    with refused(ValueError, tmp_path / "encoder.safetensors", "2 heads", "4"):
+        load_encoder(tmp_path, heads=4)
+    assert load_encoder(tmp_path, heads=2).config["heads"] == 2
 
 
 def test_missing_positions_are_said(tmp_path, capsys):
