@@ -80,9 +80,16 @@ class Objective(nn.Module):
     A subclass states `encoder` (arguments of its `ViT`), `defaults` (the paper's values of flags
     that all objectives share; start_lr and final_lr as shares of lr, lr per image of the global
     batch where it is `lr_per_image`), `flags` (its own, {name: help, or (help, choices or least
-    value)}, keywords of its constructor, whose defaults are theirs), and the methods `draw`,
-    `target_tokens` and `forward`. The other methods are right where the student sees the image as
-    it is.
+    value)}, keywords of its constructor, whose defaults are theirs), and three methods:
+
+        draw(batch, generator)          all random choices of a step for the global batch, on the
+                                        CPU: {name: tensor (batch, ...)}; "context" (batch, K)
+                                        int64, the ids that the student sees, is among them
+        target_tokens(images, masks)    what is predicted, (B, ..., D'), for the log
+        forward(images, masks)          loss, the student's tokens (B, K, D), their index (B, K)
+
+    with images (B, C, H, W) and the masks of these images. The methods below are right where the
+    student sees the image as it is.
     """
 
     encoder = {}
@@ -95,19 +102,6 @@ class Objective(nn.Module):
         super().__init__()
         self.student, self.grid, self.ratio = student, grid, ratio
         self.teacher = copy.deepcopy(student).requires_grad_(False)
-
-    def draw(self, batch, generator):
-        """All random choices of a step for the global batch, on the CPU: {name: tensor (batch,
-        ...)}, "context" (batch, K) int64 among them."""
-        raise NotImplementedError
-
-    def forward(self, images, masks):
-        """images (B, C, H, W) -> loss, the student's tokens (B, K, D), their index (B, K)."""
-        raise NotImplementedError
-
-    def target_tokens(self, images, masks):
-        """What is predicted, (B, ..., D'), for the log."""
-        raise NotImplementedError
 
     def encode(self, images, masks, index):
         """Student tokens (B, K, D) at any index (B, K), as the affinity compares them."""

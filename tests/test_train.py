@@ -273,6 +273,12 @@ def test_defaults_are_the_papers(store):
     assert (args.objective, args.patch, args.mr_size, args.lr) == ("ijepa", 14, 224, 1e-3)
     assert (args.start_lr, args.final_lr, args.weight_decay) == (2e-4, 1e-6, 0.04)
     assert args.out == Path("out/ijepa-sa-s0")
+    args = train.parse_args([*words, "--lr", "5e-4"])  # start and end keep their shares of it
+    assert (args.start_lr, args.final_lr) == pytest.approx((1e-4, 5e-7))
+    args = train.parse_args([*words, "--objective", "mae"])
+    assert (args.patch, args.mr_size, args.global_batch, args.lr) == (14, 224, 1024, 6e-4)
+    assert (args.beta2, args.weight_decay) == (0.95, 0.05)
+    assert (args.mask_share, args.decoder_dim, args.decoder_depth) == (0.75, 512, 8)
     args = train.parse_args([*words, "--objective", "latentmim"])
     assert (args.patch, args.mr_size, args.global_batch, args.lr) == (16, 280, 512, 3e-4)
     assert (args.start_lr, args.beta2, args.momentum) == (7.5e-5, 0.95, 0.99)
