@@ -210,8 +210,10 @@ def open_run(out, resume, config, free):
 
 def read_config(path):
     """config.json of a run: {"args": its flags, and what followed from them}, or ValueError."""
+    path = Path(path)
+    path = path / "config.json" if path.is_dir() else path
     try:
-        config = json.loads(Path(path).read_text())
+        config = json.loads(path.read_text())
         config["args"].keys(), config["steps"], config["precision"], config["chips"]
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; give the config.json of a run") from None

@@ -1293,7 +1293,7 @@ def test_hr_has_bands_that_mr_has_not(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "composite", seen)
     rows = {n: row | {"hr": int(row["hr"])} for n, row in enumerate(rows_of(store))}
     draw_contact(store, meta, rows)
-    assert shown == [(2, ["VV", "VH"]), (4, ["B", "G", "R", "NIR"])]
+    assert shown == [(2, [*radar]), (4, [*optical])]
     assert (store / "contact.png").read_bytes()[:4] == b"\x89PNG"
 
 

@@ -629,7 +629,7 @@ def test_config_repeats_a_run(store, tmp_path):
     flags = dict(objective="latentmim", gap_offset="paper", vicreg=0.5, steps=3)
     run(store, tmp_path / "a", **flags)
     config = tmp_path / "a" / "config.json"
-    args = train.parse_args(["--config", str(config), "--out", str(tmp_path / "b")])
+    args = train.parse_args(["--config", str(tmp_path / "a"), "--out", str(tmp_path / "b")])
     train.main(args)
     same_weights(weights_of(tmp_path / "a"), weights_of(tmp_path / "b"))
     before = json.loads(config.read_text())["args"]
