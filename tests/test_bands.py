@@ -32,5 +32,6 @@ def test_positions_by_number_name_and_meaning():
     assert positions(["B2", "B5", "B8A", "b04"], ["B04", "B02", "B8A", "B05"]) == [1, 3, 2, 0]
     assert positions(["B2"], ["B", "G"], sentinel=True) == [0]
     assert positions(["B2"], ["B", "G"]) == [-1]
+    assert positions(["B2"], ["B04", "B02"]) == [1]  # the file's names say whose B2 is meant
     # of two that mean the same the first, but a name as it is comes before
     assert positions(["B", "Blue", "B02"], ["B02", "Blue"]) == [0, 1, 0]

@@ -17,7 +17,7 @@ import model
 import train
 from model import LatentMIM, ViT, position_table, take_patches
 from segment import Segmenter
-from weights import fit_bands, load_encoder, save_encoder, to_timm
+from weights import fit_bands, known_heads, load_encoder, save_encoder, to_timm
 
 
 def seeded(seed):
@@ -468,7 +468,8 @@ def test_published_vits(timm_vit, tmp_path, capsys, changes, wrap, note):
 def test_moco_v3_has_12_heads_at_384(timm_vit, tmp_path, stripped):
     """Told by its names or, where the converter of its authors shortened them, its positions."""
     vit = timm_vit(embed_dim=384, num_heads=12)
-    vit.pos_embed.data = moco_table(4, 384)
+    if stripped:
+        vit.pos_embed.data = moco_table(4, 384)
     state = {key: value.detach() for key, value in vit.state_dict().items()}
     ours = {f"module.base_encoder.{key}": value for key, value in state.items()}
     ours |= {"module.base_encoder.head.0.weight": torch.ones(2, 2)}
@@ -479,6 +480,18 @@ def test_moco_v3_has_12_heads_at_384(timm_vit, tmp_path, stripped):
     images = torch.randn(1, 3, 32, 32)
     with torch.no_grad():  # what a guess by the width would give
         assert (six(images) - vit.forward_features(images)[:, 1:]).abs().max() > 1e-2
+
+
+def test_heads_are_known_of_families_that_are_told_apart():
+    base = dict(dim=768, depth=12, class_token=True, pos="learned", pos_grid=(2, 2))
+    table = torch.ones(4, 768)
+    assert known_heads(base, table, "") == 12
+    assert known_heads(base | dict(class_token=False), table, "") is None  # SigLIP or timm's gap
+    assert known_heads(base | dict(class_token=False, pos="ijepa"), table, "") == 12
+    assert known_heads(base | dict(dim=384), torch.ones(4, 384), "") == 6
+    assert known_heads(base | dict(dim=384), moco_table(2, 384)[0, 1:], "") == 12
+    assert known_heads(base | dict(dim=384), torch.ones(4, 384), "module.base_encoder.") == 12
+    assert known_heads(base | dict(depth=8), table, "") is None
 
 
 def test_heads_that_nothing_tells_are_asked_for(timm_vit, tmp_path):
