@@ -189,9 +189,10 @@ def open_chips(paths, student="mr", pairs=0, hr_share=1.0, seed=0, skip_flagged=
             digest.update(part)
     ids, has_hr = np.concatenate(ids), np.concatenate(has_hr)
     if has_hr.sum() < pairs:
+        more = f"raise --hr-share {hr_share:g}, " if hr_share < 1 else ""
         raise ValueError(
             f"{', '.join(map(str, paths))}: {has_hr.sum() or 'no'} training chip has HR, {pairs} "
-            f"must; pack some with it, raise --hr-share {hr_share:g}, or take --variant mr"
+            f"must; pack some with it, {more}or take --variant mr"
         )
     return Chips(stores, ids, has_hr, digest.hexdigest()[:12], bands)
 

@@ -16,7 +16,6 @@ experiments.
 import argparse
 import copy
 import csv
-import hashlib
 import json
 import math
 import os
@@ -60,7 +59,7 @@ from segment import (
     resize,
     save_segmenter,
 )
-from weights import bands_of, load_encoder
+from weights import bands_of, load_encoder, weights_hash
 
 UNPREDICTED = 255  # in the class maps; so they hold at most 255 classes
 
@@ -285,15 +284,6 @@ def commit():
     except FileNotFoundError:
         return None
     return done.stdout.strip() or None
-
-
-def weights_hash(encoder):
-    """12 hex digits of a SHA-256 over the names and values of all weights."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(encoder.state_dict().items()):
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:12]
 
 
 def write_matrix(path, matrix, classes):

@@ -149,7 +149,7 @@ def regularise(tokens):
     with torch.autocast(tokens.device.type, enabled=False):
         z = tokens.flatten(0, 1).float()
         z = z - z.mean(0)
-        covariance = z.mT @ z / (len(z) - 1)
+        covariance = z.mT @ z / max(len(z) - 1, 1)
         variance = covariance.diagonal()
         spread = F.relu(1 - (variance + 1e-4).sqrt()).mean()
         apart = covariance.square().sum() - variance.square().sum()
@@ -181,13 +181,16 @@ def block_index(top, left, size, grid):
 def draw_rectangle(batch, grid, generator, low=0.4, high=0.7):
     """A rectangle of tokens per image: (batch, h * w) int64, CPU.
 
-    h and w are drawn once, from `low` to `high` of the grid's sides, positions per image.
+    h and w are drawn once, from `low` to `high` of the grid's sides, positions per image; 2 at
+    least where the grid has them, or there would be no relation to compare.
     Source: arXiv 2601.12964, `block` affinity. (Published code draws a size per image and cuts all
     to the smallest, which leaves the top rows of each rectangle.)
     """
+    least = [max(min(2, g), int(low * g)) for g in grid]
+    most = [max(a, int(high * g)) for a, g in zip(least, grid, strict=True)]
     size = tuple(
-        int(torch.randint(max(1, int(low * g)), int(high * g) + 1, (), generator=generator))
-        for g in grid
+        int(torch.randint(a, b + 1, (), generator=generator))
+        for a, b in zip(least, most, strict=True)
     )
     return block_index(*draw_blocks(batch, 1, size, grid, generator), size, grid).flatten(1)
 

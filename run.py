@@ -46,7 +46,7 @@ def whole(text):
 def between(low, high=math.inf):
     def parse(text):
         value = float(text)
-        if not low <= value <= high:
+        if not (math.isfinite(value) and low <= value <= high):
             raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
         return value
 
@@ -168,6 +168,9 @@ def open_run(out, resume, config, free):
     between a run and its continuation. Raises ValueError if the folder is not ours, holds a run and
     `resume` is off, or holds a run of other flags.
     """
+    for parent in out.parents:
+        if parent.exists() and not parent.is_dir():
+            raise ValueError(f"--out {out}: {parent} is a file; choose another")
     names = {path.name for path in out.iterdir()} if out.is_dir() else set()
     ours = "config.json" in names and names & {"log.jsonl", "ckpt.pt", "ckpt.previous.pt"}
     if (out.exists() and not out.is_dir()) or (names and not ours):
@@ -178,14 +181,19 @@ def open_run(out, resume, config, free):
     if resume and not ours:
         raise ValueError(f"--resume: no run in {out} (no config.json); start it without --resume")
     if not path.is_file():
+        if "encoder.safetensors" in names:
+            raise ValueError(
+                f"--out {out}: holds finished weights and no checkpoint to continue from; choose "
+                f"another, or start from them with --init {out}"
+            )
         return None  # no run, or one that stopped before its first checkpoint: nothing to lose
     if not resume:
         raise ValueError(
             f"--out {out}: holds a run; add --resume to continue it, or choose another"
         )
     before, now = read_config(out / "config.json"), config
-    before, now = (c["args"] | {k: c[k] for k in ("steps", "precision", "chips")} for c in
-                   (before, now))  # fmt: skip
+    derived = ("steps", "precision", "chips", "hr_teacher_weights")
+    before, now = (c["args"] | {k: c.get(k) for k in derived} for c in (before, now))
     for name, value in now.items():
         if name == "chips" and before[name] != value:
             raise ValueError(
@@ -193,7 +201,7 @@ def open_run(out, resume, config, free):
                 f"back what was packed and flagged then, or start a new run with --init {out}"
             )
         if name not in free and before.get(name) != value:
-            flag = "--" + name.replace("_", "-")
+            flag = "--" + name.replace("_", "-") if name in config["args"] else name
             raise ValueError(
                 f"{out}: was trained with {flag} {before.get(name)}, now {value}; repeat its flags "
                 f"to continue, or start a new run from its weights with --init {out}"
@@ -334,9 +342,9 @@ def health(second_moment, unit_sum, here, count, target_sum, target_square, targ
 
     rank: exp of the entropy of the tokens' normalised singular values (effective rank; RankMe,
     arXiv 2210.02885), 1 to D. place: share of the tokens' variance that their place in the grid
-    explains, estimated without bias (METHOD, "Place"): tokens that are mostly place say little of
-    the ground. cosine: mean cosine between any two student tokens. target_var: variance of the
-    targets over tokens, averaged over D.
+    explains, estimated without bias from the sums of squares between and within places; tokens
+    that are mostly place say little of the ground. cosine: mean cosine between any two student
+    tokens. target_var: variance of the targets over tokens, averaged over D.
     """
     values = torch.linalg.eigvalsh(second_moment).clamp_min(0).sqrt()
     share = values / values.sum().clamp_min(1e-300)
@@ -389,6 +397,6 @@ def log_line(entry, total, seconds_left):
     if entry["rank"] < 2:
         line += (
             f"\nWARNING: the student's tokens have collapsed (effective rank {entry['rank']:.2f}): "
-            f"they all say the same. Start again with a lower --lr, or with --vicreg 1."
+            f"they all say the same. Start again with a lower --lr, or a higher --vicreg."
         )
     return line

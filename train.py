@@ -5,16 +5,17 @@
     python train.py --store pairs more/ --hr-share 0.25  two stores, HR for a quarter of the pairs
 
 I-JEPA, Latent MIM or MAE on the MR images, plus spatial affinity (arXiv 2601.12964). Top to bottom:
-what the variants see, health, flags, chips, teachers, one step's randomness, its affinity, and
+what the variants see, flags, the model and its HR teacher, one step's randomness and affinity, and
 `main`, which sets up and ends in the loop. Sample order, crops and masks are functions of (seed,
 step, position in the global batch), so any number of ranks and any accumulation train the same run,
-and resuming needs nothing but the weights and the step.
+and a checkpoint holds all that resuming needs beside the flags.
 """
 
 import argparse
 import contextlib
 import inspect
 import json
+import math
 import os
 import platform
 import subprocess
@@ -51,12 +52,13 @@ from run import (
     open_run,
     positive,
     precision_of,
+    read_config,
     script,
     start_ranks,
     token_sums,
     whole,
 )
-from weights import bands_of, fit_bands, load_encoder, save_encoder
+from weights import bands_of, fit_bands, load_encoder, save_encoder, weights_hash
 
 
 class Variant(NamedTuple):
@@ -65,6 +67,7 @@ class Variant(NamedTuple):
     student: str
     teacher: str | None = None
     loss: object = None
+    shuffled: bool = False  # the teacher sees the ground of the next pair
 
 
 VARIANTS = {
@@ -73,13 +76,14 @@ VARIANTS = {
     "sa": Variant("mr", "hr", gram_loss),
     "sa-interp": Variant("mr", "mr", gram_loss),  # the MR crop resampled up: no real detail
     "sa-mse": Variant("mr", "hr", token_mse),  # tokens, not their relations
-    "sa-shuffled": Variant("mr", "hr of the next pair", gram_loss),  # real detail, of other ground
+    "sa-shuffled": Variant("mr", "hr", gram_loss, shuffled=True),  # real detail, of other ground
 }
 
 # What may differ between a run and its continuation
 FREE_ON_RESUME = {
-    "out", "resume", "config", "device", "device_batch", "compile", "log_every", "save_every",
-    "stop_at", "probe_task", "probe_every",
+    "out", "resume", "config", "trial", "device", "device_batch", "compile", "log_every",
+    "save_every", "stop_at", "probe_task", "probe_every",
+    "store",  # a moved store is the same: `chips` tells others
 }  # fmt: skip
 
 # Flags of the affinity, which variants without one refuse
@@ -242,10 +246,11 @@ def parse_args(argv=None):
     given = {word.split("=")[0] for word in typed if word.startswith("--")}
     words = typed
     first = p.parse_known_args(words)[0]
+    trial = "--store" not in given and not first.config and not first.store[0].exists()
     if first.config:
-        words = flags_of(first.config, leave=("out", "resume", "stop_at", "config")) + words
+        words = flags_of(first.config, leave=not_repeated(first, given)) + words
         first = p.parse_known_args(words)[0]
-    if "--store" not in given and not first.config and not first.store[0].exists():
+    if trial:
         words = [*trial_words(first.device, first.objective), *words]
     own = {flag: takers[first.objective][1] for flag, takers in own_flags().items()
            if first.objective in takers}  # fmt: skip
@@ -254,6 +259,12 @@ def parse_args(argv=None):
     per_image = rates.pop("lr_per_image", None)
     p.set_defaults(**rates)
     args = p.parse_args(words)
+    args.trial = trial
+    # what was typed wins over what a config or a trial says of the same thing by another name
+    if "--epochs" in given and "--steps" not in given:
+        args.steps = None
+    if "--init" in given and "--heads" not in given:
+        args.heads = None
     for flag, why in unused(args, given):
         p.error(f"--{flag.replace('_', '-')}: {why}")
     for name, value in own.items():
@@ -261,8 +272,8 @@ def parse_args(argv=None):
     for name, value in vars(args).items():
         if name.endswith("_scale") and value[0] > value[1]:
             p.error(f"argument --{name.replace('_', '-')}: MIN {value[0]} is above MAX {value[1]}")
-    if args.seed < 0:
-        p.error(f"argument --seed: {args.seed} is below 0")
+    if not 0 <= args.seed < 2**63:
+        p.error(f"argument --seed: {args.seed} is not between 0 and 2**63 - 1")
     if args.out is None:
         args.out = Path("out") / f"{args.objective}-{args.variant}-s{args.seed}"
     if args.lr is None:
@@ -270,6 +281,29 @@ def parse_args(argv=None):
     args.start_lr = start * args.lr if args.start_lr is None else args.start_lr
     args.final_lr = final * args.lr if args.final_lr is None else args.final_lr
     return args
+
+
+def not_repeated(first, given):
+    """The flags of the run in --config that are not repeated: those of its folder, and what was
+    derived there from a flag that is given anew."""
+    before = dict.fromkeys(("lr", "start_lr", "final_lr", "global_batch"), math.nan)
+    before |= read_config(first.config)["args"]
+    if before.get("objective") not in OBJECTIVES:
+        raise ValueError(f"{first.config}: not of a run of train.py; it names no objective")
+    if "--objective" in given and first.objective != before["objective"]:
+        raise ValueError(
+            f"--objective {first.objective}: {first.config} is of {before['objective']}, whose "
+            "settings mean other things there; give the flags without --config"
+        )
+    leave = ["out", "resume", "stop_at", "config", "trial"]
+    rule = OBJECTIVES[before["objective"]].defaults
+    derived = rule.get("lr_per_image", 0) * before["global_batch"]
+    if "--global-batch" in given and math.isclose(before["lr"], derived):
+        leave.append("lr")
+    if "--lr" in given or "lr" in leave:
+        rates = ("start_lr", "final_lr")
+        leave += [k for k in rates if math.isclose(before[k], rule[k] * before["lr"])]
+    return leave
 
 
 def trial_words(device, objective):
@@ -304,11 +338,11 @@ def unused(args, given):
 def draw_trial(args, ranks):
     """Where there is no store yet, draw procedural scenes and pack them, on rank 0."""
     store, images = TRIAL / "pairs", TRIAL / "images"
-    if args.store != [store]:
+    if not args.trial:
         return
     if ranks.rank == 0:
         print(f"no store given: training on scenes drawn for a trial, {store}; bring your own "
-              "images with python data.py pack, then --store\nits flags: "
+              "images with python data.py pack, then --store\nits flags, where you give none: "
               + " ".join(trial_words(args.device, args.objective)), flush=True)  # fmt: skip
         commands = [
             f"imagery.scenes {images} --scenes 24 --size 256 --seed 0",
@@ -386,6 +420,11 @@ def build_teacher(args, objective, bands, device):
         statistics = tuple(zip(*(of.get(band, (0.0, 1.0)) for band in seen), strict=True))
     print(f"--hr-teacher: reads {','.join(own)}, normalised by "
           + ("its own statistics" if statistics else "the store's"))  # fmt: skip
+    if VARIANTS[args.variant].loss is token_mse and encoder.dim != objective.student.dim:
+        raise ValueError(
+            f"--variant {args.variant}: compares tokens themselves, {objective.student.dim} wide, "
+            f"and those of --hr-teacher {args.hr_teacher} are {encoder.dim} wide; take --variant sa"
+        )
     encoder.requires_grad_(False).to(device)
     return Teacher(encoder, own, encoder.patch_size, statistics)
 
@@ -402,8 +441,8 @@ def build_affinity(args, teacher):
         args.ratio,
         variant.loss,
         centre=args.affinity_centre == "image",
-        # a teacher in a basis of its own loses the small loss in 16 bits (GRAM, "Where its
-        # exactness ends")
+        # in 16 bits a teacher in a basis of its own, far from the student token by token, loses
+        # the small loss
         exact=args.hr_teacher != "ema",
         patch=teacher.patch,
     )
@@ -427,15 +466,16 @@ def draw_step(args, objective, step):
 def prepare(args, chips, objective, teacher, ranks, device_batch, step):
     """What a rank needs of a step, on the CPU: a list with a dict for each of its micro-batches.
 
-    "mr" and "hr": of `read_crops`, HR of the pairs alone. "masks": this micro-batch's. "pairs":
-    which of its chips are pairs, None where all are. "share": its number of pairs over the mean
-    number of a micro-batch, so that the affinity is a mean over the pairs of the global batch.
+    "student" and "teacher": what each sees, of `read_crops`; the teacher sees the pairs alone.
+    "masks": this micro-batch's. "pairs": which of its chips are pairs, None where all are. "share":
+    its number of pairs over the mean number of a micro-batch, so that the affinity is a mean over
+    the pairs of the global batch.
     """
     variant = VARIANTS[args.variant]
     order = sample_order(args.seed, step, args.global_batch, len(chips.ids))
     masks, crops = draw_step(args, objective, step)
     paired, taught = chips.has_hr[order], order
-    if variant.teacher == "hr of the next pair":
+    if variant.shuffled:
         taught = next_pairs(args.seed, step, args.global_batch, chips.has_hr)
     stride, parts = ranks.world * device_batch, []
     for first in range(ranks.rank * device_batch, args.global_batch, stride):
@@ -443,17 +483,16 @@ def prepare(args, chips, objective, teacher, ranks, device_batch, step):
         pairs = first + np.flatnonzero(paired[here])
         ids = chips.ids[order[here]]
         part = {
-            "mr": read_crops(chips.stores, ids, variant.student, crops[here], args.mr_size),
-            "hr": [],
+            "student": read_crops(chips.stores, ids, variant.student, crops[here], args.mr_size),
+            "teacher": [],
             "masks": {name: mask[here] for name, mask in masks.items()},
             "pairs": None if len(pairs) == device_batch else torch.from_numpy(pairs - first),
             "share": len(pairs) / max(paired.sum(), 1) * (args.global_batch / device_batch),
         }
         if variant.teacher:
             ids, side = chips.ids[taught[pairs]], objective.hr_side(teacher.patch)
-            sensor = variant.teacher[:2]
-            part["hr"] = read_crops(
-                chips.stores, ids, sensor, crops[pairs], side, teacher.statistics
+            part["teacher"] = read_crops(
+                chips.stores, ids, variant.teacher, crops[pairs], side, teacher.statistics
             )
         parts.append(part)
     return parts
@@ -536,11 +575,12 @@ def describe(args, chips, objective, ranks, total, precision):
 def restore(path, saved, objective, optimizer, scaler):
     """Load a checkpoint, a dict; returns the steps that are done."""
     try:
+        saved = dict(saved)
         objective.load_state_dict(saved["objective"])
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
         return int(saved["step"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{path}: a checkpoint of another architecture or program "
             f"({str(error).splitlines()[0]}); choose another --out, or --init from it"
@@ -573,12 +613,13 @@ def draw_picture(args, chips, objective, teacher, device):
             encode = teacher.tokens if args.hr_teacher != "ema" else objective.teacher
             hr_tokens = encode(seen, spacing=spacing)
     fine = (r * grid[0], r * grid[1])
-    pictures = {} if hr is None else {"HR": (hr, chips.bands[sensor])}
-    pictures["MR"] = (mr, chips.bands[variant.student])
-    draw_tokens(
-        args.out / "tokens.png", pictures,
-        {"student tokens (MR)": (tokens, grid), "teacher tokens (HR)": (hr_tokens, fine)},
-    )  # fmt: skip
+    fine_title = "HR" if sensor == "hr" else "MR resampled up"
+    title = "MR" if variant.student == "mr" else "HR as MR"
+    pictures = {} if hr is None else {fine_title: (hr, chips.bands[sensor])}
+    pictures[title] = (mr, chips.bands[variant.student])
+    drawn = {f"student tokens ({title})": (tokens, grid)}
+    drawn[f"teacher tokens ({fine_title})"] = (hr_tokens, fine)
+    draw_tokens(args.out / "tokens.png", pictures, drawn)
 
 
 def main(args):
@@ -592,7 +633,7 @@ def main(args):
 
     # Chips, model, teacher. The same seed gives the same weights on every rank.
     variant = VARIANTS[args.variant]
-    pairs = 0 if variant.teacher is None else 2 if args.variant == "sa-shuffled" else 1
+    pairs = 0 if variant.teacher is None else 2 if variant.shuffled else 1
     chips = open_chips(
         args.store, variant.student, pairs, args.hr_share, args.seed, args.skip_flagged
     )
@@ -617,10 +658,12 @@ def main(args):
     # The run directory: a new run, or one that goes on.
     config, facts, edits = describe(args, chips, objective, ranks, total, precision)
     config["accumulation"] = accumulation
+    if args.hr_teacher != "ema":
+        config["hr_teacher_weights"] = weights_hash(teacher.tokens)
     saved, start = open_run(args.out, args.resume, config, FREE_ON_RESUME), 0
     if saved is not None:
         start = restore(args.out / "ckpt.pt", saved, objective, optimizer, scaler)
-    stop = min(total, args.stop_at or total)
+    stop = max(start, min(total, args.stop_at or total))
     ranks.wait()  # every rank has read the folder before it changes
     run = Run(args.out, ranks, start, stop, total, args.log_every, args.save_every)
     run.begin(config, start, edits)
@@ -640,10 +683,12 @@ def main(args):
     model = objective
     if ranks.world > 1:
         # averages the gradients over the ranks, each a mean over its share of the global batch
-        model = DistributedDataParallel(model, [device] if cuda else None, broadcast_buffers=False)
+        model = DistributedDataParallel(
+            model, [device] if cuda else None, forward_sync_buffers=False
+        )
     if args.compile:
         model = torch.compile(model)
-    seen = chips.bands[(variant.teacher or "hr")[:2]]
+    seen = chips.bands[variant.teacher or "hr"]
     ready = partial(prepare, args, chips, objective, teacher, ranks, device_batch)
 
     # The loop. `stream` reads the next step's chips and draws its masks while this one computes.
@@ -660,11 +705,11 @@ def main(args):
             # gradients travel between ranks once an update, with the last micro-batch
             travel = ranks.world == 1 or part is parts[-1]
             with autocast, contextlib.nullcontext() if travel else model.no_sync():
-                mr = render(part["mr"])
+                mr = render(part["student"])
                 loss_ssl, tokens, index = model(mr, part["masks"])
                 loss_affinity = loss_vicreg = torch.zeros_like(loss_ssl)
-                if part["hr"]:  # the same ground, as a teacher of other bands may see it
-                    hr = choose_bands(render(part["hr"]), seen, teacher.bands)
+                if part["teacher"]:  # the same ground, as a teacher of other bands may see it
+                    hr = choose_bands(render(part["teacher"]), seen, teacher.bands)
                     loss_affinity = affinity_of(objective, affinity, part, mr, hr, tokens, index)
                     loss_affinity = loss_affinity * part["share"]
                 if args.vicreg:
@@ -709,6 +754,8 @@ def main(args):
 
     if ranks.rank == 0 and stop < total:
         print(f"{args.out}: stopped after step {stop} of {total}; --resume continues")
+    if ranks.rank == 0 and start == total:
+        print(f"{args.out}: all steps are done already; encoder.safetensors is there")
     if ranks.rank == 0 and start < stop == total:
         try:
             draw_picture(args, chips, objective, teacher, device)

@@ -28,7 +28,7 @@ def position_table(grid, dim, kind, spacing=1.0, device="cpu"):
     kind: "ijepa", integer coordinates 0..g-1, or "latentmim", i * g / (g - 1).
     spacing: distance of two tokens in units of the grid whose coordinates are wanted. 1 numbers
     this grid's own tokens; 1/r places the tokens of an r times finer grid at their centres on the
-    coarse one, (q + 0.5)/r - 0.5 (METHOD "ground" positions).
+    coarse one, (q + 0.5)/r - 0.5 ("ground" positions).
     The first half of the channels encodes the column, the second the row, each as [sin, cos] with
     frequencies 10000^(-k / (dim/4)). Raises ValueError if dim is no multiple of 4.
 

@@ -6,6 +6,7 @@
 pickle, no code.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -62,6 +63,15 @@ def write_tensors(path, state, facts):
     # as bytes: safetensors' own writer lets nobody but the owner read the file
     partial.write_bytes(save(state, metadata={"crossscale": json.dumps(facts)}))
     os.replace(partial, path)
+
+
+def weights_hash(encoder):
+    """12 hex digits of a SHA-256 over the names and values of all weights."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(encoder.state_dict().items()):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 RESAVE = (

@@ -24,7 +24,7 @@ from imagery import geotiff
 from imagery.bands import IGNORE
 from model import ViT
 from segment import Segmenter, confusion_matrix, judge, load_segmenter, mean_iou, normalised
-from weights import load_encoder, save_encoder
+from weights import load_encoder, save_encoder, weights_hash
 
 ROOT = Path(__file__).parent.parent
 
@@ -177,12 +177,12 @@ def test_large_token_caches_are_said(capsys):
 
 def test_weights_hash_sees_every_weight():
     vit = ViT(in_channels=2, patch_size=4, dim=32, depth=1, heads=2)
-    first = finetune.weights_hash(vit)
-    assert first == finetune.weights_hash(vit)
+    first = weights_hash(vit)
+    assert first == weights_hash(vit)
     for weight in vit.parameters():
         before = weight.data.flatten()[0].item()
         weight.data.view(-1)[0] += 1
-        assert finetune.weights_hash(vit) != first
+        assert weights_hash(vit) != first
         weight.data.view(-1)[0] = before
 
 
@@ -208,7 +208,7 @@ def test_only_finetuning_changes_the_encoder(scenes, encoder, tmp_path, protocol
     assert all(same) if protocol == "linear" else not any(same)
     wanted = {"linear": (1e-3, 0.0), "finetune": (1e-4, 0.05)}[protocol]
     assert (row["settings"]["lr"], row["settings"]["weight_decay"]) == wanted
-    assert row["encoder_hash"] == finetune.weights_hash(load_encoder(encoder))
+    assert row["encoder_hash"] == weights_hash(load_encoder(encoder))
 
 
 CLOCK = ("seconds", "finished", "confusion", "model", "commit")  # a commit may come in between

@@ -190,6 +190,13 @@ def test_rectangle_is_that_of_the_paper():
     assert heights == {5, 6, 7, 8, 9}  # 40 % to 70 % of 14, as in the author's masks
 
 
+@pytest.mark.parametrize("grid", [(1, 1), (2, 2), (4, 4), (3, 7)])
+def test_rectangles_of_small_grids_hold_a_relation(grid):
+    for seed in range(30):
+        index = draw_rectangle(2, grid, seeded(seed))
+        assert index.shape[1] >= min(4, math.prod(grid)) and index.max() < math.prod(grid)
+
+
 # ---- Latent MIM
 
 
@@ -402,6 +409,7 @@ def test_regularise_slow_loop():
     assert float(model.regularise(tokens)) == pytest.approx(spread + apart, rel=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
         assert model.regularise(tokens).dtype == torch.float32
+    assert model.regularise(tokens[:1, :1]).isfinite()
     wide = torch.linalg.qr(torch.randn(15, 4)).Q.view(3, 5, 4)  # spread out, uncorrelated
     wide = (wide - wide.flatten(0, 1).mean(0)) * 8
     assert model.regularise(wide) < model.regularise(0.01 * wide)

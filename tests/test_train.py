@@ -3,6 +3,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import traceback
@@ -251,7 +252,7 @@ def test_the_teacher_sees_the_ground_of_the_students_tokens(tmp_path, objective,
     chips = Chips([store], ids, np.ones(4, bool), "", store.meta["bands"])
     objective_ = train.build_objective(args, chips.bands["mr"])
     (part,) = step_of(args, chips, objective_)
-    mr, hr = data.render(part["mr"]), data.render(part["hr"])
+    mr, hr = data.render(part["student"]), data.render(part["teacher"])
     seen = {}
 
     def affinity(tokens, index, hr, grid):
@@ -314,13 +315,13 @@ def test_chips_with_and_without_hr_in_one_batch(partial, objective, index):
     def losses(device_batch):
         parts = step_of(args, chips, built, teacher, device_batch)
         for part in parts:
-            mr = data.render(part["mr"])
+            mr = data.render(part["student"])
             ssl, tokens, index = built(mr, part["masks"])
             term = torch.zeros(())
-            if part["hr"]:
-                hr = data.render(part["hr"])
+            if part["teacher"]:
+                hr = data.render(part["teacher"])
                 term = train.affinity_of(built, affinity, part, mr, hr, tokens, index)
-            yield ssl, term, part["share"], bool(part["hr"])
+            yield ssl, term, part["share"], bool(part["teacher"])
 
     ((ssl, term, share, _),) = losses(12)
     single = list(losses(1))
@@ -646,6 +647,80 @@ def test_config_repeats_a_run(store, tmp_path):
             train.parse_args(["--config", str(tmp_path / "x.json")])
 
 
+def test_what_is_typed_wins_over_a_config_and_its_derived_rates(store, tmp_path, monkeypatch):
+    run(store, tmp_path / "a", steps=2)
+    run(store, tmp_path / "l", "latentmim", steps=2)
+    # both runs took TINY's lr; as if the second had taken its objective's own for its batch of 4
+    path = tmp_path / "l" / "config.json"
+    config = json.loads(path.read_text())
+    rates = dict(lr=4 * 1.5e-4 / 256, start_lr=1.5e-4 / 256, final_lr=1.5e-4 / 256)
+    path.write_text(json.dumps(config | {"args": config["args"] | rates}))
+
+    def again(name, *words):
+        return train.parse_args(["--config", str(tmp_path / name), *words])
+
+    args = again("a", "--lr", "1e-5")
+    assert (args.lr, args.start_lr, args.final_lr) == pytest.approx((1e-5, 2e-6, 1e-8))
+    args = again("a", "--lr", "1e-5", "--start-lr", "3e-6")
+    assert args.start_lr == 3e-6
+    args = again("l", "--global-batch", "8")
+    assert (args.lr, args.start_lr) == pytest.approx((8 * 1.5e-4 / 256, 2 * 1.5e-4 / 256))
+    assert again("a", "--global-batch", "8").lr == 1e-3  # I-JEPA's is not per image
+    assert again("a").steps == 2 and again("a", "--epochs", "3").steps is None
+    assert again("a", "--init", "w.pt").heads is None and again("a").heads == 2
+    with refused(ValueError, "--objective mae", tmp_path / "a"):
+        again("a", "--objective", "mae")
+    # and over the flags of a trial
+    monkeypatch.chdir(tmp_path)
+    trial = train.parse_args(["--device", "cpu"])
+    assert (trial.trial, trial.steps, trial.heads) == (True, 500, 4)
+    trial = train.parse_args(["--device", "cpu", "--epochs", "0.1", "--init", "w.pt"])
+    assert (trial.steps, trial.epochs, trial.heads) == (None, 0.1, None)
+    assert not train.parse_args(["--store", "out/scenes/pairs"]).trial
+
+
+def test_weights_without_a_checkpoint_are_not_overwritten(store, tmp_path):
+    out = tmp_path / "run"
+    run(store, out, steps=2)
+    (out / "ckpt.pt").unlink()
+    before = (out / "encoder.safetensors").read_bytes()
+    for flags in ({}, dict(resume=True), dict(seed=3)):
+        rejects([out, "--init"], store, out, steps=2, **flags)
+    assert (out / "encoder.safetensors").read_bytes() == before
+
+
+def test_resume_notices_another_hr_teacher(store, tmp_path):
+    for seed, name in ((0, "a"), (1, "b")):
+        torch.manual_seed(seed)
+        save_encoder(ViT(4, 4, 24, 1, 4), tmp_path / f"{name}.safetensors")
+    teacher = tmp_path / "hr.safetensors"
+    shutil.copy(tmp_path / "a.safetensors", teacher)
+    flags = dict(hr_teacher=teacher, steps=3)
+    run(store, tmp_path / "run", **flags, stop_at=1)
+    shutil.copy(tmp_path / "b.safetensors", teacher)
+    rejects([tmp_path / "run", "hr_teacher"], store, tmp_path / "run", **flags, resume=True)
+    shutil.copy(tmp_path / "a.safetensors", teacher)
+    # a store that was moved is the same one
+    moved = tmp_path / "moved"
+    shutil.copytree(store, moved)
+    run(moved, tmp_path / "run", **flags, resume=True)
+    assert [e["step"] for e in log_of(tmp_path / "run")] == [1, 2, 3]
+    rejects(["sa-mse", teacher, "24", "16"], store, tmp_path / "mse", variant="sa-mse",
+            hr_teacher=teacher)  # fmt: skip
+    assert not (tmp_path / "mse").exists()
+
+
+def test_resume_of_what_is_done_says_so(store, tmp_path, capsys):
+    run(store, tmp_path / "run", steps=3)
+    before = weights_of(tmp_path / "run")
+    for flags in ({}, dict(stop_at=1)):
+        capsys.readouterr()
+        run(store, tmp_path / "run", steps=3, resume=True, **flags)
+        said = capsys.readouterr().out
+        assert "done already" in said and "stopped after" not in said
+    same_weights(before, weights_of(tmp_path / "run"))
+
+
 @pytest.mark.slow
 def test_no_flags_train_on_scenes(tmp_path):
     """As a stranger's first command, with two ranks: both wait for the scenes of the first."""
@@ -801,7 +876,7 @@ def test_a_teacher_of_another_width_patch_and_bands(store, tmp_path, objective, 
     built = train.build_objective(args, chips.bands["mr"])
     teacher = train.build_teacher(args, built, chips.bands, CPU)
     (part,) = step_of(args, chips, built, teacher)
-    _, tokens, index = built(data.render(part["mr"]), part["masks"])
+    _, tokens, index = built(data.render(part["student"]), part["masks"])
     order = sample_order(0, 0, 4, 14)
     crops = torch.from_numpy(draw_crops(0, 0, 4, tuple(args.crop_scale)))
     pixels = chips.stores[0].batch(chips.ids[order, 1])["hr"][:, [2, 1, 0]]
@@ -827,8 +902,8 @@ def test_shuffled_hr_is_the_next_pairs(store, tmp_path):
     (part,) = step_of(args, chips, built)
     order = sample_order(0, 0, 5, 14)  # the fifth is the first of the next step
     hr = chips.stores[0].batch(chips.ids[order, 1], {"hr"})["hr"]
-    assert part["hr"][0]["images"].equal(hr[1:])
-    assert part["mr"][0]["images"].equal(chips.stores[0].batch(chips.ids[order[:4], 1])["mr"])
+    assert part["teacher"][0]["images"].equal(hr[1:])
+    assert part["student"][0]["images"].equal(chips.stores[0].batch(chips.ids[order[:4], 1])["mr"])
     run(store, tmp_path / "one", variant="sa-shuffled", steps=3)
     done = spawn(command(store, tmp_path / "two", variant="sa-shuffled", steps=3), 2)
     assert done.returncode == 0, done.stderr
@@ -1067,6 +1142,9 @@ def test_flags_that_would_do_nothing_are_refused(store, words, flag):
         ("--crop-scale 1 0.3", "--crop-scale"),
         ("--target-scale 0.3 0.2", "--target-scale"),
         ("--seed -1", "--seed"),
+        ("--seed 99999999999999999999", "--seed"),
+        ("--lr inf", "--lr"),
+        ("--epochs inf", "--epochs"),
         ("--objective latentmim --tau 0", "--tau"),
         ("--objective latentmim --gap -1", "--gap"),
         ("--lr nan", "--lr"),
@@ -1113,7 +1191,8 @@ def test_run_directory_is_never_overwritten(store, tmp_path):
 def test_a_run_without_a_checkpoint_may_start_again(store, tmp_path):
     out = tmp_path / "run"
     run(store, out, steps=2)
-    (out / "ckpt.pt").unlink()
+    for name in ("ckpt.pt", "encoder.safetensors"):
+        (out / name).unlink()
     run(store, out, steps=3, global_batch=2)
     assert [e["step"] for e in log_of(out)] == [1, 2, 3]
 
@@ -1135,7 +1214,12 @@ def test_damaged_run_directories(store, tmp_path):
     rejects([out, "--precision"], store, out, steps=3, resume=True)
     (out / "config.json").write_text(config)
     state = torch.load(out / "ckpt.pt", weights_only=True)
-    for damaged in ({"step": 1}, {**state, "objective": {}}, {**state, "step": "soon"}):
+    for damaged in (
+        torch.ones(3),
+        {"step": 1},
+        {**state, "objective": {}},
+        {**state, "step": "soon"},
+    ):
         torch.save(damaged, out / "ckpt.pt")
         rejects([out / "ckpt.pt"], store, out, steps=3, resume=True)
     torch.save(state, out / "ckpt.pt")
