@@ -27,7 +27,6 @@ import platform
 import time
 from datetime import datetime, timedelta
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +63,7 @@ from scores import (
     check_maps,
     check_output,
     print_table,
+    weights_hash,
     write_maps,
     write_matrix,
 )
@@ -71,13 +71,10 @@ from segment import (
     HEADS,
     Segmenter,
     balanced_weights,
-    batches,
     by_name,
-    chunks,
     crop_labels,
     judge,
     labelled,
-    labels_of,
     layer_groups,
     mean_iou,
     mean_of,
@@ -86,9 +83,12 @@ from segment import (
     save_segmenter,
     segmentation_loss,
 )
+from tiles import Tiles, chunks
 from weights import bands_of, load_encoder
 
 PROBES = ("knn", "ridge")  # protocols that train nothing
+
+PRETRAINING = ("objective", "variant", "seed", "step", "store")  # what train.py says in weights
 
 # The flags that a seed's result depends on, beside the encoder and the task themselves
 PROTOCOL = (
@@ -258,15 +258,6 @@ def band_list(text):
     return [int(word) for word in words] if words[0].isdecimal() else words
 
 
-def weights_hash(encoder):
-    """12 hex digits of a SHA-256 over the names and values of all weights."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(encoder.state_dict().items()):
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:12]
-
-
 def load(args):
     """The task of --task; folders of GeoTIFFs are found under --root or given one by one."""
     if args.task != "geotiff":
@@ -313,39 +304,6 @@ def check_encoder(encoder, name, task, image_size):
         )
 
 
-def token_home(count, segmenter, device):
-    """Where the tokens of `count` tiles are kept: on the device, in main memory where they would
-    take more than half of what a GPU has free. Says their size where it is large."""
-    grid = segmenter.image_size // segmenter.encoder.patch_size
-    size = 4 * count * grid**2 * segmenter.encoder.dim * len(segmenter.depths or [0])
-    if size > 2**32:
-        print(f"tokens kept in memory: {size / 2**30:.1f} GiB")
-    if device.type == "cuda" and size > torch.cuda.mem_get_info(device)[0] / 2:
-        return torch.device("cpu")
-    return device
-
-
-@torch.no_grad()
-def keep_tokens(segmenter, stream, parts, ranks):
-    """Encode tiles once, each part by one rank -> the tokens of all on every rank, (n, N, F).
-
-    stream: from a list of parts, each a list of tiles, to their images and labels.
-    """
-    device, grid = ranks.device, segmenter.image_size // segmenter.encoder.patch_size
-    shape = (grid**2, segmenter.encoder.dim * len(segmenter.depths or [0]))
-    count = sum(map(len, parts))
-    tokens, at = torch.empty(count, *shape, device=token_home(count, segmenter, device)), 0
-    own = (segmenter.features(x) for x, _ in stream(parts[ranks.rank :: ranks.world]))
-    for first in tqdm(range(0, len(parts), ranks.world), "encode", leave=False):
-        encoded = next(own, None)  # all ranks at once, before any sends
-        for source, part in enumerate(parts[first : first + ranks.world]):
-            mine = source == ranks.rank
-            value = encoded if mine else torch.empty(len(part), *shape, device=device)
-            tokens[at : at + len(part)] = ranks.share(value.contiguous(), source)
-            at += len(part)
-    return tokens
-
-
 def sum_gradients(weights, ranks):
     """Add gradients up over the ranks. By hand: DistributedDataParallel takes a mean, and wants a
     backward pass of each rank, of which one may have no tile in the last batch of an epoch."""
@@ -378,8 +336,8 @@ def train(args, segmenter, task, chosen, read, generator, ranks, path):
 
     read: from a split and lists of tiles in it to a stream of their images or tokens, and labels.
     path: of the checkpoint, from which an interrupted seed goes on. Returns {"val_miou",
-    "best_epoch", "history": loss and validation mIoU of each epoch, "matrix", "predictions" and
-    "scores" of the test split as `judge`}.
+    "best_epoch", "history": loss and validation mIoU of each epoch, and of the test split "matrix",
+    "predictions" (None unless --maps asks) and "miou_batchmean"}.
     """
     device, seed = ranks.device, generator.initial_seed()
     frozen = args.protocol != "finetune"
@@ -473,11 +431,15 @@ def train(args, segmenter, task, chosen, read, generator, ranks, path):
     }
 
 
+def untrained(encoder):
+    """Whether --encoder is drawn by the seed."""
+    return encoder.split(":")[0] == "random"
+
+
 def build(args, template, classes, seed, device, dtype):
     """The segmentation model that a seed starts from."""
     torch.manual_seed(seed)
-    drawn = args.encoder.split(":")[0] == "random"
-    encoder = ViT(**template.config) if drawn else copy.deepcopy(template)
+    encoder = ViT(**template.config) if untrained(args.encoder) else copy.deepcopy(template)
     torch.manual_seed(seed)  # the same head, whatever encoder was drawn before it
     segmenter = Segmenter(encoder, classes, args.image_size, args.head).to(device)
     segmenter.dtype = dtype
@@ -493,37 +455,6 @@ def resample_series(images, windows, size):
     bands = images.shape[2]
     cropped = resample(rearrange(images, "b t c h w -> b (t c) h w"), windows, size)
     return rearrange(cropped, "b (t c) h w -> b t c h w", c=bands)
-
-
-class Tiles:
-    """A task as the seeds read it: `of`, its tiles by split, and tokens that are kept of them."""
-
-    def __init__(self, task, mean, std, device):
-        self.task, self.mean, self.std, self.device = task, mean, std, device
-        self.of = {split: np.flatnonzero(task.split == split) for split in SPLITS}
-        self.kept = {}  # split -> the tokens of its tiles
-
-    def images(self, parts):
-        return batches(self.task, parts, self.mean, self.std, self.device)
-
-    def keep(self, segmenter, splits, batch, ranks):
-        """The same with the tokens of some splits, which ranks encode together."""
-        other = copy.copy(self)
-        parts = {split: chunks(self.of[split], batch) for split in splits}
-        tokens = keep_tokens(segmenter, self.images, [*chain(*parts.values())], ranks)
-        sizes = [len(self.of[split]) for split in splits]
-        other.kept = dict(zip(splits, tokens.split(sizes), strict=True))
-        return other
-
-    def read(self, split, parts):
-        """A stream of images, or of tokens where kept, and labels of lists of a split's tiles."""
-        if split not in self.kept:
-            yield from self.images(parts)
-        else:
-            for part in parts:
-                rows = torch.from_numpy(np.searchsorted(self.of[split], part))
-                tokens = self.kept[split][rows.to(self.kept[split].device)]
-                yield tokens.to(self.device), labels_of(self.task, part, self.device)
 
 
 def judge_seed(args, template, tiles, seed, ranks, dtype, path):
@@ -596,7 +527,7 @@ def open_task(args):
 
 def describe(args, template, tiles, ranks, precision):
     """What the rows of all seeds share, a dict; "run" changes with all that a result depends on."""
-    task, trained = tiles.task, not args.encoder.startswith("random")
+    task, trained = tiles.task, not untrained(args.encoder)
     commit, edits = git_state()
     cuda = ranks.device.type == "cuda"
     facts = {
@@ -612,12 +543,7 @@ def describe(args, template, tiles, ranks, precision):
     meta = template.meta if trained else {}
     return facts | {
         "encoder": args.encoder,
-        # of an encoder by train.py: how it was pretrained
-        "pretraining": {
-            name: meta[name]
-            for name in ("objective", "variant", "seed", "step", "store")
-            if name in meta
-        },
+        "pretraining": {name: meta[name] for name in PRETRAINING if name in meta},
         "split_hash": task.split_hash,
         "run": hashlib.sha256(json.dumps(on, sort_keys=True).encode()).hexdigest()[:12],
         "protocol": args.protocol,
@@ -658,18 +584,16 @@ def write_seed(args, template, tiles, facts, found, rows, model):
     if found["predictions"] is not None:
         write_maps(args.maps, task, tiles.of["test"], found["predictions"].numpy())
     told = {k: v for k, v in found.items() if k not in ("matrix", "predictions", "state")}
-    rows[seed] = (
-        told
-        | facts
-        | {
-            "miou": miou,
-            "accuracy": (matrix.diagonal().sum() / matrix.sum()).item(),
-            "iou": by_name(iou, task.classes),  # None: no part of the mean
-            "model": model,  # one file for all seeds: the best of them
-            "confusion": confusion,
-            "finished": datetime.now().strftime("%Y%m%d-%H%M%S"),
-        }
-    )
+    rows[seed] = {
+        **told,
+        **facts,
+        "miou": miou,
+        "accuracy": (matrix.diagonal().sum() / matrix.sum()).item(),
+        "iou": by_name(iou, task.classes),  # None: no part of the mean
+        "model": model,  # one file for all seeds: the best of them
+        "confusion": confusion,
+        "finished": datetime.now().strftime("%Y%m%d-%H%M%S"),
+    }
     append_row(args.out / "results.jsonl", rows[seed])
 
 
@@ -682,7 +606,7 @@ def evaluate(args, ranks):
     precision = precision_of(args.precision, ranks.device)
     dtype, facts = getattr(torch, precision), describe(args, template, tiles, ranks, precision)
     results, classes, run = args.out / "results.jsonl", task.classes, facts["run"]
-    frozen, drawn = args.protocol != "finetune", args.encoder.startswith("random")
+    frozen, drawn = args.protocol != "finetune", untrained(args.encoder)
 
     # rank 0 alone reads and writes results
     known = read_rows(results) if ranks.rank == 0 and results.exists() else []
@@ -693,7 +617,7 @@ def evaluate(args, ranks):
         seeds = range(1)
         print("ridge on all labels draws nothing by the seed: one row, of seed 0")
     todo = [seed for seed in seeds if seed not in rows]
-    if args.maps:
+    if args.maps and ranks.rank == 0:
         check_maps(args.maps, task, rows)
     print(
         f"task {task.name} {facts['data_hash']}: {len(task.bands)} bands, {len(classes)} classes "
@@ -702,9 +626,8 @@ def evaluate(args, ranks):
         + f" (split by {task.split_by}, --split-hash {task.split_hash})"
         + "".join(f"; mask value {value:g} is nodata and ignored" for value in task.nodata)
     )
-    if ranks.rank == 0:
-        args.out.mkdir(parents=True, exist_ok=True)
-        results.touch()
+    args.out.mkdir(parents=True, exist_ok=True)
+    results.touch()
     model = None
     if args.save_model and args.protocol != "knn":
         model = f"model_{args.protocol}_{run}.safetensors"

@@ -5,11 +5,13 @@ the rows. Top to bottom: what is checked before anything is written; rows; files
 """
 
 import csv
+import hashlib
 import json
 import os
 import tempfile
 
 import numpy as np
+import torch
 
 from imagery import geotiff
 from run import write_atomic
@@ -67,6 +69,15 @@ def append_row(results, row):
         known = {(other.get("run"), other.get("seed")) for other in read_rows(results)}
         if (row["run"], row["seed"]) not in known:
             file.write(json.dumps(row).encode() + b"\n")
+
+
+def weights_hash(encoder):
+    """12 hex digits of a SHA-256 over the names and values of all weights."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(encoder.state_dict().items()):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def write_matrix(path, matrix, classes):

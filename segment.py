@@ -1,15 +1,13 @@
 """A segmentation model: an encoder with a head that turns its tokens into class logits.
 
 Reading order: `encode`, the tokens of images; `UperNet` and `Segmenter`; `save_segmenter` and
-`load_segmenter`; the loss and what else training asks for; `batches`, `judge` and `mean_iou`, how a
-task is read and scored; `probe`, which judges an encoder without a training loop. Shapes: B images
-of C bands, g x g tokens of width D, row-major.
+`load_segmenter`; the loss and what else training asks for; `judge` and `mean_iou`, how a task is
+scored; `probe`, which judges an encoder without a training loop. Shapes: B images of C bands, g x g
+tokens of width D, row-major.
 """
 
 import json
 import math
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from imagery.bands import IGNORE
+from tiles import batches, chunks
 from weights import parse_encoder, read_tensors, write_tensors
 
 HEADS = ("linear", "mlp", "upernet")
@@ -378,46 +377,7 @@ def layer_groups(segmenter, decay):
     return [{"params": group, "scale": decay ** (last - n)} for n, group in groups.items()]
 
 
-# ---- reading and scoring a task ---------------------------------------------------------------
-
-
-def normalised(task, index, mean, std):
-    """Images and labels of some tiles: (n, [dates,] bands, tile, tile) float32, and int64.
-
-    mean, std: (bands,). Pixels without data become 0, which is the mean; dates without any stay
-    NaN, which tells `encode` to leave them out.
-    """
-    mean, std = (np.asarray(each, np.float32)[:, None, None] for each in (mean, std))
-    images = (task.images[index] - mean) / std
-    absent = np.isnan(images).all((-3, -2, -1)) if images.ndim == 5 else np.zeros(len(images), bool)
-    np.nan_to_num(images, copy=False)
-    images[absent] = np.nan
-    return torch.from_numpy(images), labels_of(task, index)
-
-
-def labels_of(task, index, device=None):
-    """Labels of some tiles: (n, tile, tile) int64 on the device."""
-    return torch.from_numpy(task.labels[index]).to(device).long()
-
-
-def batches(task, parts, mean, std, device):
-    """Yield `normalised` images and labels of each index in `parts`, on the device.
-
-    A thread reads one batch ahead, so that a task may be larger than memory and the disk slow.
-    """
-    with ThreadPoolExecutor(1) as reader:
-        ahead = deque()
-        for index in parts:
-            ahead.append(reader.submit(normalised, task, index, mean, std))
-            if len(ahead) == 2:
-                images, labels = ahead.popleft().result()
-                yield images.to(device), labels.to(device)
-        for images, labels in (read.result() for read in ahead):
-            yield images.to(device), labels.to(device)
-
-
-def chunks(index, size):
-    return [index[k : k + size] for k in range(0, len(index), size)]
+# ---- scoring a task ---------------------------------------------------------------------------
 
 
 @torch.no_grad()

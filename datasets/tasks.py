@@ -469,7 +469,7 @@ def check_pair(image, mask, bands):
         raise ValueError(
             f"{mask}: {label.bands} bands; a mask has one band of class ids, so check --masks"
         )
-    if np.dtype(label.dtype).kind not in "iu":
+    if np.dtype(label.dtype).kind not in "biu":
         raise ValueError(
             f"{mask}: values of type {label.dtype}; a mask holds integer class ids, so save it as "
             "uint8 or int16"

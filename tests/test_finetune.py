@@ -23,7 +23,7 @@ import segment
 from imagery import geotiff
 from imagery.bands import IGNORE
 from model import ViT
-from scores import append_row
+from scores import append_row, weights_hash
 from segment import (
     Segmenter,
     balanced_weights,
@@ -33,9 +33,9 @@ from segment import (
     layer_groups,
     load_segmenter,
     mean_iou,
-    normalised,
     segmentation_loss,
 )
+from tiles import chunks, normalised, token_home
 from weights import load_encoder, save_encoder
 
 ROOT = Path(__file__).parent.parent
@@ -186,20 +186,20 @@ def test_series_are_cropped_date_by_date():
 def test_large_token_caches_are_said(capsys):
     segmenter = Segmenter(ViT(in_channels=2, patch_size=4, dim=32, depth=1, heads=2), 3, 16)
     cpu = torch.device("cpu")
-    assert finetune.token_home(2**21, segmenter, cpu) == cpu  # 16 tokens x 32 x 4 bytes each
+    assert token_home(2**21, segmenter, cpu) == cpu  # 16 tokens x 32 x 4 bytes each
     assert capsys.readouterr().out == ""
-    assert finetune.token_home(2**22, segmenter, cpu) == cpu
+    assert token_home(2**22, segmenter, cpu) == cpu
     assert capsys.readouterr().out == "tokens kept in memory: 8.0 GiB\n"
 
 
 def test_weights_hash_sees_every_weight():
     vit = ViT(in_channels=2, patch_size=4, dim=32, depth=1, heads=2)
-    first = finetune.weights_hash(vit)
-    assert first == finetune.weights_hash(vit)
+    first = weights_hash(vit)
+    assert first == weights_hash(vit)
     for weight in vit.parameters():
         before = weight.data.flatten()[0].item()
         weight.data.view(-1)[0] += 1
-        assert finetune.weights_hash(vit) != first
+        assert weights_hash(vit) != first
         weight.data.view(-1)[0] = before
 
 
@@ -225,7 +225,7 @@ def test_only_finetuning_changes_the_encoder(scenes, encoder, tmp_path, protocol
     assert all(same) if protocol == "linear" else not any(same)
     wanted = {"linear": (1e-3, 0.0), "finetune": (1e-4, 0.05)}[protocol]
     assert (row["settings"]["lr"], row["settings"]["weight_decay"]) == wanted
-    assert row["encoder_hash"] == finetune.weights_hash(load_encoder(encoder))
+    assert row["encoder_hash"] == weights_hash(load_encoder(encoder))
 
 
 def without(facts, *names):
@@ -1180,7 +1180,7 @@ def plainly(scenes, encoder, seed, protocol, epochs, lr):
     optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=decay)
 
     def score(name):
-        parts = [normalised(task, k, task.mean, task.std) for k in segment.chunks(split[name], 16)]
+        parts = [normalised(task, k, task.mean, task.std) for k in chunks(split[name], 16)]
         return mean_iou(judge(model, parts, 3)[0])[0]
 
     best, step = -1, 0

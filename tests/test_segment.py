@@ -22,7 +22,6 @@ from segment import (
     HEADS,
     Segmenter,
     UperNet,
-    batches,
     confusion_matrix,
     encode,
     fit_bank,
@@ -36,6 +35,7 @@ from segment import (
     save_segmenter,
     token_labels,
 )
+from tiles import batches
 from weights import load_encoder, save_encoder
 
 META = {

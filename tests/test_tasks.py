@@ -170,6 +170,19 @@ def test_what_is_ignored_is_no_class(three, declared, named):
     assert np.array_equal(task.labels, wanted.labels)
 
 
+def test_a_mask_of_one_bit_has_two_classes(three):
+    rasterio = pytest.importorskip("rasterio")
+    for stem, (_, mask) in three.written.items():
+        shape = dict(height=mask.shape[0], width=mask.shape[1], count=1, dtype="uint8", nbits=1)
+        shape |= dict(transform=rasterio.Affine(10, 0, 0, 0, -10, 0), crs=UTM)
+        with rasterio.open(three.masks / f"{stem}.tif", "w", driver="GTiff", **shape) as file:
+            file.write((mask == 2).astype(np.uint8), 1)
+    task = three.load(splits=three.splits)
+    first = (task.origin[:, 1:] == 0).all(1)
+    wanted = [mask[:8, :8] == 2 for _, mask in three.written.values()]
+    assert task.classes == ("0", "1") and np.array_equal(task.labels[first], wanted)
+
+
 def test_a_value_that_one_mask_declares_as_nodata_and_another_labels_is_a_class(three):
     geotiff.write(three.masks / "a.tif", three.written["a"][1], nodata=0)
     assert three.load(splits=three.splits).classes == ("0", "1", "2")
