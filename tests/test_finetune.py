@@ -391,10 +391,14 @@ def test_other_heads_learn(narrow, scenes, encoder, tmp_path, head):
 
 
 @pytest.mark.parametrize("protocol", ["knn", "ridge"])
-def test_probes_without_training(scenes, encoder, tmp_path, protocol):
+def test_probes_without_training(scenes, encoder, tmp_path, protocol, capsys):
     flags, maps = ["--protocol", protocol], tmp_path.with_suffix(".maps")
     rows = run(scenes, encoder, tmp_path, *flags, "--seeds", "2", "--maps", str(maps))
     assert [row["miou"] > 0.9 for row in rows] == [True] * (2 if protocol == "knn" else 1)
+    # all labels, and weights that are not drawn: nothing in ridge is of the seed
+    assert ("one row" in capsys.readouterr().out) == (protocol == "ridge")
+    drawn = run(scenes, f"random:{encoder}", tmp_path, *flags, "--seeds", "2")
+    assert len({row["encoder_hash"] for row in drawn}) == len(drawn) == 2
     assert rows[0]["protocol"] == protocol and rows[0]["best_epoch"] is None
     assert (rows[0]["model"] is None) == (protocol == "knn")
     with (tmp_path / "results.jsonl").open("a") as file:
