@@ -2,6 +2,7 @@
 
     python finetune.py --encoder out/sa --task mados --root MADOS --seeds 5
     python finetune.py --encoder out/sa --images task/mr --masks task/masks --classes classes.txt
+    torchrun --nproc_per_node=8 finetune.py --protocol finetune ...     the same results on 8 GPUs
 
 Each tile is resized to --image-size and encoded; a head turns every token into class logits (the
 paper's is one linear layer); the grid of logits is resized bilinearly to the label and meets
@@ -9,27 +10,27 @@ cross-entropy. The epoch with the best mIoU on the validation split is scored on
 the best seed's model saved for predict.py. Tiles are read by batches while the last one is worked
 on, so a task may be larger than memory. On one CPU the same seed gives the same numbers.
 
+Ranks share each global batch of --protocol finetune. Of a frozen encoder they share the encoding of
+the tiles, then the seeds. The same command again goes on after a kill: with the first seed that has
+no row, in the epoch after the last whole one.
+
 Source: arXiv 2601.12964, the evaluation protocol; hyperparameters as in the first author's public
 experiments.
 """
 
 import argparse
 import copy
-import csv
+import hashlib
 import json
 import math
-import os
 import platform
-import subprocess
-import sys
-import tempfile
 import time
-from datetime import datetime
+from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from tqdm import tqdm
 
@@ -43,30 +44,63 @@ from datasets.tasks import (
     load_task,
     own_folder,
 )
-from imagery import geotiff
-from imagery.bands import IGNORE, meanings
+from imagery.bands import meanings
 from model import ViT, vit
-from run import positive
+from run import (
+    Parser,
+    between,
+    git_state,
+    positive,
+    precision_of,
+    script,
+    start_ranks,
+    whole,
+    write_atomic,
+)
+from scores import (
+    UNPREDICTED,
+    append_row,
+    check_maps,
+    check_output,
+    print_table,
+    write_maps,
+    write_matrix,
+)
 from segment import (
     HEADS,
     Segmenter,
-    batches,
+    balanced_weights,
     by_name,
-    chunks,
+    crop_labels,
     judge,
+    labelled,
+    layer_groups,
     mean_iou,
+    mean_of,
     probe,
-    resize,
+    read_rows,
     save_segmenter,
+    segmentation_loss,
 )
+from tiles import Tiles, chunks
 from weights import bands_of, load_encoder, weights_hash
 
-UNPREDICTED = 255  # in the class maps; so they hold at most 255 classes
+PROBES = ("knn", "ridge")  # protocols that train nothing
+
+PRETRAINING = ("objective", "variant", "seed", "step", "store")  # what train.py says in weights
+
+# The flags that a seed's result depends on, beside the encoder and the task themselves
+PROTOCOL = (
+    "protocol", "head", "image_size", "crop", "epochs", "global_batch", "lr", "schedule",
+    "weight_decay", "layer_decay", "clip", "class_weights", "labels",
+)  # fmt: skip
 
 
 # fmt: off
-def parse_args(argv):
-    parser = argparse.ArgumentParser(
+def parse_args(argv=None):
+    share = between(1e-9, 1)  # of something, never none of it
+    parser = Parser(
+        prog="finetune.py",
         description="Linear probe or fine-tuning of an encoder on images and masks.",
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )
@@ -91,7 +125,8 @@ def parse_args(argv):
          "B,G,R,NIR of a published set, all of geotiff)")
     flag("--tile", type=positive, help="pixels per side that images are cut to; edges are filled "
          "up (default: the set's own protocol, 64 for geotiff)")
-    flag("--split-seed", type=int, default=0, help="which draw, where splits are drawn (default 0)")
+    flag("--split-seed", type=whole, default=0, help="which draw, where splits are drawn "
+         "(default 0)")
     flag("--split-hash", metavar="HEX", help="go on only if the splits have this hash, as the rows "
          "of an earlier run say")
     flag("--stats", default="task", choices=["task", "encoder"], help="mean and std that the bands "
@@ -106,12 +141,13 @@ def parse_args(argv):
     flag("--masks", help="the same for the masks, paired by name without extension")
     flag("--classes", help="text file, one class name per line, line number from 0 = class id "
          "(default: the ids name themselves)")
-    flag("--ignore-index", type=int, help="mask value that is no label (default: none)")
+    flag("--ignore-index", type=numbers, metavar="N,N", help="mask values that are no label and no "
+         "class, such as 255 or 0,255, beside the masks' nodata (default: none)")
     flag("--splits", help="folder of train.txt, val.txt and test.txt, names without extension")
     flag("--block", type=positive, default=4, help="without --splits: side in tiles of the blocks "
          "of ground that are kept together (default 4)")
-    flag("--val", type=fraction, default=0.2, help="without --splits: fraction (default 0.2)")
-    flag("--test", type=fraction, default=0.2, help="without --splits: fraction (default 0.2)")
+    flag("--val", type=share, default=0.2, help="without --splits: fraction (default 0.2)")
+    flag("--test", type=share, default=0.2, help="without --splits: fraction (default 0.2)")
 
     flag = parser.add_argument_group("protocol").add_argument
     flag("--protocol", default="linear", choices=["linear", "finetune", "knn", "ridge"],
@@ -126,18 +162,24 @@ def parse_args(argv):
          help="train on random crops of 0.3 to 1 of the tile's area (default yes, as the paper); "
          "--no-crop lets a frozen encoder see each tile only once, which is much faster")
     flag("--epochs", type=positive, default=100, help="over the training tiles (default 100)")
-    flag("--batch", type=positive, default=64, help="tiles (default 64)")
-    flag("--lr", type=float, help="learning rate (default 1e-3 linear, 1e-4 finetune)")
+    flag("--global-batch", type=positive, default=64, help="tiles an update, over all ranks "
+         "(default 64)")
+    flag("--device-batch", type=positive, help="tiles at once on a rank in training, the rest "
+         "accumulates; less needs less memory (default: all that fall to the rank)")
+    flag("--lr", type=between(1e-12, 1e30), help="learning rate (default 1e-3 linear, 1e-4 "
+         "finetune)")
     flag("--schedule", default="constant", choices=["constant", "cosine"],
          help="of the learning rate over all steps, cosine ends at 0 (default constant)")
-    flag("--weight-decay", type=float, help="of AdamW (default 0 linear, 0.05 finetune)")
-    flag("--layer-decay", type=fraction, default=1.0, help="of --protocol finetune: factor of the "
+    flag("--weight-decay", type=between(0, 1e30), help="of AdamW (default 0 linear, 0.05 finetune)")
+    flag("--layer-decay", type=share, default=1.0, help="of --protocol finetune: factor of the "
          "learning rate from each block to the one before (default 1, none, as the paper; 0.65 to "
          "0.9 is usual)")
+    flag("--clip", type=between(1e-9), metavar="NORM", help="scale gradients of a larger norm down "
+         "to this one (default never, as the paper)")
     flag("--class-weights", default="none", choices=["none", "balanced"], help="of the loss; "
          "balanced: 1 / sqrt(f), f the class's share of the labelled training pixels, scaled to a "
          "mean of 1 over these pixels (default none)")
-    flag("--labels", type=fraction, default=1.0, help="fraction of the training tiles whose labels "
+    flag("--labels", type=share, default=1.0, help="fraction of the training tiles whose labels "
          "are used, drawn by seed (default 1)")
     flag("--seeds", type=positive, default=1, help="runs, with seeds 0, 1, ...: weights of the "
          "head, order, crops, choice of --labels (default 1; seeds differ by up to a point "
@@ -145,14 +187,20 @@ def parse_args(argv):
 
     flag = parser.add_argument_group("output").add_argument
     flag("--out", type=Path, default=Path("out/results"), help="folder; results.jsonl in it gains "
-         "a row per seed (default out/results)")
+         "a row for each seed that has none of the same settings there (default out/results)")
     flag("--save-model", action=argparse.BooleanOptionalAction, default=True,
          help="the seed with the best validation mIoU as --out/model_*.safetensors, for predict.py "
          "(default yes; --protocol knn has none)")
     flag("--maps", type=Path, help="new folder for a GeoTIFF class map of each test image, from "
          f"seed 0; {UNPREDICTED} where nothing is predicted")
+    flag = parser.add_argument_group("machine").add_argument
     flag("--device", default="auto", choices=["auto", "cpu", "cuda"],
          help="where to run (default auto: cuda where there is one)")
+    flag("--precision", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
+         help="autocast of the encoder and upernet (default auto: bfloat16 on a GPU that has it, "
+         "else float16; float32 on the CPU)")
+    flag("--compile", action=argparse.BooleanOptionalAction, default=False,
+         help="torch.compile the encoder (default no)")
     args = parser.parse_args(argv)
     changed = {name for name, value in vars(args).items() if value != parser.get_default(name)}
 
@@ -179,23 +227,16 @@ def parse_args(argv):
             refuse(["dates", "pastis_classes"], "is for --task pastis")
         if args.bands and isinstance(args.bands[0], int):
             parser.error(f"--bands of --task {args.task} are names (see --list-tasks)")
-    if args.protocol in ("knn", "ridge"):
-        refuse(["head", "crop", "epochs", "lr", "schedule", "weight_decay", "layer_decay",
-                "class_weights"], f"means nothing to --protocol {args.protocol}; it trains no head")
+    if args.protocol in PROBES:
+        refuse(["head", "crop", "epochs", "lr", "schedule", "weight_decay", "layer_decay", "clip",
+                "class_weights", "device_batch"],
+               f"means nothing to --protocol {args.protocol}; it trains no head")
     elif args.protocol == "linear":
         refuse(["layer_decay"], "is for --protocol finetune; linear leaves the encoder as it is")
     if args.lr is None:
         args.lr = {"finetune": 1e-4}.get(args.protocol, 1e-3)
     if args.weight_decay is None:
         args.weight_decay = {"finetune": 0.05}.get(args.protocol, 0.0)
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not 0 < args.lr < math.inf:
-        parser.error(f"--lr {args.lr} is not a number above 0")
-    if not 0 <= args.weight_decay < math.inf:
-        parser.error(f"--weight-decay {args.weight_decay} is not a number from 0 up")
-    if args.split_seed < 0:
-        parser.error(f"--split-seed {args.split_seed} is below 0")
     if args.splits is None and args.val + args.test >= 1:
         parser.error(f"--val {args.val} and --test {args.test} leave nothing to train on")
     if args.heads and args.encoder == "random":
@@ -204,11 +245,8 @@ def parse_args(argv):
 # fmt: on
 
 
-def fraction(text):
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
-    return value
+def numbers(text):
+    return tuple(int(word) for word in text.split(","))
 
 
 def band_list(text):
@@ -217,152 +255,6 @@ def band_list(text):
     if "" in words or len({word.isdecimal() for word in words}) > 1:
         raise argparse.ArgumentTypeError(f"{text} is no list of names, or of positions, alone")
     return [int(word) for word in words] if words[0].isdecimal() else words
-
-
-def crop_labels(labels, windows, size):
-    """Nearest label at the pixel centres of a resized window.
-
-    labels: (B, h, w). windows: (B, 4) pixels (top, left, height, width) on the CPU. Returns
-    (B, size, size).
-    """
-    place = (torch.arange(size) + 0.5) / size
-    row = (windows[:, 0, None] + windows[:, 2, None] * place).long().to(labels.device)  # (B, size)
-    col = (windows[:, 1, None] + windows[:, 3, None] * place).long().to(labels.device)
-    image = torch.arange(len(labels), device=labels.device)
-    return labels[image[:, None, None], row[:, :, None], col[:, None, :]]
-
-
-def segmentation_loss(logits, labels, weights=None):
-    """Mean cross-entropy of the labelled pixels; 0, not NaN, where a batch of crops has none.
-
-    weights: (classes,), then the mean is weighted by those of the pixels' classes.
-    """
-    logits = resize(logits, labels.shape[-1])
-    total = F.cross_entropy(logits, labels, weights, ignore_index=IGNORE, reduction="sum")
-    if weights is None:
-        return total / (labels != IGNORE).sum().clamp(min=1)
-    counted = F.pad(weights, (0, 1))[labels].sum()  # IGNORE, -1, finds the 0 at the end
-    return total / torch.where(counted > 0, counted, 1)
-
-
-def balanced_weights(labels, classes):
-    """1 / sqrt(f) of each class, f its share of the labelled pixels, scaled to a mean of 1 over
-    these pixels: (classes,) float32, 0 for a class without any.
-
-    labels: integer arrays (tile, tile), one by one.
-    """
-    share = sum(np.bincount(each[each != IGNORE], minlength=classes) for each in labels)
-    share = share / share.sum()
-    weights = np.where(share > 0, 1 / np.sqrt(np.where(share > 0, share, 1)), 0)
-    return torch.tensor(weights / (share * weights).sum(), dtype=torch.float32)
-
-
-def layer_groups(segmenter, decay):
-    """Parameter groups of AdamW with a "scale" of the learning rate: decay**(depth + 1 - layer).
-
-    The patch embedding and class token are layer 0, block k from 1 up layer k, the last norm and
-    the head layer depth + 1, as BEiT (arXiv 2106.08254) and MAE fine-tune. decay 1: all alike.
-    """
-    last = len(segmenter.encoder.blocks) + 1
-    groups = {}
-    for name, weight in segmenter.named_parameters():
-        parts = name.split(".")
-        layer = last
-        if parts[:2] == ["encoder", "blocks"]:
-            layer = 1 + int(parts[2])
-        elif parts[:2] in (["encoder", "patch_embed"], ["encoder", "cls_token"]):
-            layer = 0
-        groups.setdefault(layer, []).append(weight)
-    return [{"params": group, "scale": decay ** (last - n)} for n, group in groups.items()]
-
-
-def commit():
-    """Commit of the code, "-dirty" where it was changed since; None outside git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    except FileNotFoundError:
-        return None
-    return done.stdout.strip() or None
-
-
-def write_matrix(path, matrix, classes):
-    """Save a confusion matrix as CSV, rows label, columns prediction, both with class names."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(["label / prediction", *classes])
-        rows.writerows([name, *counts] for name, counts in zip(classes, matrix, strict=True))
-    os.replace(temporary, path)
-
-
-def write_maps(folder, task, tiles, predictions):
-    """Write one class map per image of `tiles` (positions in the task): uint8, georeferenced.
-
-    predictions: (len(tiles), tile, tile). Pixels without image data and ground outside the tiles
-    are UNPREDICTED, which is also the nodata value.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    tile = predictions.shape[-1]
-    for number in np.unique(task.origin[tiles, 0]):
-        file = task.files[number]
-        # whole tiles: the last ones of a row or column reach beyond the image
-        size = [-(-side // tile) * tile for side in (file.height, file.width)]
-        canvas = np.full(size, UNPREDICTED, np.uint8)
-        for k in np.flatnonzero(task.origin[tiles, 0] == number):
-            _, row, col = task.origin[tiles[k]]
-            missing = np.isnan(task.images[tiles[k], 0])
-            canvas[row : row + tile, col : col + tile] = np.where(
-                missing, UNPREDICTED, predictions[k]
-            )
-        canvas = canvas[: file.height, : file.width]
-        path = folder / f"{file.path.stem}.tif"
-        geotiff.write(path, canvas, file.transform, file.crs, nodata=UNPREDICTED)
-
-
-def print_table(rows, classes):
-    """Print the scores of all seeds, then the IoU of each class, with mean and deviation."""
-    columns = {"val_miou": "val mIoU", "miou": "mIoU", "miou_batchmean": "batch mean",
-               "accuracy": "accuracy"}  # fmt: skip
-    scores = np.array([[row[key] for key in columns] for row in rows])
-    lines = dict(zip((row["seed"] for row in rows), scores, strict=True))
-    if len(rows) > 1:
-        lines |= {"mean": scores.mean(0), "std": scores.std(0, ddof=1)}
-    print(f"\n{'seed':<6}" + "".join(f"{name:>12}" for name in columns.values()))
-    for name, line in lines.items():
-        print(f"{name:<6}" + "".join(f"{value:12.4f}" for value in line))
-
-    print(f"\n{'class':<24}{'IoU':>8}{'std':>8}")
-    for name in classes:
-        # None: absent from that seed's labels and predictions
-        values = [row["iou"][name] for row in rows if row["iou"][name] is not None]
-        mean = f"{np.mean(values):8.4f}" if values else f"{'absent':>8}"
-        std = f"{np.std(values, ddof=1):8.4f}" if len(values) > 1 else ""
-        print(f"{name:<24}{mean}{std}")
-
-
-def check_output(out, maps):
-    """Raise FileExistsError where results would mix with, or replace, something else, and OSError
-    where they cannot be written; leaves nothing behind."""
-    results = out / "results.jsonl"
-    ours = results.exists()
-    if out.exists() and not ours and (out.is_file() or any(out.iterdir())):
-        raise FileExistsError(
-            f"--out {out} exists and holds no results.jsonl; name a new folder, or one of earlier "
-            "results to add to"
-        )
-    if maps and maps.exists():
-        raise FileExistsError(f"--maps {maps} exists; name a new folder, or remove it")
-    for flag, folder in (("--out", out), ("--maps", maps or out)):
-        try:
-            there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-            tempfile.TemporaryDirectory(dir=there).cleanup()  # permissions alone do not tell
-            if ours:
-                results.open("a").close()
-        except OSError as error:
-            raise OSError(
-                f"{flag} {folder} cannot be written ({error}); name another folder"
-            ) from error
 
 
 def load(args):
@@ -411,30 +303,45 @@ def check_encoder(encoder, name, task, image_size):
         )
 
 
-def token_home(count, segmenter, device):
-    """Where the tokens of `count` tiles are kept: on the device, in main memory where they would
-    take more than half of what a GPU has free. Says their size where it is large."""
-    grid = segmenter.image_size // segmenter.encoder.patch_size
-    size = 4 * count * grid**2 * segmenter.encoder.dim * len(segmenter.depths or [0])
-    if size > 2**32:
-        print(f"tokens kept in memory: {size / 2**30:.1f} GiB")
-    if device.type == "cuda" and size > torch.cuda.mem_get_info(device)[0] / 2:
-        return torch.device("cpu")
-    return device
+def sum_gradients(weights, ranks):
+    """Add gradients up over the ranks. By hand: DistributedDataParallel takes a mean, and wants a
+    backward pass of each rank, of which one may have no tile in the last batch of an epoch."""
+    if ranks.world > 1:
+        for weight in weights:
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        ranks.sum([weight.grad for weight in weights])
 
 
-def train(args, segmenter, task, chosen, mean, std, generator):
+def load_epoch(path, modules, generator):
+    """Read the checkpoint of a seed, if there is one, into modules by name and the generator;
+    returns what `train` wants to know of the epochs that are done, a dict."""
+    if not path.is_file():
+        return {"epoch": 0, "val_miou": -1.0, "best_epoch": 0, "weights": None, "history": []}
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        for name, module in modules.items():
+            module.load_state_dict(saved.pop(name))
+        generator.set_state(saved.pop("generator"))
+    except Exception as error:  # whatever a damaged file provokes, in one sentence
+        reason = str(error).splitlines()[0] if str(error) else "it ends too soon"
+        raise ValueError(
+            f"{path}: not a checkpoint of this run ({reason}); remove it to start the seed anew"
+        ) from None
+    return saved
+
+
+def train(args, segmenter, task, chosen, read, generator, ranks, path):
     """Train on the chosen tiles by split, and leave the best epoch's weights in the segmenter.
 
-    Returns its validation mIoU and number, and the test split as `judge` does.
+    read: from a split and lists of tiles in it to a stream of their images or tokens, and labels.
+    path: of the checkpoint, from which an interrupted seed goes on. Returns {"val_miou",
+    "best_epoch", "history": loss and validation mIoU of each epoch, and of the test split "matrix",
+    "predictions" (None unless --maps asks) and "miou_batchmean"}.
     """
-    device, seed = torch.device(args.device), generator.initial_seed()
+    device, seed = ranks.device, generator.initial_seed()
     frozen = args.protocol != "finetune"
     classes, size = len(task.classes), (args.image_size, args.image_size)
-    tile = task.labels.shape[-1]
-
-    def read(parts):
-        return batches(task, parts, mean, std, device)
+    tile, batch = task.labels.shape[-1], args.global_batch
 
     segmenter.encoder.requires_grad_(not frozen)
     trained = segmenter.head if frozen else segmenter
@@ -442,63 +349,102 @@ def train(args, segmenter, task, chosen, mean, std, generator):
     if not frozen:
         groups = layer_groups(segmenter, args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay)
+    params = [weight for group in optimizer.param_groups for weight in group["params"]]
+    scaler = torch.amp.GradScaler(device.type, enabled=segmenter.dtype == torch.float16)
     weights = None
     if args.class_weights == "balanced":
         weights = balanced_weights((task.labels[k] for k in chosen["train"]), classes).to(device)
 
-    # a frozen encoder gives an uncropped tile the same tokens in every epoch
-    kept, cached = {}, [s for s in SPLITS if frozen and (s != "train" or not args.crop)]
-    if cached:
-        home = token_home(sum(len(chosen[split]) for split in cached), segmenter, device)
-    for split in cached:
-        parts = chunks(chosen[split], args.batch)
-        with torch.no_grad():
-            kept[split] = [
-                (segmenter.features(images).to(home), labels)
-                for images, labels in tqdm(read(parts), f"seed {seed}, encode {split}", len(parts))
-            ]
-    if "train" in kept:
-        tokens, token_labels = (torch.cat(each) for each in zip(*kept.pop("train"), strict=True))
-
-    def held_out(split):
-        if split not in kept:
-            return read(chunks(chosen[split], args.batch))
-        return ((x.to(device), labels) for x, labels in kept[split])
+    def score(split, image_size=None):
+        """`judge` of a split whose batches are dealt to the ranks: its results by rank."""
+        parts = chunks(chosen[split], batch)[ranks.rank :: ranks.world]
+        matrix, *rest = judge(segmenter, read(split, parts), classes, image_size)
+        return ranks.sum([matrix.to(device)])[0], *rest
 
     count = len(chosen["train"])
-    steps, step, best = args.epochs * math.ceil(count / args.batch), 0, -1.0
-    with tqdm(total=steps, desc=f"seed {seed}, {args.protocol}", unit="step") as bar:
-        for epoch in range(1, args.epochs + 1):
-            order = torch.randperm(count, generator=generator).split(args.batch)
-            if "train" in cached:
-                stream = ((tokens[k].to(device), token_labels[k]) for k in order)
-            else:
-                stream = read([chosen["train"][k.numpy()] for k in order])
-            for x, labels in stream:
-                if args.crop:
-                    windows = torch.from_numpy(draw_crops(seed, step, len(x))) * tile
-                    x = resample_series(x, windows, size)
+    an_epoch = math.ceil(count / batch)
+    steps = args.epochs * an_epoch
+    modules = {"model": trained, "optimizer": optimizer, "scaler": scaler}
+    done = load_epoch(path, modules, generator)
+    if len({*ranks.gather(done["epoch"])}) > 1:
+        raise ValueError(f"{path}: not every rank sees it; choose --out on a disk that all share")
+    step = done["epoch"] * an_epoch
+    with tqdm(total=steps, initial=step, desc=f"seed {seed}, {args.protocol}", unit="step") as bar:
+        for epoch in range(done["epoch"] + 1, args.epochs + 1):
+            order = torch.randperm(count, generator=generator).split(batch)
+            # each rank takes its share of a global batch, of the last one it may be no tile
+            shares = [k.tensor_split(ranks.world)[ranks.rank].numpy() for k in order]
+            stream = read("train", [chosen["train"][k] for k in shares])
+            total = torch.zeros((), device=device)
+            for k, (x, labels) in zip(order, stream, strict=True):
+                windows = [None] * len(x)
+                if args.crop:  # drawn by position in the global batch
+                    windows = torch.from_numpy(draw_crops(seed, step, len(k))) * tile
+                    windows = windows.tensor_split(ranks.world)[ranks.rank]
                     labels = crop_labels(labels, windows, tile)
                 decay = (1 + math.cos(math.pi * step / steps)) / 2
                 for group in optimizer.param_groups:
                     scale = group["scale"] * (decay if args.schedule == "cosine" else 1)
                     group["lr"] = args.lr * scale
-                loss = segmentation_loss(segmenter(x), labels, weights)
+                # the loss is a mean over the labelled pixels of the whole global batch
+                (counted,) = ranks.sum([labelled(labels, weights)])
+                most = args.device_batch or max(len(x), 1)
+                for part in (slice(at, at + most) for at in range(0, len(x), most)):
+                    images = resample_series(x[part], windows[part], size) if args.crop else x[part]
+                    loss = segmentation_loss(segmenter(images), labels[part], weights, counted)
+                    scaler.scale(loss).backward()
+                    total += loss.detach()
+                sum_gradients(params, ranks)
+                if args.clip:
+                    scaler.unscale_(optimizer)
+                    torch.nn.utils.clip_grad_norm_(params, args.clip)
+                scaler.step(optimizer)
+                scaler.update()
                 optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
                 step += 1
                 bar.update()
-            last = loss.item()  # a device sync, so once an epoch
+            last = ranks.sum([total])[0].item() / an_epoch  # a device sync, so once an epoch
             if not math.isfinite(last):
                 raise ValueError(f"loss {last} in epoch {epoch}; lower --lr")
-            val, _ = mean_iou(judge(segmenter, held_out("val"), classes)[0])
-            if val > best:
-                best, best_epoch = val, epoch
+            val, _ = mean_iou(score("val")[0])
+            done |= {"epoch": epoch, "history": [*done["history"], [last, val]]}
+            if val > done["val_miou"]:
                 state = {name: value.clone() for name, value in trained.state_dict().items()}
-            bar.set_postfix(loss=f"{last:.3f}", val=f"{val:.4f}", best=f"{best:.4f}")
-    trained.load_state_dict(state)
-    return best, best_epoch, judge(segmenter, held_out("test"), classes, args.image_size)
+                done |= {"val_miou": val, "best_epoch": epoch, "weights": state}
+            if ranks.rank == 0:
+                state = {name: module.state_dict() for name, module in modules.items()}
+                state |= {"generator": generator.get_state()} | done
+                write_atomic(path, partial(torch.save, state))
+            bar.set_postfix(loss=f"{last:.3f}", val=f"{val:.4f}", best=f"{done['val_miou']:.4f}")
+    trained.load_state_dict(done["weights"])
+    matrix, predictions, scores = score("test", args.image_size)
+    # batch k of the split was judged by rank k % world
+    dealt = ranks.gather((predictions if args.maps and seed == 0 else [], scores))
+    turns = [divmod(k, ranks.world) for k in range(math.ceil(len(chosen["test"]) / batch))]
+    predictions, scores = ([by[r][q] for q, r in turns if by[r]] for by in zip(*dealt, strict=True))
+    return {
+        **{key: done[key] for key in ("val_miou", "best_epoch", "history")},
+        "matrix": matrix,
+        "predictions": torch.cat(predictions) if predictions else None,
+        "miou_batchmean": mean_of(scores),
+    }
+
+
+def untrained(encoder):
+    """Whether --encoder is drawn by the seed."""
+    return encoder.split(":")[0] == "random"
+
+
+def build(args, template, classes, seed, device, dtype):
+    """The segmentation model that a seed starts from."""
+    torch.manual_seed(seed)
+    encoder = ViT(**template.config) if untrained(args.encoder) else copy.deepcopy(template)
+    torch.manual_seed(seed)  # the same head, whatever encoder was drawn before it
+    segmenter = Segmenter(encoder, classes, args.image_size, args.head).to(device)
+    segmenter.dtype = dtype
+    if args.compile:
+        segmenter.features = torch.compile(segmenter.features)
+    return segmenter
 
 
 def resample_series(images, windows, size):
@@ -510,10 +456,54 @@ def resample_series(images, windows, size):
     return rearrange(cropped, "b (t c) h w -> b t c h w", c=bands)
 
 
-def evaluate(args):
-    """Train and score one model per seed; everything wrong with the input is raised before."""
-    untrained = args.encoder.split(":")[0] == "random"
-    check_output(args.out, args.maps)
+def judge_seed(args, template, tiles, seed, ranks, dtype, path):
+    """Train and score one model -> what its row and its files are made of, a dict."""
+    start, task = time.perf_counter(), tiles.task
+    segmenter = build(args, template, len(task.classes), seed, ranks.device, dtype)
+    about = {"seed": seed, "encoder_hash": weights_hash(segmenter.encoder)}
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(tiles.of["train"]), generator=generator)
+    order = order[: max(1, round(args.labels * len(order)))].numpy()
+    chosen = {**tiles.of, "train": tiles.of["train"][order]}
+    if args.protocol in PROBES:
+
+        def read(split, parts):
+            for x, labels in tiles.read(split, parts):
+                yield x if x.ndim == 3 else segmenter.features(x), labels
+
+        found = probe(
+            segmenter.encoder, task, args.protocol, args.image_size, train=chosen["train"],
+            seed=seed, batch=args.global_batch, read=read,
+        )  # fmt: skip
+        if found["head"]:  # ridge regression is a linear head
+            weight, bias = found["head"]
+            segmenter.head.load_state_dict({"weight": weight, "bias": bias})
+        found |= {"best_epoch": None, "history": None}
+    else:
+        if args.protocol == "linear" and not tiles.kept:  # random weights are of this seed alone
+            tiles = tiles.keep(segmenter, kept_splits(args), args.global_batch, ranks)
+        found = train(args, segmenter, task, chosen, tiles.read, generator, ranks, path)
+    trained = segmenter if args.protocol == "finetune" else segmenter.head
+    return about | {
+        **{key: found[key] for key in ("val_miou", "best_epoch", "history", "miou_batchmean")},
+        "matrix": found["matrix"].cpu(),
+        "predictions": found["predictions"] if args.maps and seed == 0 else None,
+        "state": {name: value.cpu() for name, value in trained.state_dict().items()},
+        "tiles": {split: len(index) for split, index in chosen.items()},
+        "seconds": round(time.perf_counter() - start, 2),
+    }
+
+
+def kept_splits(args):
+    """The splits whose tiles a frozen encoder sees only as they are, so that it sees them once."""
+    return [
+        split for split in SPLITS if split != "train" or not args.crop or args.protocol in PROBES
+    ]
+
+
+def open_task(args):
+    """The encoder and the task of the flags, and the mean and std that normalise its bands;
+    everything wrong with them is raised here."""
     if args.encoder != "random":
         template = load_encoder(args.encoder.removeprefix("random:"), args.heads)
     task = load(args)
@@ -522,149 +512,165 @@ def evaluate(args):
             f"--split-hash {args.split_hash}: the splits of {args.task} have {task.split_hash}; "
             "they are others than those wanted, so compare the files and --split-seed"
         )
-    bands, classes = len(task.bands), task.classes
     if args.encoder == "random":
-        template = vit(args.model, in_channels=bands, patch_size=args.patch)
+        template = vit(args.model, in_channels=len(task.bands), patch_size=args.patch)
     check_encoder(template, args.encoder, task, args.image_size)
-    mean, std = task.mean, task.std
-    if args.stats == "encoder":
-        if "mean" not in template.meta or "std" not in template.meta:
-            raise ValueError(
-                f"--stats encoder: {args.encoder} carries no mean and std; use --stats task"
-            )
-        mean, std = np.array(template.meta["mean"]), np.array(template.meta["std"])
-    if args.maps and args.task != "geotiff":
+    if args.stats == "task":
+        return template, task, task.mean, task.std
+    if "mean" not in template.meta or "std" not in template.meta:
         raise ValueError(
-            f"--maps is for --task geotiff; map {args.task} with the saved model and predict.py"
+            f"--stats encoder: {args.encoder} carries no mean and std; use --stats task"
         )
-    if args.maps and len(classes) > UNPREDICTED:
-        raise ValueError(f"--maps holds at most {UNPREDICTED} classes, found {len(classes)}")
-    device = torch.device(args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: no CUDA device is available; use --device cpu")
+    return template, task, np.array(template.meta["mean"]), np.array(template.meta["std"])
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    results = args.out / "results.jsonl"
-    results.touch()
-    tiles = {split: np.flatnonzero(task.split == split) for split in SPLITS}
-    data_hash, tile = fingerprint(task), task.labels.shape[-1]
+
+def describe(args, template, tiles, ranks, precision):
+    """What the rows of all seeds share, a dict; "run" changes with all that a result depends on."""
+    task, trained = tiles.task, not untrained(args.encoder)
+    commit, edits = git_state()
+    cuda = ranks.device.type == "cuda"
+    facts = {
+        "task": task.name,
+        "data_hash": fingerprint(task),
+        "mean": tiles.mean.tolist(),
+        "std": tiles.std.tolist(),
+        "architecture": template.config,
+        "precision": precision,
+    }
+    weights = weights_hash(template) if trained else "random"
+    on = [facts, weights, [getattr(args, name) for name in PROTOCOL]]
+    meta = template.meta if trained else {}
+    return facts | {
+        "encoder": args.encoder,
+        "pretraining": {name: meta[name] for name in PRETRAINING if name in meta},
+        "split_hash": task.split_hash,
+        "run": hashlib.sha256(json.dumps(on, sort_keys=True).encode()).hexdigest()[:12],
+        "protocol": args.protocol,
+        "head": args.head,
+        "split_by": task.split_by,
+        "tile": task.labels.shape[-1],
+        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "commit": commit and commit + "-dirty" * bool(edits),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "ranks": ranks.world,
+    }
+
+
+def write_seed(args, template, tiles, facts, found, rows, model):
+    """Write the files and the row of a seed, and add the row to `rows`, those of the run."""
+    task, seed = tiles.task, found["seed"]
+    matrix, (miou, iou) = found["matrix"], mean_iou(found["matrix"])
+    confusion = f"confusion_{args.protocol}_{facts['run']}_seed{seed}.csv"
+    write_matrix(args.out / confusion, matrix.tolist(), task.classes)
+    best = max((row["val_miou"] for row in rows.values() if row["model"]), default=-1)
+    if model and (found["val_miou"] > best or not (args.out / model).is_file()):
+        segmenter = build(args, template, len(task.classes), seed, torch.device("cpu"), None)
+        trained = segmenter if args.protocol == "finetune" else segmenter.head
+        trained.load_state_dict(found["state"])
+        save_segmenter(
+            args.out / model, segmenter, classes=list(task.classes),
+            bands=list(task.bands) if all(task.bands) else [],
+            positions=list(task.positions), file_bands=task.file_bands, mean=facts["mean"],
+            std=facts["std"], tile=facts["tile"], gsd=task.gsd, encoder=args.encoder,
+            sources=template.meta.get("sources", []), task=task.name, protocol=args.protocol,
+            seed=seed, val_miou=found["val_miou"], miou=miou,
+        )  # fmt: skip
+    if found["predictions"] is not None:
+        write_maps(args.maps, task, tiles.of["test"], found["predictions"].numpy())
+    told = {k: v for k, v in found.items() if k not in ("matrix", "predictions", "state")}
+    rows[seed] = {
+        **told,
+        **facts,
+        "miou": miou,
+        "accuracy": (matrix.diagonal().sum() / matrix.sum()).item(),
+        "iou": by_name(iou, task.classes),  # None: no part of the mean
+        "model": model,  # one file for all seeds: the best of them
+        "confusion": confusion,
+        "finished": datetime.now().strftime("%Y%m%d-%H%M%S"),
+    }
+    append_row(args.out / "results.jsonl", rows[seed])
+
+
+def evaluate(args, ranks):
+    """Train and score one model per seed; everything wrong with the input is raised before."""
+    if ranks.rank == 0:
+        check_output(args.out, args.maps)
+    template, task, mean, std = open_task(args)
+    tiles = Tiles(task, mean, std, ranks.device)
+    precision = precision_of(args.precision, ranks.device)
+    dtype, facts = getattr(torch, precision), describe(args, template, tiles, ranks, precision)
+    results, classes, run = args.out / "results.jsonl", task.classes, facts["run"]
+    frozen, drawn = args.protocol != "finetune", untrained(args.encoder)
+
+    # rank 0 alone reads and writes results
+    known = read_rows(results) if ranks.rank == 0 and results.exists() else []
+    known = ranks.gather([row for row in known if row.get("run") == run])[0]
+    rows = {row["seed"]: row for row in known}
+    seeds = range(args.seeds)
+    if args.protocol == "ridge" and args.labels == 1 and not drawn and args.seeds > 1:
+        seeds = range(1)
+        print("ridge on all labels draws nothing by the seed: one row, of seed 0")
+    todo = [seed for seed in seeds if seed not in rows]
+    if args.maps and ranks.rank == 0:
+        check_maps(args.maps, task, rows)
     print(
-        f"task {task.name} {data_hash}: {bands} bands, {len(classes)} classes, {tile} px tiles: "
-        + ", ".join(f"{len(index)} {split}" for split, index in tiles.items())
+        f"task {task.name} {facts['data_hash']}: {len(task.bands)} bands, {len(classes)} classes "
+        f"({', '.join(classes)[:60]}), {facts['tile']} px tiles: "
+        + ", ".join(f"{len(index)} {split}" for split, index in tiles.of.items())
         + f" (split by {task.split_by}, --split-hash {task.split_hash})"
         + "".join(f"; mask value {value:g} is nodata and ignored" for value in task.nodata)
     )
-
-    rows, model = [], None
+    args.out.mkdir(parents=True, exist_ok=True)
+    results.touch()
+    model = None
     if args.save_model and args.protocol != "knn":
-        # to the microsecond: two commands may start in one second
-        model = datetime.now().strftime("model_%Y%m%d-%H%M%S-%f.safetensors")
-    for seed in range(args.seeds):
-        start = time.perf_counter()
-        torch.manual_seed(seed)
-        encoder = ViT(**template.config) if untrained else copy.deepcopy(template)
-        encoder_hash = weights_hash(encoder)
-        torch.manual_seed(seed)  # the same head, whatever encoder was drawn before it
-        segmenter = Segmenter(encoder, len(classes), args.image_size, args.head).to(device)
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(tiles["train"]), generator=generator)
-        order = order[: max(1, round(args.labels * len(order)))].numpy()
-        chosen = {**tiles, "train": tiles["train"][order]}
-        if args.protocol in ("knn", "ridge"):
-            found = probe(
-                encoder, task, args.protocol, args.image_size, mean=mean, std=std,
-                train=chosen["train"], seed=seed, batch=args.batch,
-            )  # fmt: skip
-            best, best_epoch = found["val_miou"], None
-            matrix, predictions, batchmean = (
-                found[key] for key in ("matrix", "predictions", "miou_batchmean")
-            )
-            if found["head"]:  # ridge regression is a linear head
-                weight, bias = found["head"]
-                segmenter.head.load_state_dict({"weight": weight, "bias": bias})
-        else:
-            best, best_epoch, (matrix, predictions, batchmean) = train(
-                args, segmenter, task, chosen, mean, std, generator
-            )
-        miou, iou = mean_iou(matrix)
-        stamp = datetime.now().strftime("%Y%m%d-%H%M%S-%f")  # runs side by side keep theirs
-        saved = args.out / f"confusion_{stamp}_{encoder_hash}_{args.protocol}_seed{seed}.csv"
-        write_matrix(saved, matrix.tolist(), classes)
-        if model and best > max((row["val_miou"] for row in rows), default=-1):
-            save_segmenter(
-                args.out / model, segmenter, classes=list(classes),
-                bands=list(task.bands) if all(task.bands) else [],
-                positions=list(task.positions), file_bands=task.file_bands, mean=mean.tolist(),
-                std=std.tolist(), tile=tile, gsd=task.gsd, encoder=args.encoder,
-                sources=template.meta.get("sources", []), task=task.name, protocol=args.protocol,
-                seed=seed, val_miou=best, miou=miou,
-            )  # fmt: skip
-        row = {
-            "encoder": args.encoder,
-            "encoder_hash": encoder_hash,
-            "task": task.name,
-            "data_hash": data_hash,
-            "split_hash": task.split_hash,
-            "protocol": args.protocol,
-            "head": args.head,
-            "seed": seed,
-            "miou": miou,
-            "miou_batchmean": batchmean,
-            "accuracy": (matrix.diagonal().sum() / matrix.sum()).item(),
-            "iou": by_name(iou, classes),  # None: no part of the mean
-            "val_miou": best,
-            "best_epoch": best_epoch,
-            "model": model,  # one file for all seeds: the best of them
-            "confusion": saved.name,
-            "tiles": {split: len(index) for split, index in chosen.items()},
-            "split_by": task.split_by,
-            "tile": tile,
-            "mean": mean.tolist(),
-            "std": std.tolist(),
-            "architecture": template.config,
-            "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-            "commit": commit(),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "numpy": np.__version__,
-            },
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "finished": stamp,
-            "seconds": round(time.perf_counter() - start, 2),
-        }
-        with results.open("a+b") as file:
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-                if file.read() != b"\n":  # a kill left a torn line, which is not to take this one
-                    file.write(b"\n")
-            file.write(json.dumps(row).encode() + b"\n")
-        rows.append(row)
-        if args.maps and seed == 0:
-            write_maps(args.maps, task, tiles["test"], predictions.numpy())
+        model = f"model_{args.protocol}_{run}.safetensors"
 
-    print_table(rows, classes)
-    print(f"\nrows added to {results}: {args.seeds}")
-    if model:
-        print(
-            f"model of the best seed: {args.out / model}; a map with it:\n"
-            f"    python predict.py --model {args.out / model} scene.tif map.tif"
-        )
+    # one rank and one seed of a probe: the tokens are needed once, so not kept
+    once = args.protocol in PROBES and ranks.world == len(todo) == 1
+    if frozen and not drawn and todo and not once:
+        segmenter = build(args, template, len(classes), 0, ranks.device, dtype)
+        tiles = tiles.keep(segmenter, kept_splits(args), args.global_batch, ranks)
+    # all ranks fine-tune one seed together; of a frozen encoder each takes another seed
+    team, width = (ranks._replace(rank=0, world=1), ranks.world) if frozen else (ranks, 1)
+    for turn in chunks(todo, width):
+        own, found = turn[ranks.rank : ranks.rank + 1] if frozen else turn, None
+        for seed in own:
+            path = args.out / f"ckpt_{args.protocol}_{run}_seed{seed}.pt"
+            found = judge_seed(args, template, tiles, seed, team, dtype, path)
+        for each in ranks.gather(found) if frozen else [found]:
+            if each and ranks.rank == 0:
+                write_seed(args, template, tiles, facts, each, rows, model)
+                path = args.out / f"ckpt_{args.protocol}_{run}_seed{each['seed']}.pt"
+                path.unlink(missing_ok=True)
+
+    if ranks.rank == 0:
+        print_table([rows[seed] for seed in seeds], classes)
+        print(f"\nrows added to {results}: {len(todo)}")
+        if len(todo) < len(seeds):
+            print(f"rows of the same settings there before: {len(seeds) - len(todo)}")
+        if model and (args.out / model).is_file():
+            print(
+                f"model of the best seed: {args.out / model}; a map with it:\n"
+                f"    python predict.py --model {args.out / model} scene.tif map.tif"
+            )
+
+
+def start(args):
+    # a rank without a seed of its own waits for those of others, for hours
+    ranks = start_ranks(args.device, patience=timedelta(days=7))
+    with ranks.quiet():
+        evaluate(args, ranks)
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    try:
-        evaluate(args)
-    except (ValueError, OSError) as error:
-        print(f"finetune.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(
-            f"finetune.py: interrupted; finished seeds keep their rows in {args.out}",
-            file=sys.stderr,
-        )
-        sys.exit(130)
+    left = "finished seeds keep their rows; the same command goes on from there"
+    script(start, partial(parse_args, argv), left)
 
 
 if __name__ == "__main__":

@@ -69,13 +69,37 @@ class Ranks(NamedTuple):
             dist.all_reduce(tensor)
         return tensors
 
+    def share(self, tensor, source):
+        """Send a tensor of rank `source` into that of all others, in place; returns it."""
+        if self.world > 1:
+            dist.broadcast(tensor, source)
+        return tensor
+
+    def gather(self, value):
+        """[the value of each rank], on all ranks: anything that pickles."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def wait(self):
         if self.world > 1:
             dist.barrier()
 
+    @contextlib.contextmanager
+    def quiet(self):
+        """Only the first rank prints within; errors of the others pass."""
+        with contextlib.ExitStack() as stack:
+            if self.rank:
+                nowhere = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+                stack.enter_context(contextlib.redirect_stderr(nowhere))
+            yield
 
-def start_ranks(device):
-    """Join the other ranks. device: "auto", "cpu" or "cuda". Raises ValueError without the GPU."""
+
+def start_ranks(device, patience=None):
+    """Join the other ranks. device: "auto", "cpu" or "cuda". patience: how long a rank may wait for
+    the others, a timedelta; default PyTorch's, some minutes. Raises ValueError without the GPU."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if cuda and not torch.cuda.is_available():
@@ -85,7 +109,7 @@ def start_ranks(device):
         where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(where)
     if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=patience)
     return Ranks(rank, world, where)
 
 

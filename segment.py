@@ -1,15 +1,13 @@
 """A segmentation model: an encoder with a head that turns its tokens into class logits.
 
 Reading order: `encode`, the tokens of images; `UperNet` and `Segmenter`; `save_segmenter` and
-`load_segmenter`; `batches`, `judge` and `mean_iou`, how a task is read and scored; `probe`, which
-judges an encoder without a training loop. Shapes: B images of C bands, g x g tokens of width D,
-row-major.
+`load_segmenter`; the loss and what else training asks for; `judge` and `mean_iou`, how a task is
+scored; `probe`, which judges an encoder without a training loop. Shapes: B images of C bands, g x g
+tokens of width D, row-major.
 """
 
 import json
 import math
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from imagery.bands import IGNORE
+from tiles import batches, chunks
 from weights import parse_encoder, read_tensors, write_tensors
 
 HEADS = ("linear", "mlp", "upernet")
@@ -28,19 +27,22 @@ HEADS = ("linear", "mlp", "upernet")
 # ---- tokens and heads -------------------------------------------------------------------------
 
 
-def mixed_precision(device):
-    """Autocast to bfloat16 on a GPU that computes in it, else a context that changes nothing."""
-    enabled = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+def mixed_precision(device, dtype=None):
+    """Autocast to dtype; unless told, to bfloat16 on a GPU that computes in it, else to none."""
+    if dtype is None:
+        cuda = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = torch.bfloat16 if cuda else torch.float32
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-def encode(encoder, images, image_size, depths=None):
+def encode(encoder, images, image_size, depths=None, dtype=None):
     """Tokens of normalised images, resized (antialiased bicubic) to image_size pixels a side.
 
     images: (B, C, h, w), or (B, T, C, h, w) for time series, where a date that a sample lacks is
     all NaN: the tokens are averaged over the dates that it has. depths: numbers of blocks, whose
-    tokens are joined along D (`ViT.levels`); default those of the last. Returns
-    (B, N, D or len(depths) * D) float32. Source of the average: arXiv 2601.12964, evaluation.
+    tokens are joined along D (`ViT.levels`); default those of the last. dtype: of
+    `mixed_precision`. Returns (B, N, D or len(depths) * D) float32. Source of the average:
+    arXiv 2601.12964, evaluation.
     """
     if images.ndim == 5:
         present = ~images.isnan().flatten(2).all(2)  # (B, T)
@@ -48,12 +50,12 @@ def encode(encoder, images, image_size, depths=None):
         total = images.new_zeros(len(images), tokens, encoder.dim * len(depths or [0]))
         for part in present.nonzero().split(len(images)):  # the memory of one date, not of all
             sample, date = part.T
-            encoded = encode(encoder, images[sample, date], image_size, depths)
+            encoded = encode(encoder, images[sample, date], image_size, depths, dtype)
             total = total.index_add(0, sample, encoded)
         return total / present.sum(1).clamp(min=1)[:, None, None]
     if images.shape[-2:] != (image_size, image_size):
         images = F.interpolate(images, (image_size, image_size), mode="bicubic", antialias=True)
-    with mixed_precision(images.device):
+    with mixed_precision(images.device, dtype):
         if depths is None:
             return encoder(images).float()
         return torch.cat(encoder.levels(images, depths), dim=2).float()
@@ -123,6 +125,8 @@ class Segmenter(nn.Module):
     images of another size are resized. head: "linear", one linear layer per token (the paper's);
     "mlp", one hidden layer of the encoder's width with GELU per token; "upernet", see `UperNet`.
 
+    dtype: of `mixed_precision`, for the encoder and upernet; it is no part of the weights.
+
     forward takes normalised images (B, C, h, w), time series (B, T, C, h, w), or their `features`
     (B, N, F) kept from before, and returns logits (B, classes, g, g) float32: g = image_size /
     patch, 4 times that for upernet.
@@ -134,6 +138,7 @@ class Segmenter(nn.Module):
             raise ValueError(f"head is {head!r}; choose {', '.join(HEADS)}")
         self.encoder, self.classes, self.image_size = encoder, classes, image_size
         self.kind, self.meta, self.depths, dim = head, {}, None, encoder.dim
+        self.dtype = None
         if head == "linear":
             self.head = nn.Linear(dim, classes)
         elif head == "mlp":
@@ -145,18 +150,18 @@ class Segmenter(nn.Module):
 
     def features(self, images):
         """What the head reads, (B, N, F) float32: F is D, or 4 D for upernet."""
-        return encode(self.encoder, images, self.image_size, self.depths)
+        return encode(self.encoder, images, self.image_size, self.depths, self.dtype)
 
     def tokens(self, images):
         """The encoder's tokens of images or time series: (B, N, D) float32."""
-        return encode(self.encoder, images, self.image_size)
+        return encode(self.encoder, images, self.image_size, dtype=self.dtype)
 
     def forward(self, x):
         x = x if x.ndim == 3 else self.features(x)
         rows = self.image_size // self.encoder.patch_size
         if self.kind != "upernet":
             return rearrange(self.head(x), "b (r c) k -> b k r c", r=rows)
-        with mixed_precision(x.device):
+        with mixed_precision(x.device, self.dtype):
             return self.head(rearrange(x, "b (r c) f -> b f r c", r=rows)).float()
 
 
@@ -208,16 +213,9 @@ def load_segmenter(path):
         raise ValueError(f"{path}: not a segmentation model ({reason}); save it again") from None
 
 
-def best_model(folder):
-    """The model file that the best row of a results folder names; prints which it is.
-
-    Lines that are no rows, as a run that was cut off leaves them, are told and left out. Raises
-    FileNotFoundError where no row names a model, ValueError where models of several tasks are
-    there, whose scores do not compare.
-    """
-    results = folder / "results.jsonl"
-    if not results.is_file():
-        raise FileNotFoundError(f"{folder}: holds no results.jsonl of finetune.py, so no model")
+def read_rows(results):
+    """The rows of a results.jsonl, dicts. Lines that are none, as a run that was cut off leaves
+    them, are told and left out."""
     rows = []
     for number, line in enumerate(results.read_bytes().splitlines(), 1):
         try:
@@ -226,7 +224,19 @@ def best_model(folder):
             print(
                 f"warning: {results}: line {number} is no result and left out; was a run cut off?"
             )
-    rows = [row for row in rows if row.get("model")]
+    return rows
+
+
+def best_model(folder):
+    """The model file that the best row of a results folder names; prints which it is.
+
+    Raises FileNotFoundError where no row names a model, ValueError where models of several tasks
+    are there, whose scores do not compare.
+    """
+    results = folder / "results.jsonl"
+    if not results.is_file():
+        raise FileNotFoundError(f"{folder}: holds no results.jsonl of finetune.py, so no model")
+    rows = [row for row in read_rows(results) if row.get("model")]
     tasks = {}  # the best row of each
     try:
         for row in sorted(rows, key=lambda row: -row["val_miou"]):
@@ -300,41 +310,74 @@ def parse_segmenter(state, facts, path):
     return segmenter.eval()
 
 
-# ---- reading and scoring a task ---------------------------------------------------------------
+# ---- training --------------------------------------------------------------------------------
 
 
-def normalised(task, index, mean, std):
-    """Images and labels of some tiles: (n, [dates,] bands, tile, tile) float32, and int64.
+def crop_labels(labels, windows, size):
+    """Nearest label at the pixel centres of a resized window.
 
-    mean, std: (bands,). Pixels without data become 0, which is the mean; dates without any stay
-    NaN, which tells `encode` to leave them out.
+    labels: (B, h, w). windows: (B, 4) pixels (top, left, height, width) on the CPU. Returns
+    (B, size, size).
     """
-    mean, std = (np.asarray(each, np.float32)[:, None, None] for each in (mean, std))
-    images = (task.images[index] - mean) / std
-    absent = np.isnan(images).all((-3, -2, -1)) if images.ndim == 5 else np.zeros(len(images), bool)
-    np.nan_to_num(images, copy=False)
-    images[absent] = np.nan
-    return torch.from_numpy(images), torch.from_numpy(task.labels[index]).long()
+    place = (torch.arange(size) + 0.5) / size
+    row = (windows[:, 0, None] + windows[:, 2, None] * place).long().to(labels.device)  # (B, size)
+    col = (windows[:, 1, None] + windows[:, 3, None] * place).long().to(labels.device)
+    image = torch.arange(len(labels), device=labels.device)
+    return labels[image[:, None, None], row[:, :, None], col[:, None, :]]
 
 
-def batches(task, parts, mean, std, device):
-    """Yield `normalised` images and labels of each index in `parts`, on the device.
+def labelled(labels, weights=None):
+    """The number of labelled pixels, or the sum of their classes' weights: a scalar tensor."""
+    if weights is None:
+        return (labels != IGNORE).sum()
+    return F.pad(weights, (0, 1))[labels].sum()  # IGNORE, -1, finds the 0 at the end
 
-    A thread reads one batch ahead, so that a task may be larger than memory and the disk slow.
+
+def segmentation_loss(logits, labels, weights=None, count=None):
+    """Mean cross-entropy of the labelled pixels; 0, not NaN, where a batch of crops has none.
+
+    weights: (classes,), then the mean is weighted by those of the pixels' classes. count: the
+    `labelled` of a larger batch that these tiles are a part of, so that the losses of its parts add
+    up to its mean; default their own.
     """
-    with ThreadPoolExecutor(1) as reader:
-        ahead = deque()
-        for index in parts:
-            ahead.append(reader.submit(normalised, task, index, mean, std))
-            if len(ahead) == 2:
-                images, labels = ahead.popleft().result()
-                yield images.to(device), labels.to(device)
-        for images, labels in (read.result() for read in ahead):
-            yield images.to(device), labels.to(device)
+    logits = resize(logits, labels.shape[-1])
+    total = F.cross_entropy(logits, labels, weights, ignore_index=IGNORE, reduction="sum")
+    count = labelled(labels, weights) if count is None else count
+    return total / torch.where(count > 0, count, 1)
 
 
-def chunks(index, size):
-    return [index[k : k + size] for k in range(0, len(index), size)]
+def balanced_weights(labels, classes):
+    """1 / sqrt(f) of each class, f its share of the labelled pixels, scaled to a mean of 1 over
+    these pixels: (classes,) float32, 0 for a class without any.
+
+    labels: integer arrays (tile, tile), one by one.
+    """
+    share = sum(np.bincount(each[each != IGNORE], minlength=classes) for each in labels)
+    share = share / share.sum()
+    weights = np.where(share > 0, 1 / np.sqrt(np.where(share > 0, share, 1)), 0)
+    return torch.tensor(weights / (share * weights).sum(), dtype=torch.float32)
+
+
+def layer_groups(segmenter, decay):
+    """Parameter groups of AdamW with a "scale" of the learning rate: decay**(depth + 1 - layer).
+
+    The patch embedding and class token are layer 0, block k from 1 up layer k, the last norm and
+    the head layer depth + 1, as BEiT (arXiv 2106.08254) and MAE fine-tune. decay 1: all alike.
+    """
+    last = len(segmenter.encoder.blocks) + 1
+    groups = {}
+    for name, weight in segmenter.named_parameters():
+        parts = name.split(".")
+        layer = last
+        if parts[:2] == ["encoder", "blocks"]:
+            layer = 1 + int(parts[2])
+        elif parts[:2] in (["encoder", "patch_embed"], ["encoder", "cls_token"]):
+            layer = 0
+        groups.setdefault(layer, []).append(weight)
+    return [{"params": group, "scale": decay ** (last - n)} for n, group in groups.items()]
+
+
+# ---- scoring a task ---------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -342,26 +385,30 @@ def judge(model, stream, classes, image_size=None):
     """Score a model on batches of a split.
 
     model: from images or features to logits (B, classes, rows, cols). stream: of those and labels
-    (B, tile, tile). Returns the confusion matrix at the labels' resolution (classes, classes), the
-    predictions (N, tile, tile) uint8 on the CPU, or int16 beyond 256 classes, and the mean of the
-    batches' mIoUs at image_size (labels by nearest neighbour), NaN without one. Published numbers
-    of this protocol were very likely made by that mean; it depends on the batch, so the matrix is
-    what to trust.
+    (B, tile, tile). Returns the confusion matrix at the labels' resolution (classes, classes), and
+    by batch the predictions (B, tile, tile) uint8 on the CPU, or int16 beyond 256 classes, and, if
+    image_size is given, the mIoUs at that size (labels by nearest neighbour). Published numbers of
+    this protocol were very likely made by the mean of these; it depends on the batch, so the matrix
+    is what to trust. Matrices and lists of parts of a split add up to the split's.
     """
-    matrix, predictions, scores = 0, [], []
+    matrix, predictions, scores = torch.zeros(classes, classes, dtype=torch.int64), [], []
     dtype = torch.uint8 if classes <= 256 else torch.int16
     for x, labels in stream:
         logits = model(x)
         prediction = resize(logits, labels.shape[-1]).argmax(1)
-        matrix = matrix + confusion_matrix(prediction, labels, classes, IGNORE)
+        matrix = matrix.to(x.device) + confusion_matrix(prediction, labels, classes, IGNORE)
         predictions.append(prediction.to(dtype).cpu())
         if image_size is not None:
             nearest = F.interpolate(labels[:, None].float(), image_size, mode="nearest-exact")
             prediction = resize(logits, image_size).argmax(1)
             small = confusion_matrix(prediction, nearest[:, 0].long(), classes, IGNORE)
             scores.append(mean_iou(small)[0])
-    mean = float(np.nanmean(scores)) if np.isfinite(scores).any() else math.nan
-    return matrix, torch.cat(predictions), mean
+    return matrix, predictions, scores
+
+
+def mean_of(scores):
+    """The mean of the scores that are numbers, NaN where there is none."""
+    return float(np.nanmean(scores)) if np.isfinite(scores).any() else math.nan
 
 
 def confusion_matrix(prediction, label, classes, ignore_index=IGNORE):
@@ -471,32 +518,34 @@ def fit_ridge(stream, penalties):
 
 @torch.no_grad()
 def probe(
-    encoder, task, protocol, image_size, *, mean=None, std=None, train=None, seed=0, batch=64,
-    bank=20_000, penalties=(1e-4, 1e-3, 1e-2, 1e-1, 1.0),
+    encoder, task, protocol, image_size, *, train=None, seed=0, batch=64, bank=20_000,
+    penalties=(1e-4, 1e-3, 1e-2, 1e-1, 1.0), read=None,
 ):  # fmt: skip
     """Judge a frozen encoder on a task in one pass, without a training loop.
 
     protocol: "knn", by the nearest of a seeded sample of `bank` labelled training tokens, or
     "ridge", by the linear map with the best of `penalties` on the validation split. A token's label
     is the mix of its pixels' (`token_labels`); predictions are scored at the labels' resolution.
-    mean, std: (bands,), default the task's. train: positions of the training tiles, default all.
-    Draws nothing from torch's global generators. Returns {"miou", "val_miou", "iou" by class name
-    (None where absent), "miou_batchmean", "matrix", "predictions" of the test split as `judge`,
-    "head": (weight, bias) of ridge or None}.
+    train: positions of the training tiles, default all. read: from a split and lists of positions
+    in it to a stream of their tokens and labels; default by the encoder, with the task's
+    statistics. Draws nothing from torch's global generators. Returns {"miou", "val_miou", "iou" by
+    class name (None where absent), "miou_batchmean", "matrix", "predictions" of the test split as
+    `judge`, "head": (weight, bias) of ridge or None}.
     """
-    mean, std = task.mean if mean is None else mean, task.std if std is None else std
     device, classes = next(encoder.parameters()).device, len(task.classes)
     grid = image_size // encoder.patch_size
 
-    def read(split, index=None):
-        index = np.flatnonzero(task.split == split) if index is None else index
-        stream = batches(task, chunks(index, batch), mean, std, device)
-        steps = math.ceil(len(index) / batch)
-        for images, labels in tqdm(stream, f"{protocol}, {split}", steps, leave=False):
+    def encoded(split, parts):
+        for images, labels in batches(task, parts, task.mean, task.std, device):
             yield encode(encoder, images, image_size), labels
 
+    def tokens_of(split, index=None):
+        parts = chunks(np.flatnonzero(task.split == split) if index is None else index, batch)
+        stream = (read or encoded)(split, parts)
+        return tqdm(stream, f"{protocol}, {split}", len(parts), leave=False)
+
     def labelled():
-        for tokens, labels in read("train", train):
+        for tokens, labels in tokens_of("train", train):
             share, known = token_labels(labels, grid, classes)
             yield tokens[known], share[known]
 
@@ -510,26 +559,26 @@ def probe(
             scores = knn_scores(tokens.flatten(0, 1), *nearest)
             return rearrange(scores, "(b r c) k -> b k r c", r=grid, c=grid)
 
-        val_miou = mean_iou(judge(model, read("val"), classes)[0])[0]
+        val_miou = mean_iou(judge(model, tokens_of("val"), classes)[0])[0]
     else:
         fits = fit_ridge(labelled(), penalties)
         matrices = [0] * len(fits)
-        for tokens, labels in read("val"):
+        for tokens, labels in tokens_of("val"):
             for k, fit in enumerate(fits):
                 matrices[k] = matrices[k] + judge(linear(fit), [(tokens, labels)], classes)[0]
         scores = [mean_iou(matrix)[0] for matrix in matrices]
         val_miou = max(scores)
         head = fits[scores.index(val_miou)]
         model = linear(head)
-    matrix, predictions, batchmean = judge(model, read("test"), classes, image_size)
+    matrix, predictions, scores = judge(model, tokens_of("test"), classes, image_size)
     miou, iou = mean_iou(matrix)
     return {
         "miou": miou,
         "val_miou": val_miou,
         "iou": by_name(iou, task.classes),
-        "miou_batchmean": batchmean,
+        "miou_batchmean": mean_of(scores),
         "matrix": matrix,
-        "predictions": predictions,
+        "predictions": torch.cat(predictions),
         "head": head,
     }
 

@@ -206,6 +206,8 @@ def build_parser():
                    help="AdamW's; paper: 0.999 (ijepa), 0.95 (latentmim)")
     g.add_argument("--momentum", type=between(0, 1), help="of the EMA teacher at the start, 1 at "
                    "the end; paper: 0.996 (ijepa), 0.99 (latentmim)")
+    g.add_argument("--clip", type=between(1e-9), metavar="NORM", help="scale gradients of a larger "
+                   "norm down to this one; paper: never")
     g.add_argument("--vicreg", type=between(0), default=0.0, help="weight of VICReg's variance and "
                    "covariance terms on the context tokens of each micro-batch (they change with "
                    "--device-batch and ranks); paper: 0")
@@ -563,6 +565,8 @@ def describe(args, chips, objective, ranks, total, precision):
     facts = {
         "objective": args.objective,
         "variant": args.variant,
+        "seed": args.seed,
+        "store": [path.resolve().name for path in args.store],
         "bands": chips.bands[variant.student],
         **{key: first[key][variant.student] for key in ("mean", "std", "gsd")},
         "mr_size": args.mr_size,
@@ -723,9 +727,11 @@ def main(args):
                 places = objective.grid[0] * objective.grid[1]
                 more = token_sums(tokens.detach(), index, places, target)
                 sums = [a + b for a, b in zip(sums, more, strict=True)] if sums else more
-        if logs:
+        if logs or args.clip:
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
+        if args.clip:
+            torch.nn.utils.clip_grads_with_norm_(weights, args.clip, norm)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()

@@ -11,6 +11,7 @@ the stores of HR/MR pairs, and Sentinel-2's own two-digit names for the others: 
 import csv
 import json
 import re
+import threading
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -33,6 +34,7 @@ RHO = tuple(band for band in L2A if band != "B09")  # ACOLITE's reflectances
 LAND = ("B", "G", "R", "B05", "B06", "B07", "NIR", "B8A", "B11", "B12")
 FOLDS = {1: "train", 2: "train", 3: "train", 4: "val", 5: "test"}
 HDF5 = dict(zip(L1C, "01 02 03 04 05 06 07 08 08A 09 10 11 12".split(), strict=True))
+HEADERS = threading.Lock()  # of numpy's files; read_npy says why
 
 
 @dataclass(frozen=True)
@@ -565,13 +567,15 @@ def read_hdf5(path, names):
 
 def read_npy(path, shape):
     """Map a .npy file, so that only what is taken of it is read. shape: as of `check_array`."""
-    with whole(path, ".npy"):
+    # one thread at a time: numpy parses the header with `ast`, whose parser Python 3.11 shares
+    # between threads, so that a fraction of files fail (github.com/python/cpython/issues/106905)
+    with whole(path, ".npy"), HEADERS:
         return check_array(np.load(path, mmap_mode="r", allow_pickle=False), shape)
 
 
 def read_npz(path, shape):
     """The array of a .npz file that holds one, called arr_0. shape: as of `check_array`."""
-    with whole(path, ".npz"), np.load(path, allow_pickle=False) as file:
+    with whole(path, ".npz"), HEADERS, np.load(path, allow_pickle=False) as file:
         return check_array(file["arr_0"], shape)
 
 

@@ -77,9 +77,10 @@ def load_folder(
     """Read a task from GeoTIFF images and masks that are paired by file name without extension.
 
     images, masks: a folder, or a glob pattern. classes: text file, one name per line, the line
-    number from 0 being the class id; without it ids name themselves. bands: 0-based positions or
-    names, in the order wanted; default all. ignore_index: the mask value that is no label, beside
-    the nodata that a mask declares. tile: pixels.
+    number from 0 being the class id; without it the ids that occur are the classes and name
+    themselves. bands: 0-based positions or names, in the order wanted; default all. ignore_index:
+    the mask value, or values, that are no label, beside the nodata that a mask declares; none of
+    them is a class, so that ids 1 to N with 0 ignored are N classes. tile: pixels.
 
     splits: a folder with train.txt, val.txt and test.txt of file names without extension; images
     in none of them are left out. Without it the fractions `val` and `test` are held out: by
@@ -89,6 +90,7 @@ def load_folder(
     Tiles without a single label are dropped. Raises ValueError or FileNotFoundError naming the
     file or flag, what was found and the remedy; headers are all checked before pixels are read.
     """
+    ignored = (ignore_index,) if np.ndim(ignore_index) == 0 else tuple(ignore_index)
     if bands and isinstance(bands[0], str):
         bands = named_bands(images, bands)
     listed = None if splits is None else read_splits(splits)
@@ -110,7 +112,7 @@ def load_folder(
     parts = []
     for position, file in enumerate(tqdm(files, "images and masks", unit="file")):
         image = read_image(file, bands)
-        label = read_mask(pairs[position][1], names, (ignore_index, nodata[position]))
+        label = read_mask(pairs[position][1], names, (*ignored, nodata[position]))
         label[np.isnan(image[0])] = IGNORE
         image, label = cut(image, tile, np.nan), cut(label[None], tile, IGNORE)[:, 0]
         origin = np.insert(corners(file, tile), 0, position, axis=1)
@@ -119,17 +121,23 @@ def load_folder(
     image, label, origin = (np.concatenate(part) for part in zip(*parts, strict=True))
     if not len(label):
         raise ValueError(f"{masks}: no labelled pixel in any mask; check --ignore-index and nodata")
-    if names is None:
-        ids = np.flatnonzero(np.bincount(label[label != IGNORE]))
-        # a class may be absent from a sample; ids far above the others are fill values
-        if ids[-1] >= 2 * len(ids) and np.diff(ids).max(initial=0) > 2:
-            position = origin[label.max((1, 2)).argmax(), 0]
-            raise ValueError(
-                f"{pairs[position][1]}: class id {ids[-1]} found, while all masks hold only "
-                f"{some(ids)}; pass --ignore-index {ids[-1]} if that is no class, or name the "
-                "classes in --classes"
-            )
-        names = tuple(str(i) for i in range(ids[-1] + 1))
+    ids = np.flatnonzero(np.bincount(label[label != IGNORE]))
+    # a class may be absent from a sample; ids far above the others are fill values, but for the
+    # 0 and 255 of a mask of two classes
+    fill = ids[-1] >= 2 * len(ids) and np.diff(ids).max(initial=0) > 2
+    if names is None and fill and ids.tolist() != [0, 255]:
+        position = origin[label.max((1, 2)).argmax(), 0]
+        raise ValueError(
+            f"{pairs[position][1]}: class id {ids[-1]} found, while all masks hold only "
+            f"{some(ids)}; pass --ignore-index {ids[-1]} if that is no class, or name the "
+            "classes in --classes"
+        )
+    if len(ids) < 2:
+        raise ValueError(
+            f"{masks}: all labelled pixels are of class {ids[0]}, which leaves nothing to tell "
+            "apart; check --ignore-index and the nodata that the masks declare"
+        )
+    label, names = number_classes(label, ids, names, {*ignored, *nodata})
 
     if listed is not None:
         split, split_by = np.array([listed[f.path.stem] for f in files])[origin[:, 0]], "file lists"
@@ -461,7 +469,7 @@ def check_pair(image, mask, bands):
         raise ValueError(
             f"{mask}: {label.bands} bands; a mask has one band of class ids, so check --masks"
         )
-    if np.dtype(label.dtype).kind not in "iu":
+    if np.dtype(label.dtype).kind not in "biu":
         raise ValueError(
             f"{mask}: values of type {label.dtype}; a mask holds integer class ids, so save it as "
             "uint8 or int16"
@@ -517,6 +525,18 @@ def read_mask(path, classes, ignored):
             f"them in --classes, or pass --ignore-index {alien[0]} if that is no class"
         )
     return np.where(ignored, IGNORE, mask).astype(np.int16)
+
+
+def number_classes(label, ids, names, ignored):
+    """Number the classes from 0 without those that are none: (labels int16, names of the classes).
+
+    label: class ids, or IGNORE. ids: those that occur. names: by id, or None, then the classes are
+    `ids`. ignored: mask values without a label, which are no class unless another mask labels them.
+    """
+    kept = ids if names is None else [k for k in range(len(names)) if k in ids or k not in ignored]
+    number = np.full(max(kept) + 2, IGNORE, np.int16)  # IGNORE, -1, finds itself at the end
+    number[kept] = np.arange(len(kept))
+    return number[label], tuple(str(k) if names is None else names[k] for k in kept)
 
 
 def cut(array, tile, fill):

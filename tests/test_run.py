@@ -1,10 +1,13 @@
 """What scripts share: health figures, log lines, a run's folder, errors said once."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import run
+from run import Ranks
 
 # ---- health
 
@@ -51,3 +54,21 @@ def test_place_is_told_without_bias(share):
         tokens = share**0.5 * place[index] + (1 - share) ** 0.5 * content + 3.0
         found.append(run.health(*run.token_sums(tokens, index, 196, tokens))["place"])
     assert sum(found) / 30 == pytest.approx(share, abs=0.02)
+
+
+def test_only_the_first_rank_prints(capsys):
+    for rank in (0, 1):
+        ranks = Ranks(rank, 1, torch.device("cpu"))
+        with pytest.raises(ValueError), ranks.quiet():
+            print("out", rank)
+            print("err", rank, file=sys.stderr)
+            raise ValueError("told by whoever catches it")
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("out 0\n", "err 0\n")
+    print("again")
+    assert capsys.readouterr().out == "again\n"
+
+
+def test_alone_a_rank_shares_with_nobody():
+    ranks, x = Ranks(0, 1, torch.device("cpu")), torch.ones(2)
+    assert ranks.gather("x") == ["x"] and ranks.share(x, 0) is x and ranks.sum([x])[0] is x

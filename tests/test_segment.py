@@ -1,6 +1,7 @@
 import json
 import math
 import re
+from itertools import chain
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,7 +22,6 @@ from segment import (
     HEADS,
     Segmenter,
     UperNet,
-    batches,
     confusion_matrix,
     encode,
     fit_bank,
@@ -30,10 +30,12 @@ from segment import (
     knn_scores,
     load_segmenter,
     mean_iou,
+    mean_of,
     probe,
     save_segmenter,
     token_labels,
 )
+from tiles import batches
 from weights import load_encoder, save_encoder
 
 META = {
@@ -442,12 +444,18 @@ def test_judge_by_hand():
             iou += [(hit / union).item()] if union else []
         scores.append(np.mean(iou))
     stream = [*zip(tokens.split(2), labels.split(2), strict=True)]
-    matrix, predictions, batchmean = judge(segmenter, stream, 3, 16)
+    matrix, predictions, found = judge(segmenter, stream, 3, 16)
     assert torch.equal(matrix, native)
-    assert torch.equal(predictions.long(), torch.cat(wanted))
-    assert batchmean == pytest.approx(np.mean(scores), abs=1e-6)
-    assert abs(mean_iou(native)[0] - batchmean) > 1e-3  # another resolution and another mean
-    assert math.isnan(judge(segmenter, stream, 3)[2])
+    assert torch.equal(torch.cat(predictions).long(), torch.cat(wanted))
+    assert found == pytest.approx(scores, abs=1e-6)
+    assert abs(mean_iou(native)[0] - mean_of(found)) > 1e-3  # another resolution, another mean
+    assert judge(segmenter, stream, 3)[2] == [] and math.isnan(mean_of([]))
+    assert mean_of([0.5, math.nan, 0.7]) == pytest.approx(0.6)
+    # parts of a split add up to it, also where one has no batch
+    parts = [judge(segmenter, each, 3, 16) for each in (stream[:1], [], stream[1:])]
+    matrices, several, several_scores = zip(*parts, strict=True)
+    assert torch.equal(sum(matrices), native) and [*chain(*several_scores)] == found
+    assert torch.equal(torch.cat([*chain(*several)]), torch.cat(predictions))
 
 
 # ---- metric -----------------------------------------------------------------------------------
@@ -679,5 +687,5 @@ def test_the_head_of_ridge_is_a_linear_segmenter():
     weight, bias = found["head"]
     segmenter.head.load_state_dict({"weight": weight, "bias": bias})
     stream = batches(task, [np.arange(16, 24)], task.mean, task.std, torch.device("cpu"))
-    assert torch.equal(judge(segmenter, stream, 3)[1], found["predictions"])
+    assert torch.equal(torch.cat(judge(segmenter, stream, 3)[1]), found["predictions"])
     assert probe(vit, task, "knn", 12)["head"] is None

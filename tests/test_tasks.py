@@ -142,12 +142,52 @@ def test_nodata_of_a_mask_is_ignored(three):
     assert np.array_equal(task.labels, wanted.labels)
 
 
-@pytest.mark.parametrize("ids", [(0, 1, 3, 4), (3,), (4, 5), (1, 2), (0, 3), (0, 2, 4, 6)])
-def test_a_sample_may_lack_classes(three, ids):
+@pytest.mark.parametrize("ids", [(0, 1, 3, 4), (4, 5), (1, 2), (0, 3), (0, 2, 4, 6), (0, 255)])
+def test_without_names_the_ids_that_occur_are_the_classes(three, ids):
     for stem in "abc":
         mask = np.resize(ids, (19, 13)).astype(np.uint8)
         geotiff.write(three.masks / f"{stem}.tif", mask)
-    assert len(three.load(splits=three.splits).classes) == ids[-1] + 1
+    task = three.load(splits=three.splits)
+    assert task.classes == tuple(map(str, ids))
+    assert np.array_equal(task.labels[0, 0, : len(ids)], np.arange(len(ids)))
+
+
+@pytest.mark.parametrize("declared", [None, 0])
+@pytest.mark.parametrize("named", [False, True])
+def test_what_is_ignored_is_no_class(three, declared, named):
+    """Ids 1 to 3, 0 and 255 without a label: three classes, and the labels of masks from 0 to 2."""
+    wanted = three.load(splits=three.splits)
+    for stem, (_, mask) in three.written.items():
+        ids = np.where(mask == 1, 2, np.where(mask == 0, 1, 3)).astype(np.uint8)
+        ids[2], ids[3] = 0, 255
+        geotiff.write(three.masks / f"{stem}.tif", ids, nodata=declared)
+    classes = three.classes("unlabelled", "a", "b", "c") if named else None
+    ignored = (0, 255) if declared is None else 255
+    task = three.load(splits=three.splits, ignore_index=ignored, classes=classes)
+    assert task.classes == (("a", "b", "c") if named else ("1", "2", "3"))
+    top = (wanted.origin[:, 1] == 0)[:, None] & np.isin(np.arange(8), (2, 3))  # (tile, row)
+    wanted.labels[top] = IGNORE
+    assert np.array_equal(task.labels, wanted.labels)
+
+
+def test_a_mask_of_one_bit_has_two_classes(three):
+    rasterio = pytest.importorskip("rasterio")
+    for stem, (_, mask) in three.written.items():
+        shape = dict(height=mask.shape[0], width=mask.shape[1], count=1, dtype="uint8", nbits=1)
+        shape |= dict(transform=rasterio.Affine(10, 0, 0, 0, -10, 0), crs=UTM)
+        with rasterio.open(three.masks / f"{stem}.tif", "w", driver="GTiff", **shape) as file:
+            file.write((mask == 2).astype(np.uint8), 1)
+    task = three.load(splits=three.splits)
+    first = (task.origin[:, 1:] == 0).all(1)
+    wanted = [mask[:8, :8] == 2 for _, mask in three.written.values()]
+    assert task.classes == ("0", "1") and np.array_equal(task.labels[first], wanted)
+
+
+def test_a_value_that_one_mask_declares_as_nodata_and_another_labels_is_a_class(three):
+    geotiff.write(three.masks / "a.tif", three.written["a"][1], nodata=0)
+    assert three.load(splits=three.splits).classes == ("0", "1", "2")
+    names = three.classes("x", "y", "z")
+    assert three.load(splits=three.splits, classes=names).classes == ("x", "y", "z")
 
 
 def test_a_rounded_georeference_is_the_same_grid(three):
@@ -345,6 +385,11 @@ def spoil_all_labels(f):
         geotiff.write(f.masks / f"{stem}.tif", np.full((19, 13), 2, np.uint8))
 
 
+def spoil_all_but_one_class(f):
+    for stem, (_, mask) in f.written.items():
+        geotiff.write(f.masks / f"{stem}.tif", np.where(mask == 1, 255, 0).astype(np.uint8))
+
+
 def spoil_nothing(f):
     pass
 
@@ -371,6 +416,13 @@ def spoil_nothing(f):
         (spoil_twins, {}, ["b.tiff", "b.tif,"]),
         (spoil_labels, {"ignore_index": 2}, ["val split"]),
         (spoil_all_labels, {"ignore_index": 2}, ["label"]),
+        (spoil_all_labels, {}, ["masks", "class 2", "--ignore-index"]),
+        (spoil_all_but_one_class, {"ignore_index": 255}, ["class 0", "--ignore-index"]),
+        (
+            spoil_all_but_one_class,
+            {"ignore_index": 255, "named": True},
+            ["class 0", "--ignore-index"],
+        ),
         (spoil_nothing, {"bands": [0, 2]}, ["a.tif", "--bands 0,2", "2 bands"]),
         (spoil_nothing, {"bands": [-1]}, ["a.tif", "--bands -1", "0 to 1"]),
         (spoil_nothing, {"splits": None, "val": 0.5, "test": 0.5}, ["3 separate", "image"]),

@@ -103,6 +103,7 @@ def test_variants(store, tmp_path, objective, variant, capsys):
     assert encoder.meta["std"] == Store(store).meta["std"][sensor]
     assert config["encoder"] == encoder.config
     assert encoder.meta["variant"] == variant and encoder.meta["step"] == 2
+    assert encoder.meta["seed"] == 0 and encoder.meta["store"] == [store.name]
     files = {"config.json", "log.jsonl", "ckpt.pt", "encoder.safetensors", "tokens.png"}
     assert {p.name for p in out.iterdir()} - {"edits.diff"} == files
     assert (out / "edits.diff").exists() == config["dirty"]
@@ -174,6 +175,26 @@ def test_resume_is_bit_for_bit(store, tmp_path, objective):
     # the seed is the run: another one differs
     run(store, tmp_path / "other", objective, **flags, seed=1)
     assert log_of(tmp_path / "other")[0]["loss"] != a[0]["loss"]
+
+
+def test_gradients_are_clipped_where_it_is_asked_for(store, tmp_path, monkeypatch):
+    norms, step = [], torch.optim.AdamW.step
+
+    def spy(self, *args, **options):
+        grads = [p.grad for group in self.param_groups for p in group["params"]]
+        norms.append(torch.nn.utils.get_total_norm([g for g in grads if g is not None]).item())
+        return step(self, *args, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    run(store, tmp_path / "free")
+    free, norms[:] = norms[:], []
+    small = min(free) / 2
+    run(store, tmp_path / "clipped", clip=small)
+    assert norms == pytest.approx([small, small], rel=1e-4)
+    assert log_of(tmp_path / "clipped")[0]["grad_norm"] == pytest.approx(free[0])  # as it was
+    norms[:] = []
+    run(store, tmp_path / "large", clip=max(free) * 10)
+    assert norms == free
 
 
 def spawn(words, ranks):

@@ -1,0 +1,126 @@
+"""A folder of results: rows of scores, confusion matrices, class maps, and the table on the screen.
+
+results.jsonl holds a row for each seed of each run, an object a line; what lies beside is named in
+the rows. Top to bottom: what is checked before anything is written; rows; files; the table.
+"""
+
+import csv
+import json
+import os
+import tempfile
+
+import numpy as np
+
+from imagery import geotiff
+from run import write_atomic
+from segment import read_rows
+
+UNPREDICTED = 255  # in the class maps; so they hold at most 255 classes
+
+
+def check_output(out, maps):
+    """Raise FileExistsError where results would mix with something else, and OSError where they
+    cannot be written; leaves nothing behind."""
+    results = out / "results.jsonl"
+    ours = results.exists()
+    if out.exists() and not ours and (out.is_file() or any(out.iterdir())):
+        raise FileExistsError(
+            f"--out {out} exists and holds no results.jsonl; name a new folder, or one of earlier "
+            "results to add to"
+        )
+    for flag, folder in (("--out", out), ("--maps", maps or out)):
+        try:
+            there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+            tempfile.TemporaryDirectory(dir=there).cleanup()  # permissions alone do not tell
+            if ours:
+                results.open("a").close()
+        except OSError as error:
+            raise OSError(
+                f"{flag} {folder} cannot be written ({error}); name another folder"
+            ) from error
+
+
+def check_maps(maps, task, rows):
+    """Raise ValueError or FileExistsError where --maps cannot be made. rows: those of this run."""
+    if task.name != "geotiff":
+        raise ValueError(
+            f"--maps is for --task geotiff; map {task.name} with the saved model and predict.py"
+        )
+    if len(task.classes) > UNPREDICTED:
+        raise ValueError(f"--maps holds at most {UNPREDICTED} classes, found {len(task.classes)}")
+    if 0 in rows and rows[0]["settings"]["maps"] != str(maps):
+        raise ValueError(
+            f"--maps {maps}: is of seed 0, whose row is there already; map with its model and "
+            "predict.py, or name another --out"
+        )
+    if 0 not in rows and maps.exists():
+        raise FileExistsError(f"--maps {maps} exists; name a new folder, or remove it")
+
+
+def append_row(results, row):
+    """Add a row to results.jsonl, unless another process has brought it in between."""
+    with results.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":  # a kill left a torn line, which is not to take this one
+                file.write(b"\n")
+        known = {(other.get("run"), other.get("seed")) for other in read_rows(results)}
+        if (row["run"], row["seed"]) not in known:
+            file.write(json.dumps(row).encode() + b"\n")
+
+
+def write_matrix(path, matrix, classes):
+    """Save a confusion matrix as CSV, rows label, columns prediction, both with class names."""
+
+    def write(to):
+        with to.open("w", newline="", encoding="utf-8") as file:
+            rows = csv.writer(file)
+            rows.writerow(["label / prediction", *classes])
+            rows.writerows([name, *counts] for name, counts in zip(classes, matrix, strict=True))
+
+    write_atomic(path, write)
+
+
+def write_maps(folder, task, tiles, predictions):
+    """Write one class map per image of `tiles` (positions in the task): uint8, georeferenced.
+
+    predictions: (len(tiles), tile, tile). Pixels without image data and ground outside the tiles
+    are UNPREDICTED, which is also the nodata value.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tile = predictions.shape[-1]
+    for number in np.unique(task.origin[tiles, 0]):
+        file = task.files[number]
+        # whole tiles: the last ones of a row or column reach beyond the image
+        size = [-(-side // tile) * tile for side in (file.height, file.width)]
+        canvas = np.full(size, UNPREDICTED, np.uint8)
+        for k in np.flatnonzero(task.origin[tiles, 0] == number):
+            _, row, col = task.origin[tiles[k]]
+            missing = np.isnan(task.images[tiles[k], 0])
+            canvas[row : row + tile, col : col + tile] = np.where(
+                missing, UNPREDICTED, predictions[k]
+            )
+        canvas = canvas[: file.height, : file.width]
+        path = folder / f"{file.path.stem}.tif"
+        geotiff.write(path, canvas, file.transform, file.crs, nodata=UNPREDICTED)
+
+
+def print_table(rows, classes):
+    """Print the scores of all seeds, then the IoU of each class, with mean and deviation."""
+    columns = {"val_miou": "val mIoU", "miou": "mIoU", "miou_batchmean": "batch mean",
+               "accuracy": "accuracy"}  # fmt: skip
+    scores = np.array([[row[key] for key in columns] for row in rows])
+    lines = dict(zip((row["seed"] for row in rows), scores, strict=True))
+    if len(rows) > 1:
+        lines |= {"mean": scores.mean(0), "std": scores.std(0, ddof=1)}
+    print(f"\n{'seed':<6}" + "".join(f"{name:>12}" for name in columns.values()))
+    for name, line in lines.items():
+        print(f"{name:<6}" + "".join(f"{value:12.4f}" for value in line))
+
+    print(f"\n{'class':<24}{'IoU':>8}{'std':>8}")
+    for name in classes:
+        # None: absent from that seed's labels and predictions
+        values = [row["iou"][name] for row in rows if row["iou"][name] is not None]
+        mean = f"{np.mean(values):8.4f}" if values else f"{'absent':>8}"
+        std = f"{np.std(values, ddof=1):8.4f}" if len(values) > 1 else ""
+        print(f"{name:<24}{mean}{std}")
