@@ -21,7 +21,15 @@ What is simulated
   and given a gain and an offset per image and band, and noise, separately for HR and MR.
 - Labels: the commonest class of the 4 x 4 ground cells in an MR pixel. Roads are built-up.
 
-It is deterministic: scene k is a function of (seed, k, size) alone.
+    python -m imagery.scenes OUT --kind rows
+
+draws a ground on which nothing but texture tells the classes apart, in one band P (panchromatic):
+parcels of some 240 m x 170 m, each with rows of a period of 12, 17, 24 or 34 m in a direction of
+its own, or without rows, under a brightness drawn for the parcel alone. HR keeps 0.94 to 0.66 of
+the contrast of a wave as long as such a period, 34 m to 12 m; MR's blur leaves 0.66, 0.44, 0.19 and
+0.03: a weak residue that a supervised model of MR images can use.
+
+It is deterministic: scene k is a function of (kind, seed, k, size) alone.
 """
 
 import argparse
@@ -60,6 +68,7 @@ LAKE = np.float32([0.050, 0.045, 0.030, 0.020])
 TAR = np.float32([0.085, 0.092, 0.100, 0.125])
 ROOF = np.float32([0.090, 0.110, 0.180, 0.250])
 PARCELS = 4096  # parcels drawn per scene; a large scene uses them again, far apart
+PERIODS = {f"rows {period} m": period for period in (12, 17, 24, 34)} | {"no rows": np.inf}
 
 
 # ---- drawing the ground ------------------------------------------------------------------------
@@ -189,13 +198,36 @@ def landscape(rng, size):
     return ground * shade, label
 
 
+def rows(rng, size):
+    """Parcels of rows, of size x size MR pixels: as `landscape`, reflectance (1, n, n)."""
+    n = size * round(MR / GROUND)
+    y, x = np.mgrid[:n, :n].astype(np.float32) * GROUND
+    parcel, _ = bricks(rng, *rotate(x, y, np.float32(rng.uniform(0, np.pi))), 240, 170)
+    kind = rng.integers(0, len(PERIODS), 1024)
+    period = np.array([*PERIODS.values()])[kind] * (1 + 0.05 * rng.standard_normal(1024))
+    angle, phase = rng.uniform(0, [[np.pi], [2 * np.pi]], (2, 1024))
+    brightness = 0.3 + 0.03 * rng.standard_normal(1024)
+    # waves per metre along x and y, and what a row adds: nothing to parcels without
+    wave = 2 * np.pi / period * np.stack([np.cos(angle), np.sin(angle)])
+    contrast = np.where(np.isfinite(period), 0.05, 0)
+    east, north, phase, brightness, contrast = (
+        table.astype(np.float32)[parcel] for table in (*wave, phase, brightness, contrast)
+    )
+    ground = brightness + contrast * np.sign(np.sin(x * east + y * north + phase))
+    return ground[None], kind.astype(np.uint8)[parcel]
+
+
+# what can be drawn: the ground, the names of its bands and of its classes
+KINDS = {"landscape": (landscape, BANDS, [*CLASSES]), "rows": (rows, ("P",), [*PERIODS])}
+
+
 # ---- the two sensors ---------------------------------------------------------------------------
 
 
 def sample(truth, factor, blur):
-    """Average reflectance (4, n, n) over pixels of factor x factor cells, blurred by a Gaussian.
+    """Average reflectance (C, n, n) over pixels of factor x factor cells, blurred by a Gaussian.
 
-    blur: deviation of the point spread in cells, 0 for none. Returns (4, n / factor, n / factor).
+    blur: deviation of the point spread in cells, 0 for none. Returns (C, n / factor, n / factor).
     """
     cells = np.arange(truth.shape[-1])
     view = np.repeat(np.eye(len(cells) // factor, dtype=np.float32), factor, axis=1) / factor
@@ -213,15 +245,16 @@ def record(rng, reflectance):
     return np.rint((reflectance * gain + offset + noise).clip(1e-4, 6.5535) * 1e4).astype(np.uint16)
 
 
-def scene(seed, k, size):
-    """Scene k of a seed: hr (4, 2 size, 2 size) uint16, mr (4, size, size) uint16, label
+def scene(seed, k, size, kind="landscape"):
+    """Scene k of a seed: hr (C, 2 size, 2 size) uint16, mr (C, size, size) uint16, label
     (size, size) uint8. A function of its arguments alone."""
     rng = np.random.default_rng((seed, k))
-    ground, label = landscape(rng, size)
-    truth = ground.reshape(4, 2 * size, 2, 2 * size, 2).mean((2, 4))  # at HR's pixels
+    draw, _, classes = KINDS[kind]
+    ground, label = draw(rng, size)
+    truth = ground.reshape(len(ground), 2 * size, 2, 2 * size, 2).mean((2, 4))  # at HR's pixels
     hr = record(rng, sample(truth, 1, 2 / HR))
     mr = record(rng, sample(truth, 2, 4 / HR))
-    votes = [(label == k).reshape(size, 4, size, 4).sum((1, 3)) for k in range(len(CLASSES))]
+    votes = [(label == k).reshape(size, 4, size, 4).sum((1, 3)) for k in range(len(classes))]
     return hr, mr, np.argmax(votes, axis=0).astype(np.uint8)
 
 
@@ -240,24 +273,25 @@ def check_output(out):
         raise ValueError(f"{out} exists; remove it, or name a new folder to write the scenes to")
 
 
-def write_scenes(out, scenes, size, seed):
+def write_scenes(out, scenes, size, seed, kind="landscape"):
     """Write the folders and files of the module's docstring; all of them appear, or none.
 
     Raises ValueError as `check_output` does.
     """
     check_output(out)
+    _, bands, classes = KINDS[kind]
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as partial:
         new = Path(partial) / "scenes"
         for folder in ("hr", "mr", "masks"):
             (new / folder).mkdir(parents=True)
-        (new / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
+        (new / "classes.txt").write_text("".join(f"{name}\n" for name in classes))
         for k in tqdm(range(scenes), desc="scenes", unit="scene"):
-            hr, mr, label = scene(seed, k, size)
+            hr, mr, label = scene(seed, k, size, kind)
             x, y = corner(k, size)
             for folder, array, gsd, names in (
-                ("hr", hr, HR, BANDS),
-                ("mr", mr, MR, BANDS),
+                ("hr", hr, HR, bands),
+                ("mr", mr, MR, bands),
                 ("masks", label, MR, ("class",)),
             ):
                 geotiff.write(
@@ -279,6 +313,13 @@ def main(argv=None):
         allow_abbrev=False,
     )
     parser.add_argument("out", type=Path, help="new folder to write")
+    parser.add_argument(
+        "--kind",
+        choices=KINDS,
+        default="landscape",
+        help="fields, woods and towns "
+        "in four bands, or parcels that differ in texture alone (default: landscape)",
+    )
     parser.add_argument("--scenes", type=int, default=24, help="number of scenes (default: 24)")
     parser.add_argument(
         "--size", type=int, default=256, help="side of a scene, MR pixels of 10 m (default: 256)"
@@ -289,7 +330,7 @@ def main(argv=None):
         for flag, least in (("scenes", 1), ("size", 16), ("seed", 0)):
             if getattr(args, flag) < least:
                 raise ValueError(f"--{flag} {getattr(args, flag)} is below {least}")
-        write_scenes(args.out, args.scenes, args.size, args.seed)
+        write_scenes(args.out, args.scenes, args.size, args.seed, args.kind)
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         sys.exit(2)

@@ -188,7 +188,7 @@ def test_the_number_of_scenes_changes_none_of_them(tmp_path):
 def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
     scene = scenes.scene
 
-    def stop(seed, k, size):
+    def stop(seed, k, size, kind):
         if k == 1:
             raise KeyboardInterrupt
         return scene(seed, k, size)
@@ -220,3 +220,54 @@ def test_a_file_in_the_way_and_bad_flags_are_refused(tmp_path):
         with refused(SystemExit, *mentions):
             scenes.main([*map(str, words)])
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+# ---- rows: texture alone -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rowed():
+    made = [scenes.scene(0, k, SIZE, "rows") for k in range(4)]
+    return [np.stack(arrays) for arrays in zip(*made, strict=True)]
+
+
+def test_rows_have_every_class_and_one_band(rowed):
+    hr, mr, label = rowed
+    assert hr.shape == (4, 1, 2 * SIZE, 2 * SIZE) and mr.shape == (4, 1, SIZE, SIZE)
+    shares = np.bincount(label.ravel(), minlength=5) / label.size
+    assert len(shares) == 5 and shares.min() > 0.05
+
+
+def test_brightness_does_not_tell_rows_apart(rowed):
+    _, mr, label = rowed
+    means = [mr[:, 0][label == kind].mean() for kind in range(5)]
+    assert np.ptp(means) < 0.5 * mr.std()
+
+
+def test_hr_resolves_rows_that_mr_hardly_shows(rowed):
+    hr, mr, label = rowed
+    window = np.lib.stride_tricks.sliding_window_view
+
+    def contrast(image, kind, side):
+        """Mean deviation within windows that lie wholly in parcels of a class."""
+        labels = label.repeat(image.shape[-1] // SIZE, 1).repeat(image.shape[-1] // SIZE, 2)
+        pure = (window(labels, (side, side), axis=(1, 2)) == kind).all((-2, -1))
+        return window(image[:, 0], (side, side), axis=(1, 2))[pure].std((-2, -1)).mean()
+
+    fine, coarse = (
+        np.array([contrast(image, kind, side) for kind in range(5)])
+        for image, side in ((hr, 14), (mr, 7))
+    )
+    assert (fine[:4] > 3 * fine[4]).all()  # of all periods
+    assert coarse[0] < 1.5 * coarse[4] < coarse[3]  # 12 m as if there were no rows, 34 m not
+
+
+def test_contrast_that_sensors_leave_is_what_is_said():
+    side = np.arange(1024) * scenes.GROUND
+    for period, fine, coarse in ((34, 0.94, 0.66), (24, 0.89, 0.44), (17, 0.80, 0.19)):
+        waves = [np.sin(2 * np.pi * (np.cos(a) * side[:, None] + np.sin(a) * side) / period)
+                 for a in (0.2, 0.9, 1.5)]  # fmt: skip
+        truth = np.float32(waves).reshape(3, 512, 2, 512, 2).mean((2, 4))
+        for factor, blur, left in ((1, 0.4, fine), (2, 0.8, coarse)):
+            seen = scenes.sample(truth, factor, blur)[:, 20:-20, 20:-20]
+            assert abs(seen.std() / np.sqrt(0.5) - left) < 0.03
