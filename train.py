@@ -13,6 +13,7 @@ and a checkpoint holds all that resuming needs beside the flags.
 
 import argparse
 import contextlib
+import copy
 import inspect
 import json
 import math
@@ -68,6 +69,7 @@ class Variant(NamedTuple):
     teacher: str | None = None
     loss: object = None
     shuffled: bool = False  # the teacher sees the ground of the next pair
+    frozen: bool = False  # the teacher stays as it was drawn, untrained
 
 
 VARIANTS = {
@@ -76,7 +78,11 @@ VARIANTS = {
     "sa": Variant("mr", "hr", gram_loss),
     "sa-interp": Variant("mr", "mr", gram_loss),  # the MR crop resampled up: no real detail
     "sa-mse": Variant("mr", "hr", token_mse),  # tokens, not their relations
-    "sa-shuffled": Variant("mr", "hr", gram_loss, shuffled=True),  # real detail, of other ground
+    # controls: real detail of other ground; a teacher that knows nothing; the student's own teacher
+    # on the student's own image, ratio 1
+    "sa-shuffled": Variant("mr", "hr", gram_loss, shuffled=True),
+    "sa-frozen": Variant("mr", "hr", gram_loss, frozen=True),
+    "regulariser": Variant("mr", "mr", gram_loss),
 }
 
 # What may differ between a run and its continuation
@@ -121,7 +127,8 @@ def build_parser():
     g.add_argument("--variant", choices=VARIANTS, default="sa",
                    help="mr, hr: that sensor alone; sa: MR with HR affinity; sa-interp: the 'HR' "
                    "is the MR crop resampled; sa-mse: tokens instead of Gram matrices; "
-                   "sa-shuffled: HR of another pair")
+                   "sa-shuffled: HR of another pair; sa-frozen: a teacher that stays untrained; "
+                   "regulariser: no HR, the MR crop as it is")
     g.add_argument("--seed", type=int, default=0, help="weights, order, crops and masks")
     g.add_argument("--config", type=Path, metavar="RUN/config.json", help="repeat that run: its "
                    "flags, but for --out, --resume and --stop-at; flags given beside it win")
@@ -274,6 +281,8 @@ def parse_args(argv=None):
     for name, value in vars(args).items():
         if name.endswith("_scale") and value[0] > value[1]:
             p.error(f"argument --{name.replace('_', '-')}: MIN {value[0]} is above MAX {value[1]}")
+    if args.variant == "regulariser":
+        args.ratio = 1
     if not 0 <= args.seed < 2**63:
         p.error(f"argument --seed: {args.seed} is not between 0 and 2**63 - 1")
     if args.out is None:
@@ -323,6 +332,11 @@ def unused(args, given):
     if VARIANTS[args.variant].teacher is None:
         why = f"--variant {args.variant} has no affinity that it could change"
         idle |= dict.fromkeys((*AFFINITY_FLAGS, *own.affinity_flags), why)
+    if args.variant == "regulariser":
+        idle["ratio"] = "the teacher of --variant regulariser sees what the student sees"
+    if VARIANTS[args.variant].frozen:
+        why = "the teacher of --variant sa-frozen is the student as it was drawn"
+        idle |= dict.fromkeys(("hr_teacher", "hr_teacher_heads"), why)
     if args.variant == "mr":
         idle["hr_share"] = "--variant mr looks at no HR"
     if args.init:
@@ -410,7 +424,10 @@ def build_teacher(args, objective, bands, device):
                 f"({','.join(own)}) has not, and the EMA teacher reads MR's; give --hr-teacher "
                 "WEIGHTS that read them, or pack MR's bands alone (--hr-bands)"
             )
-        return Teacher(objective.hr_tokens, own, objective.student.patch_size)
+        tokens = objective.hr_tokens
+        if VARIANTS[args.variant].frozen:  # before any checkpoint is read
+            tokens = copy.deepcopy(objective).requires_grad_(False).hr_tokens
+        return Teacher(tokens, own, objective.student.patch_size)
     encoder = load_encoder(args.hr_teacher, args.hr_teacher_heads)
     names = dict(zip(meanings(seen), seen, strict=True))
     own = [names.get(band) for band in meanings(bands_of(encoder))]  # as the store spells them
@@ -445,7 +462,7 @@ def build_affinity(args, teacher):
         centre=args.affinity_centre == "image",
         # in 16 bits a teacher in a basis of its own, far from the student token by token, loses
         # the small loss
-        exact=args.hr_teacher != "ema",
+        exact=args.hr_teacher != "ema" or variant.frozen,
         patch=teacher.patch,
     )
 
@@ -614,7 +631,8 @@ def draw_picture(args, chips, objective, teacher, device):
         tokens = encoder(mr)
         if hr is not None and set(chips.bands[sensor]) & set(teacher.bands):
             seen = choose_bands(hr, chips.bands[sensor], teacher.bands)
-            encode = teacher.tokens if args.hr_teacher != "ema" else objective.teacher
+            own = args.hr_teacher == "ema" and not variant.frozen
+            encode = objective.teacher if own else teacher.tokens
             hr_tokens = encode(seen, spacing=spacing)
     fine = (r * grid[0], r * grid[1])
     fine_title = "HR" if sensor == "hr" else "MR resampled up"

@@ -93,7 +93,9 @@ def test_variants(store, tmp_path, objective, variant, capsys):
     log, config = log_of(out), json.loads((out / "config.json").read_text())
     assert [entry["step"] for entry in log] == [1, 2]
     assert all(math.isfinite(v) for e in log for v in e.values() if v is not None)
-    assert (log[0]["affinity"] > 0) == variant.startswith("sa")
+    # the regulariser's teacher starts as the student, and sees what it sees
+    assert (log[0]["affinity"] > (1e-9 if objective == "ijepa" else 0)) == variant.startswith("sa")
+    assert (log[1]["affinity"] > 0) == (train.VARIANTS[variant].loss is not None)
     assert log[0]["rank"] > 2
     assert config["args"]["variant"] == variant and "torch" in config["versions"]
     encoder = load_encoder(out)
@@ -827,6 +829,36 @@ def test_compile_changes_no_loss_and_compiles_the_teacher_too(
 
 
 # ---- HR teachers
+
+
+def test_the_frozen_teacher_is_the_student_as_it_was_drawn(store, tmp_path):
+    """As a run whose --hr-teacher is the encoder of a run that learnt nothing; and it stays so when
+    the run goes on."""
+    run(store, tmp_path / "drawn", variant="hr", lr=0, weight_decay=0, final_weight_decay=0)
+    flags = dict(steps=4, momentum=0.5, lr=1e-2)
+    given = dict(variant="sa", hr_teacher=tmp_path / "drawn", **flags)
+    run(store, tmp_path / "given", **given)
+    run(store, tmp_path / "frozen", variant="sa-frozen", **flags)
+    same_weights(weights_of(tmp_path / "given"), weights_of(tmp_path / "frozen"))
+    run(store, tmp_path / "again", variant="sa-frozen", stop_at=2, **flags)
+    run(store, tmp_path / "again", variant="sa-frozen", resume=True, **flags)
+    same_weights(weights_of(tmp_path / "frozen"), weights_of(tmp_path / "again"))
+    run(store, tmp_path / "ema", variant="sa", **flags)
+    assert log_of(tmp_path / "ema")[-1]["affinity"] != log_of(tmp_path / "frozen")[-1]["affinity"]
+    with refused(SystemExit, "--hr-teacher", "as it was drawn"):
+        train.parse_args(command(store, tmp_path / "x", variant="sa-frozen", hr_teacher="y"))
+
+
+def test_the_regulariser_sees_no_hr(store, tmp_path):
+    args = parsed(store, "ijepa", variant="regulariser")
+    assert args.ratio == 1
+    chips = open_chips(args.store, "mr", 1, 1.0, 0, False)
+    built = train.build_objective(args, chips.bands["mr"])
+    for part in step_of(args, chips, built):
+        seen, taught = data.render(part["student"]), data.render(part["teacher"])
+        assert taught.equal(seen if part["pairs"] is None else seen[part["pairs"]])
+    with refused(SystemExit, "--ratio", "what the student sees"):
+        train.parse_args(command(store, tmp_path / "x", variant="regulariser", ratio=2))
 
 
 @every_objective
