@@ -1,4 +1,4 @@
-"""Pictures: true-colour composites of normalised chips and the principal components of tokens."""
+"""Every picture: chips in true colour, tokens as colours or similarities, maps, curves, scores."""
 
 import os
 
@@ -68,4 +68,133 @@ def draw_tokens(path, pictures, tokens):
         for axis, picture in zip(column, drawn, strict=True):
             axis.imshow(picture.numpy(), interpolation="nearest")
             axis.axis("off")
+    save_figure(figure, path)
+
+
+# ---- one palette for classes, in every picture and map
+
+# what a reader takes for granted, by a word in the class's name
+WORDS = {
+    "water river sea lake": "#2b6cb0", "forest wood woods tree trees": "#1b5e20",
+    "orchard": "#7cb342", "meadow grass grassland pasture": "#b6d77a",
+    "built urban road buildings": "#7f7f7f", "soil bare": "#a0724a", "sand": "#e6d690",
+    "snow ice": "#eef3f8", "cloud clouds": "#e8e8e8",
+}  # fmt: skip
+EXPECTED = {word: colour for words, colour in WORDS.items() for word in words.split()}
+# told apart by the colour-blind: Okabe and Ito's (jfly.uni-koeln.de/color), then Paul Tol's muted
+CYCLE = (
+    "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7", "#332288",
+    "#88ccee", "#44aa99", "#117733", "#999933", "#ddcc77", "#cc6677", "#882255", "#aa4499",
+)  # fmt: skip
+
+
+def class_colours(names):
+    """(red, green, blue) of 0..255 for class names: what a reader expects of water, forest or
+    meadow, else the next of a colour-blind-safe cycle; two classes never share a colour."""
+    taken, colours, cycle = set(), [], 0
+    for name in names:
+        words = name.lower().replace("-", " ").split()
+        colour = next((EXPECTED[w] for w in words if w in EXPECTED), None)
+        while colour is None or colour in taken:
+            # beyond the cycle's length the same hues again, darker each time
+            dark = 0.75 ** (cycle // len(CYCLE))
+            rgb = bytes.fromhex(CYCLE[cycle % len(CYCLE)][1:])
+            colour, cycle = "#" + bytes(int(dark * v) for v in rgb).hex(), cycle + 1
+            if dark < 0.1:
+                break  # 130 classes on: nobody tells them apart
+        taken.add(colour)
+        colours.append(tuple(bytes.fromhex(colour[1:])))
+    return colours
+
+
+# ---- pictures of a study
+
+
+def similarity(tokens, row, col):
+    """Cosine of one token with all of a scene, without what the scene's tokens share, which is how
+    the affinity loss compares them when centred: (h, w, D) -> (h, w) float32 in -1..1."""
+    x = tokens.float()
+    x = x - x[~x.isnan().any(-1)].mean(0)
+    return torch.nn.functional.cosine_similarity(x, x[row, col], dim=-1)
+
+
+def draw_panels(path, columns, marks=(), legend=()):
+    """Pictures side by side, a column each -> PNG.
+
+    columns: {title: a list of (h, w, 3) pictures in 0..1 or (h, w) similarities in -1..1, one a
+    row, of the same ground}. marks: for each row (x, y) in 0..1, drawn as a ring in every panel.
+    legend: [(name, (red, green, blue) of 0..255)].
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    rows = len(next(iter(columns.values())))
+    figure = Figure(figsize=(1.9 * len(columns) + 0.7, 2.0 * rows + 0.6), layout="constrained")
+    axes, image = figure.subplots(rows, len(columns), squeeze=False), None
+    for column, (title, panels) in zip(axes.T, columns.items(), strict=True):
+        column[0].set_title(title, fontsize=10)
+        for k, (axis, panel) in enumerate(zip(column, panels, strict=True)):
+            axis.axis("off")
+            if panel is None:
+                continue
+            h, w = panel.shape[:2]
+            shown = axis.imshow(panel, "RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+            image = shown if panel.ndim == 2 else image
+            if k < len(marks):
+                x, y = marks[k]
+                axis.plot(x * w - 0.5, y * h - 0.5, "o", ms=9, mfc="none", mec="black", mew=2.6)
+                axis.plot(x * w - 0.5, y * h - 0.5, "o", ms=9, mfc="none", mec="white", mew=1.2)
+    if image is not None:
+        bar = figure.colorbar(image, ax=axes, shrink=0.6, aspect=30, pad=0.01)
+        bar.set_label("cosine similarity to the ringed token", fontsize=9)
+    if legend:
+        handles = [Patch(color=[v / 255 for v in colour], label=name) for name, colour in legend]
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(legend), fontsize=9,
+                      frameon=False)  # fmt: skip
+    save_figure(figure, path)
+
+
+CURVES = {"ssl": "SSL loss", "affinity": "affinity loss", "rank": "effective rank of tokens",
+          "place": "share of variance that is place", "cosine": "mean cosine of tokens",
+          "grad_norm": "gradient norm"}  # fmt: skip
+
+
+def draw_curves(path, runs):
+    """Loss and health over steps -> PNG. runs: {name: a list of logs, one a seed, each a list of
+    entries of log.jsonl}; a line is the mean over seeds, its band their range."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 5.6), layout="constrained")
+    for axis, (key, title) in zip(figure.subplots(2, 3).flat, CURVES.items(), strict=True):
+        for (name, logs), colour in zip(runs.items(), CYCLE * len(runs), strict=False):
+            steps = [entry["step"] for entry in min(logs, key=len)]
+            values = torch.tensor([[e[key] or 0.0 for e in log[: len(steps)]] for log in logs])
+            if key == "affinity" and not values.any():
+                continue
+            axis.plot(steps, values.mean(0), color=colour, lw=1.5, label=name)
+            axis.fill_between(steps, values.amin(0), values.amax(0), color=colour, alpha=0.2, lw=0)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step", fontsize=9)
+        if key in ("affinity", "grad_norm"):
+            axis.set_yscale("log")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center",
+                  fontsize=9, frameon=False)  # fmt: skip
+    save_figure(figure, path)
+
+
+def draw_scores(path, scores, zero):
+    """mIoU of every row, a dot a seed and a bar at their mean -> PNG. scores: {row: {seed: mIoU in
+    0..1}}. zero: the mIoU of the untrained encoder, a line."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 0.42 * len(scores) + 1.1), layout="constrained")
+    axis = figure.subplots()
+    for k, values in enumerate(scores.values()):
+        points = 100 * torch.tensor(list(values.values()))
+        axis.plot(points, [k] * len(points), "o", color=CYCLE[4], ms=5, alpha=0.6)
+        axis.plot([points.mean()] * 2, [k - 0.3, k + 0.3], color="black", lw=2)
+    axis.axvline(100 * zero, color="grey", ls=":", lw=1)
+    axis.set_yticks(range(len(scores)), list(scores))
+    axis.invert_yaxis()
+    axis.set_xlabel("mIoU of a ridge probe on MR images, % (dotted: untrained)")
     save_figure(figure, path)

@@ -13,7 +13,6 @@ class maps, NaN in the others.
 """
 
 import argparse
-import colorsys
 import math
 import sys
 import time
@@ -27,7 +26,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from datasets.formats import find_files
-from figures import composite, save_figure
+from figures import class_colours, composite, save_figure
 from imagery import geotiff
 from imagery.bands import meanings, positions
 from model import ViT
@@ -375,14 +374,6 @@ def predict(
 # ---- outputs ----------------------------------------------------------------------------------
 
 
-def palette(count):
-    """(red, green, blue) of 0..255 for class ids: neighbours differ in hue and in lightness."""
-    return [
-        tuple(round(255 * v) for v in colorsys.hls_to_rgb((0.58 + 0.618 * k) % 1, light, 0.55))
-        for k, light in zip(range(count), [0.45, 0.70, 0.30] * count, strict=False)
-    ]
-
-
 def output_paths(scenes, out, model, args):
     """{scene: {kind: path}} for the kinds that were asked for; raises before anything is lost."""
     folder = out.is_dir() or len(scenes) > 1 or out.suffix.lower() not in (".tif", ".tiff")
@@ -421,7 +412,7 @@ def map_scene(scene, model, bands, mean, std, picture, paths, args):
     side = model.tile / model.grid  # px of the scene that a token covers
     token_size = [-(-n * model.grid // model.tile) for n in size]
     token_place = place and [v * k for v, k in zip(place, [side, side, 1] * 2, strict=True)]
-    colours, nan = palette(len(classes)), math.nan
+    colours, nan = class_colours(classes), math.nan
     layouts = {
         "map": ((1, *size), np.uint8, place, crs, NO_CLASS, ("class",), classes, colours),
         "probabilities": ((len(classes), *size), np.float32, place, crs, nan, classes),

@@ -206,7 +206,7 @@ def rows(rng, size):
     kind = rng.integers(0, len(PERIODS), 1024)
     period = np.array([*PERIODS.values()])[kind] * (1 + 0.05 * rng.standard_normal(1024))
     angle, phase = rng.uniform(0, [[np.pi], [2 * np.pi]], (2, 1024))
-    brightness = 0.3 + 0.03 * rng.standard_normal(1024)
+    brightness = 0.15 + 0.03 * rng.standard_normal(1024)
     # waves per metre along x and y, and what a row adds: nothing to parcels without
     wave = 2 * np.pi / period * np.stack([np.cos(angle), np.sin(angle)])
     contrast = np.where(np.isfinite(period), 0.05, 0)
