@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
 help:
-	@echo "make demo    pretrain, probe and draw on procedural scenes (6 minutes on 2 CPU cores): out/demo"
+	@echo "make demo    the paper's comparison on drawn ground, in minutes on 2 CPU cores: out/demo"
 	@echo "make test    the tests (those marked slow: make test TEST='-m slow')"
 	@echo "make venv    only install the pinned requirements into $(VENV)"
 	@echo "             PYTHON=python3.13, VENV=path and REQUIREMENTS=file can be set"
@@ -20,7 +20,7 @@ $(READY): $(REQUIREMENTS)
 venv: $(READY)
 
 demo: $(READY)
-	$(BIN)/python demo.py $(DEMO)
+	$(BIN)/python study.py $(DEMO)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(or $(TEST),-m 'not slow')

@@ -23,7 +23,9 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -156,16 +158,18 @@ def training(cell, size, out):
 
 
 def call(words, quiet=False):
-    """Print a command as one would type it and run it on one CPU thread; ValueError if it fails,
-    with what it said. Quiet: what it says is shown only then."""
+    """Print a command as one would type it and run it, on one CPU thread; ValueError if it fails.
+    quiet: what it says is shown only then."""
     words = [str(word) for word in words]
     print("$ " + shlex.join(["python", *words]), flush=True)
     env = os.environ | ({} if torch.cuda.is_available() else {"OMP_NUM_THREADS": "1"})
     done = subprocess.run([sys.executable, *words], cwd=HERE, env=env, text=True,
                           capture_output=quiet)  # fmt: skip
     if done.returncode:
-        said = (done.stdout + done.stderr)[-3000:] if quiet else ""
-        raise ValueError(f"{words[0]} ended with code {done.returncode}\n{said}")
+        said = (done.stdout + done.stderr).strip() if quiet else ""
+        print(said[-3000:], file=sys.stderr)
+        reason = said.splitlines()[-1] if said else "see above"
+        raise ValueError(f"{words[0]} ended with code {done.returncode}: {reason}")
 
 
 def draw_ground(out, size):
@@ -281,10 +285,14 @@ def interval(differences, draws=10_000):
 
 
 def read_cells(out):
-    """{objective: {row: {seed: facts}}} of the cells that are there."""
+    """The facts of the cells that are there, dicts."""
+    return [json.loads(path.read_text()) for path in sorted((out / "cells").glob("*.json"))]
+
+
+def by_row(cells):
+    """{objective: {row: {seed: facts}}}."""
     found = {}
-    for path in sorted((out / "cells").glob("*.json")):
-        facts = json.loads(path.read_text())
+    for facts in cells:
         rows = found.setdefault(facts["objective"], {})
         rows.setdefault(facts["row"], {})[facts["seed"]] = facts
     return {objective: {row: rows[row] for row in ROWS if row in rows}
@@ -314,10 +322,10 @@ def claim(scores):
             f"the design finds {100 * least:.1f} points in 4 of 5 cases{verdict}.")  # fmt: skip
 
 
-def table(out):
+def table(cells):
     """What the cells of a study say, as Markdown."""
     lines = []
-    for objective, rows in read_cells(out).items():
+    for objective, rows in by_row(cells).items():
         probes = list(next(iter(next(iter(rows.values())).values()))["scores"])
         lines += [f"**{objective}**, {claim(scores_of(rows))}", "",
                   "| row | seeds | " + " | ".join(probes) + " | place | rank | cos | core-min |",
@@ -341,7 +349,21 @@ def table(out):
         lines += ["", f"mIoU in % of frozen encoders on MR images of ground held out, ± deviation "
                   f"over pretraining seeds; {facts['device']}, torch {facts['torch']}, commit "
                   f"{facts['commit']}.", ""]  # fmt: skip
-    return "\n".join(lines)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def publish(out, name, report):
+    """Keep a study's figures and pictures in results/, and its table in README.md and RESULTS.md
+    where they say <!-- name --> ... <!-- end -->."""
+    folder = HERE / "results" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "cells.jsonl").write_text("".join(json.dumps(c) + "\n" for c in read_cells(out)))
+    for picture in out.glob("*.png"):
+        shutil.copy(picture, folder / picture.name)
+    for page in (HERE / "README.md", HERE / "RESULTS.md"):
+        block = re.compile(f"(?<=<!-- {name} -->\n).*?(?=<!-- end -->)", re.DOTALL)
+        text = block.sub(lambda _: report, page.read_text())
+        write_atomic(page, lambda to, text=text: to.write_text(text))
 
 
 # ---- pictures
@@ -424,7 +446,7 @@ def tokens_to_show(label, grid, count=3):
 
 def draw(out, size):
     """All pictures of a study from what is there."""
-    for objective, rows in read_cells(out).items():
+    for objective, rows in by_row(read_cells(out)).items():
         logs = {row: [log_of(out / "runs" / Cell(objective, row, seed).name) for seed in seeds]
                 for row, seeds in rows.items() if row != "untrained"}  # fmt: skip
         figures.draw_curves(out / f"curves_{objective}.png", logs)
@@ -455,7 +477,7 @@ def track(idea, flags, out):
             make(Cell("ijepa", "hr", seed), size, out)
         if not (run / "encoder.safetensors").exists() or not finished(run):
             words = training(cell, size, out)
-            words[0], words[words.index("--out") + 1] = idea.resolve() / "train.py", run
+            words[0], words[words.index("--out") + 1] = idea / "train.py", run
             call([*words, *["--resume"] * (run / "config.json").exists()], quiet=True)
         scores.append(100 * judge(run, out, run / "scores", RIDGE["ridge"])["miou"])
     path = HERE / "TRACK.md"
@@ -506,6 +528,11 @@ def parse_args(argv=None):
         help="make nothing: print the table of what is there and draw its pictures",
     )
     flag(
+        "--publish",
+        action="store_true",
+        help="keep table and pictures in results/, and the table in README.md and RESULTS.md",
+    )
+    flag(
         "--collect",
         type=Path,
         nargs="+",
@@ -520,7 +547,7 @@ def parse_args(argv=None):
     )
     flag("--flags", default="", help="of train.py for --idea, beside those of the budget")
     args = parser.parse_args(argv)
-    args.out = (args.out or Path("out") / ("track" if args.idea else args.size)).absolute()
+    args.out = args.out or HERE / "out" / ("track" if args.idea else args.size)
     return args
 
 
@@ -546,6 +573,10 @@ def main(argv=None):
     args = parse_args(argv)
     if args.collect:
         return collect(args.collect)
+    # commands are said as one types them in this folder
+    args.out = Path(os.path.relpath(args.out, HERE))
+    args.idea = args.idea and Path(os.path.relpath(args.idea, HERE))
+    os.chdir(HERE)
     if args.size == "paper":
         return print(PAPER, end="")
     if args.idea:
@@ -562,9 +593,11 @@ def main(argv=None):
         draw_ground(args.out, size)
         make_all(cells_of(size), size, args.out, args.jobs)
     draw(args.out, size)
-    report = table(args.out)
-    write_atomic(args.out / "table.md", lambda to: to.write_text(report + "\n"))
+    report = table(read_cells(args.out))
+    write_atomic(args.out / "table.md", lambda to: to.write_text(report))
     print("\n" + report)
+    if args.publish:
+        publish(args.out, args.size, report)
     print(f"{args.out}: table.md, affinity.png, maps.png, curves and scores "
           f"({duration(time.perf_counter() - start)})")  # fmt: skip
 

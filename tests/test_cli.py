@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, refused
 
 SCRIPTS = (
-    "train.py;finetune.py;predict.py;demo.py;bench.py gram;data.py pack;data.py check;"
+    "train.py;finetune.py;predict.py;study.py;bench.py gram;data.py pack;data.py check;"
     "-m imagery.scenes"
 ).split(";")
 FILES = [p.relative_to(ROOT) for d in (".", "datasets", "imagery") for p in ROOT.glob(f"{d}/*.py")]
@@ -37,7 +37,7 @@ def test_every_flag_has_a_help(script):
 
 
 @pytest.mark.parametrize(
-    "words", ["train --sto", "finetune --enc", "imagery.scenes --sce", "demo --obj"]
+    "words", ["train --sto", "finetune --enc", "imagery.scenes --sce", "study --obj"]
 )
 def test_flags_are_never_abbreviated(words, monkeypatch):
     script, flag = words.split()
@@ -89,3 +89,12 @@ def test_published_runs_are_commands_of_train(run):
     args = train.parse_args(words)
     assert args.objective in run and str(args.store[0]).split("/")[-1] in run
     assert (args.model, args.epochs, args.variant) == ("small", 300, "sa")
+
+
+def test_readme_says_how_long_the_method_is():
+    told = re.findall(r"^\| `([\w/.]+)` \| (\d+) \|", (ROOT / "README.md").read_text(), re.M)
+    assert len(told) > 4
+    for name, lines in told:
+        files = [ROOT / name] if (ROOT / name).is_file() else [*(ROOT / name).glob("*.py")]
+        there = sum(len(file.read_text().splitlines()) for file in files)
+        assert abs(there - int(lines)) <= 0.1 * there, f"{name}: {there} lines"

@@ -3,7 +3,17 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from figures import composite, draw_tokens, token_colours
+from figures import (
+    CURVES,
+    class_colours,
+    composite,
+    draw_curves,
+    draw_panels,
+    draw_scores,
+    draw_tokens,
+    similarity,
+    token_colours,
+)
 
 
 def test_composite_puts_red_in_the_red_channel():
@@ -46,3 +56,39 @@ def test_draw_tokens_writes_one_picture(tmp_path, hr):
     assert [p.name for p in tmp_path.iterdir()] == ["tokens.png"]
     picture = imread(path)
     assert np.ptp(picture) > 0.5 and (picture.shape[1] > 1.7 * picture.shape[0]) == (hr is not None)
+
+
+def test_classes_have_the_colours_that_a_reader_expects_and_none_twice():
+    blue, green, _, other, again = class_colours(["Water", "forest", "lake", "banana", "built-up"])
+    assert blue[2] > max(blue[:2]) and green[1] > max(green[0], green[2])
+    assert np.ptp(again) == 0  # grey
+    names = [f"class {k}" for k in range(100)]
+    assert len(set(class_colours(names))) == 100
+    assert class_colours(names[:5]) == class_colours(names)[:5]  # whatever follows
+    assert other == class_colours(["water", "lake", "banana"])[2]
+    assert len(class_colours([f"class {k}" for k in range(255)])) == 255
+
+
+def test_similarity_leaves_out_what_a_scene_shares():
+    tokens = torch.randn(4, 5, 16, generator=torch.Generator().manual_seed(0))
+    near = similarity(tokens, 2, 3)
+    assert near[2, 3].item() == pytest.approx(1, abs=1e-6) and near.abs().max() <= 1 + 1e-6
+    torch.testing.assert_close(similarity(tokens + 100, 2, 3), near, atol=1e-4, rtol=0)
+    x = (tokens - tokens.flatten(0, 1).mean(0)).double()
+    slow = [[float(x[i, j] @ x[2, 3] / x[i, j].norm() / x[2, 3].norm()) for j in range(5)]
+            for i in range(4)]  # fmt: skip
+    torch.testing.assert_close(near.double(), torch.tensor(slow).double(), atol=1e-5, rtol=0)
+    tokens[0, 0] = float("nan")  # ground without data
+    assert similarity(tokens, 2, 3).isnan().sum() == 1
+
+
+def test_pictures_of_a_study(tmp_path):
+    row = [np.random.default_rng(0).random((8, 8, 3)), np.zeros((4, 4))]
+    columns = {"picture": [row[0]] * 2, "similarity": [row[1], None]}
+    draw_panels(tmp_path / "a.png", columns, [(0.5, 0.5)] * 2, [("water", (0, 0, 255))])
+    log = [{"step": s, **dict.fromkeys(CURVES, 0.5 * s)} for s in (1, 2, 3)]
+    draw_curves(tmp_path / "b.png", {"mr": [log, log[:2]], "sa": [log]})
+    draw_scores(tmp_path / "c.png", {"mr": {0: 0.3, 1: 0.4}, "sa": {0: 0.5}}, 0.2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.png", "c.png"]
+    for path in tmp_path.iterdir():
+        assert np.ptp(imread(path)) > 0.5

@@ -31,11 +31,10 @@ ROOMS = {
     "scores": "* segment run imagery",
     "finetune": "* scores tiles segment weights model data run datasets imagery figures",
     "predict": "* segment weights model data run datasets imagery figures",
-    "study": "* run figures",
-    "demo": "* model weights run imagery figures",
+    "study": "* run imagery figures",
     "bench": "* affinity kernels model data",
 }
-SCRIPTS = {"train", "finetune", "predict", "study", "demo", "bench"}
+SCRIPTS = {"train", "finetune", "predict", "study", "bench"}
 LONGEST = 150  # lines of a function
 MACHINE = re.compile(r"(?<![\w.~})])/(home|Users|root|work|mnt|scratch)/\w|[A-Z]:\\Users")
 

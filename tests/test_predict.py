@@ -13,6 +13,7 @@ from conftest import refused
 
 import finetune
 import predict
+from figures import class_colours
 from imagery import geotiff, scenes
 from model import ViT
 from predict import NO_CLASS, Model, blend_weights, choose_bands, window_starts
@@ -306,7 +307,7 @@ def test_a_map_keeps_place_and_holes_and_names_its_classes(tmp_path, trained, ca
         assert made.compression.name == "deflate"
         assert [made.tags(1)[f"CLASS_{k}"] for k in range(5)] == CLASSES
         colours = [made.colormap(1)[k][:3] for k in range(5)]
-        assert colours == predict.palette(5) and len(set(colours)) == 5
+        assert colours == class_colours(CLASSES) and len(set(colours)) == 5
         ids = made.read(1)
     assert np.array_equal(ids == NO_CLASS, hole) and ids[~hole].max() < 5
     with rasterio.open(tmp_path / "map_probabilities.tif") as made:
