@@ -92,7 +92,7 @@ PRETRAINING = ("objective", "variant", "seed", "step", "store")  # what train.py
 # The flags that a seed's result depends on, beside the encoder and the task themselves
 PROTOCOL = (
     "protocol", "head", "image_size", "crop", "epochs", "global_batch", "lr", "schedule",
-    "weight_decay", "layer_decay", "clip", "class_weights", "labels",
+    "weight_decay", "layer_decay", "clip", "class_weights", "labels", "remove_place",
 )  # fmt: skip
 
 
@@ -156,6 +156,8 @@ def parse_args(argv=None):
     flag("--head", default="linear", choices=HEADS, help="one linear layer per token (paper), an "
          "MLP per token, or a multi-level UPerNet, for --protocol finetune above all (default "
          "linear)")
+    flag("--remove-place", action="store_true", help="of --protocol knn and ridge: take the mean "
+         "training token of each place in the tile off first (default: tokens as they are)")
     flag("--image-size", type=positive, default=224, help="pixels per side that the encoder sees, "
          "a multiple of its patch (default 224)")
     flag("--crop", action=argparse.BooleanOptionalAction, default=True,
@@ -190,7 +192,7 @@ def parse_args(argv=None):
          "a row for each seed that has none of the same settings there (default out/results)")
     flag("--save-model", action=argparse.BooleanOptionalAction, default=True,
          help="the seed with the best validation mIoU as --out/model_*.safetensors, for predict.py "
-         "(default yes; --protocol knn has none)")
+         "(default yes; --protocol knn and --remove-place have none)")
     flag("--maps", type=Path, help="new folder for a GeoTIFF class map of each test image, from "
          f"seed 0; {UNPREDICTED} where nothing is predicted")
     flag = parser.add_argument_group("machine").add_argument
@@ -231,7 +233,9 @@ def parse_args(argv=None):
         refuse(["head", "crop", "epochs", "lr", "schedule", "weight_decay", "layer_decay", "clip",
                 "class_weights", "device_batch"],
                f"means nothing to --protocol {args.protocol}; it trains no head")
-    elif args.protocol == "linear":
+    else:
+        refuse(["remove_place"], "is for --protocol knn and ridge")
+    if args.protocol == "linear":
         refuse(["layer_decay"], "is for --protocol finetune; linear leaves the encoder as it is")
     if args.lr is None:
         args.lr = {"finetune": 1e-4}.get(args.protocol, 1e-3)
@@ -473,7 +477,7 @@ def judge_seed(args, template, tiles, seed, ranks, dtype, path):
 
         found = probe(
             segmenter.encoder, task, args.protocol, args.image_size, train=chosen["train"],
-            seed=seed, batch=args.global_batch, read=read,
+            seed=seed, batch=args.global_batch, read=read, place=not args.remove_place,
         )  # fmt: skip
         if found["head"]:  # ridge regression is a linear head
             weight, bias = found["head"]
@@ -628,7 +632,7 @@ def evaluate(args, ranks):
     args.out.mkdir(parents=True, exist_ok=True)
     results.touch()
     model = None
-    if args.save_model and args.protocol != "knn":
+    if args.save_model and args.protocol != "knn" and not args.remove_place:
         model = f"model_{args.protocol}_{run}.safetensors"
 
     # one rank and one seed of a probe: the tokens are needed once, so not kept

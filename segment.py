@@ -519,7 +519,7 @@ def fit_ridge(stream, penalties):
 @torch.no_grad()
 def probe(
     encoder, task, protocol, image_size, *, train=None, seed=0, batch=64, bank=20_000,
-    penalties=(1e-4, 1e-3, 1e-2, 1e-1, 1.0), read=None,
+    penalties=(1e-4, 1e-3, 1e-2, 1e-1, 1.0), read=None, place=True,
 ):  # fmt: skip
     """Judge a frozen encoder on a task in one pass, without a training loop.
 
@@ -528,9 +528,11 @@ def probe(
     is the mix of its pixels' (`token_labels`); predictions are scored at the labels' resolution.
     train: positions of the training tiles, default all. read: from a split and lists of positions
     in it to a stream of their tokens and labels; default by the encoder, with the task's
-    statistics. Draws nothing from torch's global generators. Returns {"miou", "val_miou", "iou" by
-    class name (None where absent), "miou_batchmean", "matrix", "predictions" of the test split as
-    `judge`, "head": (weight, bias) of ridge or None}.
+    statistics. place: False takes the mean training token of each place in the tile off all tokens
+    first, so that what their place tells of them is no help and no noise. Draws nothing from
+    torch's global generators. Returns {"miou", "val_miou", "iou" by class name (None where absent),
+    "miou_batchmean", "matrix", "predictions" of the test split as `judge`, "head": (weight, bias)
+    of ridge with place, or None}.
     """
     device, classes = next(encoder.parameters()).device, len(task.classes)
     grid = image_size // encoder.patch_size
@@ -542,7 +544,15 @@ def probe(
     def tokens_of(split, index=None):
         parts = chunks(np.flatnonzero(task.split == split) if index is None else index, batch)
         stream = (read or encoded)(split, parts)
+        stream = ((tokens - mean_token, labels) for tokens, labels in stream)
         return tqdm(stream, f"{protocol}, {split}", len(parts), leave=False)
+
+    mean_token = 0.0
+    if not place:
+        count = total = 0
+        for tokens, _ in tokens_of("train", train):
+            count, total = count + len(tokens), total + tokens.double().sum(0)
+        mean_token = (total / count).to(tokens.dtype)
 
     def labelled():
         for tokens, labels in tokens_of("train", train):
@@ -579,7 +589,7 @@ def probe(
         "miou_batchmean": mean_of(scores),
         "matrix": matrix,
         "predictions": torch.cat(predictions),
-        "head": head,
+        "head": head if place else None,  # the mean tokens are no part of a head
     }
 
 

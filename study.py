@@ -98,6 +98,8 @@ FEW = {"ridge, 10 % of labels": "--protocol ridge --labels 0.1 --seeds 3"}
 MANY = {
     "ridge, 1 % of labels": "--protocol ridge --labels 0.01 --seeds 3",
     "kNN": "--protocol knn",
+    "kNN, place removed": "--protocol knn --remove-place",
+    "ridge, place removed": "--protocol ridge --remove-place",
     "linear": "--protocol linear --no-crop --epochs 30 --lr 1e-2 --schedule cosine",
 }
 COMPARED = ("hr", "untrained", "mr", "sa", "sa-interp", "sa-shuffled")

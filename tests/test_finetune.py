@@ -405,6 +405,10 @@ def test_probes_without_training(scenes, encoder, tmp_path, protocol, capsys):
         file.write('{"torn')  # as a kill leaves it
     (fewer,) = run(scenes, encoder, tmp_path, *flags, "--labels", "0.05")  # 2 of 48 tiles
     assert fewer["tiles"]["train"] == 2 and fewer["iou"] != rows[0]["iou"]
+    (bare,) = run(scenes, encoder, tmp_path, *flags, "--remove-place")
+    assert bare["model"] is None and bare["run"] != rows[0]["run"] and bare["miou"] > 0.8
+    with refused(SystemExit, "--remove-place"):
+        run(scenes, encoder, tmp_path, "--remove-place")
     for flag in (["--head", "upernet"], ["--epochs", "3"], ["--lr", "1"], ["--no-crop"]):
         with refused(SystemExit, flag[0].replace("no-", ""), f"--protocol {protocol}"):
             run(scenes, encoder, tmp_path, *flags, *flag)

@@ -674,6 +674,29 @@ def test_the_penalty_is_chosen_on_the_validation_split(noisy):
         assert found["val_miou"] == 1 > found["miou"]
 
 
+@pytest.mark.parametrize("protocol", ["knn", "ridge"])
+def test_without_place_what_a_place_adds_to_tokens_changes_nothing(noisy, protocol):
+    vit = small_vit()
+    generator = torch.Generator().manual_seed(0)
+    offsets = 30 * torch.randn(3 * 3, vit.dim, generator=generator)
+
+    def reader(shift):
+        def read(split, parts):
+            for images, labels in batches(noisy, parts, noisy.mean, noisy.std, torch.device("cpu")):
+                yield encode(vit, images, 12) + shift * offsets, labels
+
+        return read
+
+    def found(shift, place):
+        return probe(vit, noisy, protocol, 12, read=reader(shift), place=place)["matrix"]
+
+    plain, removed = found(0, True), found(0, False)
+    changed = (found(1, False) - removed).abs().sum() / removed.sum()
+    assert changed < 0.01  # rounding alone
+    assert (found(1, True) - plain).abs().sum() / plain.sum() > 0.01 or protocol == "ridge"
+    assert probe(vit, noisy, "ridge", 12, place=False)["head"] is None
+
+
 def test_a_class_that_is_absent_has_no_iou():
     task = toy_task(24)
     task.classes = (*task.classes, "water")
