@@ -81,7 +81,8 @@ CONTROLS = ("mr", "sa-interp", "sa-shuffled", "regulariser")  # sa is compared w
 
 
 class Size(NamedTuple):
-    """A budget. steps: of every row but the teacher. probes: (name, flags of finetune.py)."""
+    """A budget. steps: of every row but the teacher. probes: {name: flags of finetune.py}.
+    ceiling: flags of a model that is trained from scratch on all labels, if one is."""
 
     scenes: int
     task: tuple  # scenes in train, val and test
@@ -91,6 +92,7 @@ class Size(NamedTuple):
     rows: tuple
     seeds: int
     probes: dict
+    ceiling: str = ""
 
 
 RIDGE = {"ridge": "--protocol ridge"}
@@ -102,14 +104,16 @@ MANY = {
     "ridge, place removed": "--protocol ridge --remove-place",
     "linear": "--protocol linear --no-crop --epochs 30 --lr 1e-2 --schedule cosine",
 }
+CEILING = "from scratch, all labels"
+SCRATCH = "--protocol finetune --no-crop --epochs 40 --global-batch 16 --lr 1e-3 --schedule cosine"
 COMPARED = ("hr", "untrained", "mr", "sa", "sa-interp", "sa-shuffled")
 SIZES = {
     "minute": Size(4, (3, 1, 2), 4, 4, ("ijepa",), COMPARED, 1, RIDGE),
     "demo": Size(75, (16, 4, 12), 400, 800, ("ijepa",), COMPARED, 1, RIDGE | FEW),
     "laptop": Size(75, (20, 6, 14), 800, 800, ("ijepa", "latentmim"), tuple(ROWS), 5,
-                   RIDGE | FEW | MANY),
+                   RIDGE | FEW | MANY, SCRATCH),
     "gpu": Size(600, (60, 12, 40), 20_000, 20_000, ("ijepa", "latentmim", "mae"), tuple(ROWS), 5,
-                RIDGE | FEW | MANY),
+                RIDGE | FEW | MANY, SCRATCH),
 }  # fmt: skip
 
 PAPER = """\
@@ -204,6 +208,10 @@ def make(cell, size, out):
         if not (run / "encoder.safetensors").exists() or not finished(run):
             call([*words, *["--resume"] * (run / "config.json").exists()], quiet=True)
         scores = {}
+        if cell.row == "untrained" and size.ceiling:
+            # the headroom: what a supervised model of MR images makes of the same labels
+            scratch = f"random:{run}"
+            scores[CEILING] = judge(scratch, out, run / "scores" / "ceiling", size.ceiling)
         for name, flags in size.probes.items():
             results = run / "scores" / name.replace(" ", "-").replace(",", "").replace("%", "pc")
             scores[name] = judge(run, out, results, flags)
@@ -324,20 +332,27 @@ def claim(scores):
             f"the design finds {100 * least:.1f} points in 4 of 5 cases{verdict}.")  # fmt: skip
 
 
+def mean_and_spread(scores):
+    """mIoU in % as a reader reads it, with the deviation of several seeds; "" of none."""
+    scores = 100 * np.array(scores)
+    spread = f" ± {scores.std(ddof=1):.1f}" if len(scores) > 1 else ""
+    return f"{scores.mean():.1f}{spread}" if len(scores) else ""
+
+
 def table(cells):
     """What the cells of a study say, as Markdown."""
     lines = []
     for objective, rows in by_row(cells).items():
-        probes = list(next(iter(next(iter(rows.values())).values()))["scores"])
+        every = [facts["scores"] for seeds in rows.values() for facts in seeds.values()]
+        probes = list(dict.fromkeys(probe for scores in every for probe in scores))
         lines += [f"**{objective}**, {claim(scores_of(rows))}", "",
                   "| row | seeds | " + " | ".join(probes) + " | place | rank | cos | core-min |",
                   "|" + "---|" * (len(probes) + 6)]  # fmt: skip
         for row, seeds in rows.items():
             values = []
             for probe in probes:
-                miou = 100 * np.array([facts["scores"][probe]["miou"] for facts in seeds.values()])
-                spread = f" ± {miou.std(ddof=1):.1f}" if len(miou) > 1 else ""
-                values.append(f"{miou.mean():.1f}{spread}")
+                scores = [facts["scores"] for facts in seeds.values() if probe in facts["scores"]]
+                values.append(mean_and_spread([each[probe]["miou"] for each in scores]))
             place, rank, cosine = (
                 np.mean([facts["health"][key] for facts in seeds.values()])
                 for key in ("place", "rank", "cosine")
@@ -566,9 +581,8 @@ def collect(folders):
         "| task | protocol | objective | variant | pretraining seeds | mIoU |\n" + "|---" * 6 + "|"
     )
     for key, seeds in sorted(groups.items(), key=str):
-        means = 100 * np.array([np.mean(scores) for scores in seeds.values()])
-        spread = f" ± {means.std(ddof=1):.1f}" if len(means) > 1 else ""
-        print("| " + " | ".join(map(str, key)) + f" | {len(means)} | {means.mean():.1f}{spread} |")
+        means = [np.mean(scores) for scores in seeds.values()]
+        print("| " + " | ".join(map(str, key)) + f" | {len(means)} | {mean_and_spread(means)} |")
 
 
 def main(argv=None):

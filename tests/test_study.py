@@ -196,6 +196,18 @@ def test_a_table_says_who_collapsed_and_over_how_many_seeds():
     assert text.index("| mr") < text.index("| sa")
 
 
+def test_the_ceiling_stands_in_the_untrained_row_alone(out, monkeypatch):
+    log = []
+    monkeypatch.setattr(study, "call", fake(out, log))
+    size = TINY._replace(rows=("untrained", "mr"), ceiling="--protocol finetune --no-crop")
+    study.make_all(study.cells_of(size), size, out, 1)
+    (scratch,) = (words for words in log if "finetune" in words)
+    assert scratch[scratch.index("--encoder") + 1].startswith("random:")
+    rows = study.table(study.read_cells(out)).splitlines()
+    assert f"| {study.CEILING} | ridge |" in rows[2]
+    assert "| untrained | 1 | 50.0 | 50.0 |" in rows[4] and "| mr | 1 |  | 50.0 |" in rows[5]
+
+
 def test_collected_rows_are_means_over_pretraining_seeds(tmp_path, capsys):
     for seed, values in ((0, (0.2, 0.4)), (1, (0.5,))):
         folder = tmp_path / f"s{seed}"
