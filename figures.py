@@ -198,3 +198,28 @@ def draw_scores(path, scores, zero):
     axis.invert_yaxis()
     axis.set_xlabel("mIoU of a ridge probe on MR images, % (dotted: untrained)")
     save_figure(figure, path)
+
+
+def draw_gains(path, curves, levels):
+    """mIoU over a flag's values, a panel a flag -> PNG; nothing where there are none. curves:
+    {flag: {value: mIoU in 0..1 of each seed}}. levels: {row: mIoU}, dotted lines."""
+    from matplotlib.figure import Figure
+
+    if not curves:
+        return
+    figure = Figure(figsize=(4.2 * len(curves), 3.4), layout="constrained")
+    for axis, (flag, points) in zip(figure.subplots(1, len(curves), squeeze=False)[0],
+                                    curves.items(), strict=True):  # fmt: skip
+        for value, scores in points.items():
+            axis.plot([value] * len(scores), [100 * s for s in scores], "o", color=CYCLE[4], ms=5)
+        means = [100 * sum(scores) / len(scores) for scores in points.values()]
+        axis.plot(list(points), means, color="black", lw=1.5, label="sa")
+        for (name, level), style in zip(levels.items(), (":", "--"), strict=False):
+            axis.axhline(100 * level, color="grey", ls=style, lw=1, label=name)
+        axis.set_xscale("log")
+        axis.set_xticks(list(points), [f"{value:g}" for value in points])
+        axis.minorticks_off()
+        axis.set_xlabel(flag)
+        axis.set_ylabel("mIoU, %")
+        axis.legend(fontsize=8, frameon=False)
+    save_figure(figure, path)

@@ -77,12 +77,24 @@ ROWS = {
     "sa, as the paper": "--variant sa --crop-scale 1 1",
     "mr, as the paper": "--variant mr --crop-scale 1 1",
 }
+BASIC = tuple(ROWS)
+# one thing changed in `sa`, for the curves
+POINTS = {
+    "--hr-share": (0.05, 0.1, 0.25, 0.5),
+    "--affinity-weight": (1, 5, 80),
+    "--affinity-centre": ("none",),
+    "--pos": ("grid",),
+    "--ratio": (1,),
+}
+CHANGED = tuple(f"sa {flag} {value}" for flag, values in POINTS.items() for value in values)
+ROWS |= {row: f"{ROWS['sa']} {row[3:]}" for row in CHANGED}
 CONTROLS = ("mr", "sa-interp", "sa-shuffled", "regulariser")  # sa is compared with the best of them
 
 
 class Size(NamedTuple):
     """A budget. steps: of every row but the teacher. probes: {name: flags of finetune.py}.
-    ceiling: flags of a model that is trained from scratch on all labels, if one is."""
+    ceiling: flags of a model that is trained from scratch on all labels, if one is. points: seeds
+    of the curves' points, after all else."""
 
     scenes: int
     task: tuple  # scenes in train, val and test
@@ -93,6 +105,7 @@ class Size(NamedTuple):
     seeds: int
     probes: dict
     ceiling: str = ""
+    points: int = 0
 
 
 RIDGE = {"ridge": "--protocol ridge"}
@@ -110,10 +123,10 @@ COMPARED = ("hr", "untrained", "mr", "sa", "sa-interp", "sa-shuffled")
 SIZES = {
     "minute": Size(4, (3, 1, 2), 4, 4, ("ijepa",), COMPARED, 1, RIDGE),
     "demo": Size(75, (16, 4, 12), 400, 800, ("ijepa",), COMPARED, 1, RIDGE | FEW),
-    "laptop": Size(75, (20, 6, 14), 800, 800, ("ijepa", "latentmim"), tuple(ROWS), 5,
-                   RIDGE | FEW | MANY, SCRATCH),
-    "gpu": Size(600, (60, 12, 40), 20_000, 20_000, ("ijepa", "latentmim", "mae"), tuple(ROWS), 5,
-                RIDGE | FEW | MANY, SCRATCH),
+    "laptop": Size(75, (20, 6, 14), 800, 800, ("ijepa", "latentmim"), BASIC, 5,
+                   RIDGE | FEW | MANY, SCRATCH, 3),
+    "gpu": Size(600, (60, 12, 40), 20_000, 20_000, ("ijepa", "latentmim", "mae"), BASIC, 5,
+                RIDGE | FEW | MANY, SCRATCH, 3),
 }  # fmt: skip
 
 PAPER = """\
@@ -149,8 +162,9 @@ class Cell(NamedTuple):
 
 def cells_of(size):
     """All cells, seeds outermost, so that whatever is there compares rows at equal numbers."""
-    return [Cell(objective, row, seed) for seed in range(size.seeds)
-            for objective in size.objectives for row in size.rows]  # fmt: skip
+    rounds = [(size.rows, size.seeds), (CHANGED, min(size.points, size.seeds))]
+    return [Cell(objective, row, seed) for rows, seeds in rounds for seed in range(seeds)
+            for objective in size.objectives for row in rows]  # fmt: skip
 
 
 def training(cell, size, out):
@@ -270,7 +284,7 @@ def make_all(cells, size, out, jobs):
         print(f"{cell.name} is done, {made} of {len(todo)}; {duration(left)} left", flush=True)
 
     # what does not wait for a teacher first, else workers would wait for each other
-    todo.sort(key=lambda cell: (cell.seed, cell.objective, "{hr}" in ROWS[cell.row]))
+    todo.sort(key=lambda c: (c.row in CHANGED, c.seed, c.objective, "{hr}" in ROWS[c.row]))
     with ThreadPoolExecutor(jobs) as pool:
         for done in [pool.submit(work, cell) for cell in todo]:
             done.result()
@@ -471,8 +485,22 @@ def draw(out, size):
         if "untrained" in scores:
             zero = np.mean([*scores["untrained"].values()])
             figures.draw_scores(out / f"scores_{objective}.png", scores, zero)
+            figures.draw_gains(out / f"gains_{objective}.png", *gains(scores))
         if {"untrained", "mr", "sa", "hr"} <= {row for row in rows if 0 in rows[row]}:
             draw_scene(out, size, objective)
+
+
+def gains(scores):
+    """The curves: {flag: {value: mIoU of each seed}} of the values that have run; and {row: mean
+    mIoU} of the levels beside them."""
+    usual = {"--hr-share": 1, "--affinity-weight": 20}
+    found = {}
+    for flag in usual:
+        points = {value: scores.get(f"sa {flag} {value}", {}) for value in POINTS[flag]}
+        points[usual[flag]] = scores.get("sa", {})
+        found[flag] = {v: [*points[v].values()] for v in sorted(points) if points[v]}
+    levels = {row: np.mean([*scores[row].values()]) for row in ("untrained", "mr") if row in scores}
+    return {flag: points for flag, points in found.items() if len(points) > 1}, levels
 
 
 # ---- the track: one budget for any idea

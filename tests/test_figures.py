@@ -8,6 +8,7 @@ from figures import (
     class_colours,
     composite,
     draw_curves,
+    draw_gains,
     draw_panels,
     draw_scores,
     draw_tokens,
@@ -89,6 +90,8 @@ def test_pictures_of_a_study(tmp_path):
     log = [{"step": s, **dict.fromkeys(CURVES, 0.5 * s)} for s in (1, 2, 3)]
     draw_curves(tmp_path / "b.png", {"mr": [log, log[:2]], "sa": [log]})
     draw_scores(tmp_path / "c.png", {"mr": {0: 0.3, 1: 0.4}, "sa": {0: 0.5}}, 0.2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.png", "c.png"]
+    draw_gains(tmp_path / "d.png", {"--x": {0.1: [0.3, 0.4], 1: [0.5]}}, {"mr": 0.3})
+    draw_gains(tmp_path / "e.png", {}, {})
+    assert sorted(p.stem for p in tmp_path.iterdir()) == ["a", "b", "c", "d"]
     for path in tmp_path.iterdir():
         assert np.ptp(imread(path)) > 0.5

@@ -48,6 +48,7 @@ def test_every_cell_is_a_command_of_train(out, objective, row):
     compared = {"variant", "hr_teacher", "affinity_weight", "affinity_centre", "pos", "ratio"}
     compared |= {"untrained": {"steps", "lr", "vicreg"}, "hr": {"crop_scale"}}.get(row, set())
     compared |= {"vicreg"} if "paper" in row else set()
+    compared |= {"hr_share"} if "hr-share" in row else set()
     assert differ <= compared | {"out"}
     assert given.lr == 0 or given.lr == common.lr
     assert ("{hr}" in study.ROWS[row]) == (given.hr_teacher != "ema")
@@ -233,6 +234,17 @@ def test_an_idea_adds_a_row_with_its_difference_to_the_record(out, monkeypatch, 
     assert rows[-2].startswith("| `--variant mr` | 50.0 ± 0.0 |  |")
     assert rows[-1].startswith("| `--variant sa` | 50.0 ± 0.0 | +0.0 |")
     assert len([words for words in log if words[0].endswith("train.py")]) == 6
+
+
+def test_gains_are_points_of_a_curve_with_the_usual_value_among_them():
+    scores = {"sa": {0: 0.5, 1: 0.6}, "sa --hr-share 0.25": {0: 0.4}, "mr": {0: 0.3, 1: 0.4}}
+    curves, levels = study.gains(scores)
+    assert curves == {"--hr-share": {0.25: [0.4], 1: [0.5, 0.6]}}
+    assert levels == {"mr": pytest.approx(0.35)}
+    assert study.gains({"sa": {0: 0.5}}) == ({}, {})
+    order = study.cells_of(study.SIZES["laptop"])
+    assert order[-1].row in study.CHANGED and order[0].row not in study.CHANGED
+    assert len(set(order)) == len(order)
 
 
 # ---- pictures
