@@ -192,6 +192,20 @@ def test_batch_keeps_order_and_repeats(tmp_path):
             assert np.array_equal(batch[sensor][i], getattr(store, sensor)[chip])
 
 
+def test_batch_is_the_rows_one_by_one_and_zeros_without_hr(tmp_path):
+    pairs = [6, 1, 4]  # chip 6's HR lies first
+    store = data.Store(write_store(tmp_path / "store", chips=8, pairs=pairs))
+    indices = np.array([4, 0, 6, -7, 6, 3, -1])  # from the end, too, as an array's
+    batch = store.batch(indices)
+    for i, chip in enumerate(indices % 8):
+        assert np.array_equal(batch["mr"][i], store.mr[chip])
+        assert bool(batch["has_hr"][i]) == (chip in pairs)
+        hr = store.hr[pairs.index(chip)] if chip in pairs else np.zeros_like(store.hr[0])
+        assert np.array_equal(batch["hr"][i], hr)
+    with pytest.raises(IndexError):
+        store.batch([8])
+
+
 @pytest.fixture(scope="module")
 def whole_store(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
