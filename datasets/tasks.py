@@ -1,8 +1,8 @@
 """Labelled segmentation tasks, on which an encoder is judged.
 
 A `Task` is a set of square tiles with their labels, splits and origins; whatever the layout on
-disk, the probe sees only this. `load_task` reads the published sets that `TASKS` names as they
-come from their publishers, `load_folder` images and masks from two folders of GeoTIFFs.
+disk, the probe sees only this. `load_task` reads the published sets of this folder as they come
+from their publishers, `load_folder` images and masks from two folders of GeoTIFFs.
 
 Tiles are held as float32: 4 bands at 64 px take 64 KiB a tile, so 100,000 tiles need 6.5 GB.
 `load_folder` holds them in memory; what `load_task` reads lies in a temporary file if it is large.
@@ -10,6 +10,7 @@ Tiles are held as float32: 4 bands at 64 px take 64 KiB a tile, so 100,000 tiles
 
 import glob
 import hashlib
+import inspect
 import math
 import shutil
 import sys
@@ -23,7 +24,7 @@ import numpy as np
 from einops import rearrange
 from tqdm import tqdm
 
-from datasets.published import SPLITS, TASKS, find_bands, open_set, read_lines
+from datasets.common import BGRN, SPLITS, find_bands, find_folder, read_lines, sets
 from imagery import geotiff
 from imagery.bands import IGNORE
 
@@ -46,7 +47,7 @@ class Task:
     files: geotiff.Info of each image. classes: the class names, in the order of their ids.
     split_by: in words, what kept the splits apart. nodata: the values that the masks declare as
         nodata, which are IGNORE in the labels.
-    name: the set, a key of TASKS. bands: the name of each band, "" where unknown. positions: which
+    name: the set. bands: the name of each band, "" where unknown. positions: which
         of the files' `file_bands` bands they are, from 0. mean, std: (bands,) float64, the
         publisher's, else of the training split. gsd: units per pixel of the files, or None.
     split_hash: 12 hex digits of a SHA-256 over who is in which split.
@@ -166,8 +167,8 @@ def load_folder(
 def load_task(name, root, *, bands=None, tile=None, dates=None, pastis_classes=18, split_seed=0):
     """Read a labelled set as its publisher ships it -> Task, with its splits and statistics.
 
-    name: a key of TASKS, or "geotiff" for a folder of one's own (`own_folder`). root: the set's
-    folder, or the one it lies in. bands: names as in `published`, default B, G, R, NIR. tile:
+    name: one of `sets`, or "geotiff" for a folder of one's own (`own_folder`). root: the set's
+    folder, or the one it lies in. bands: names, default B, G, R, NIR. tile:
     pixels, default that of the protocol which scores are compared by. dates: of a time series, how
     many, spread evenly; default all. pastis_classes: 18 (without background and void), 19 (without
     void) or 20 (void is a class, though ignored). split_seed: for a set that has no splits.
@@ -177,15 +178,24 @@ def load_task(name, root, *, bands=None, tile=None, dates=None, pastis_classes=1
     """
     if name == "geotiff":
         return load_folder(**own_folder(root), bands=bands, tile=tile or 64, split_seed=split_seed)
-    if name not in TASKS:
-        raise ValueError(f"--task {name}: no such task; choose from {', '.join(TASKS)}, geotiff")
-    about = TASKS[name]
-    if dates is not None and (name != "pastis" or dates < 1):
-        raise ValueError(f"--dates {dates}: at least 1, and only --task pastis is a time series")
-    wanted = bands or ("B", "G", "R", "NIR")
-    positions = find_bands(wanted, about.bands, f"--task {name}", sentinel=True)
-    source = open_set(name, root, positions, dates, pastis_classes, split_seed)
-    samples, splits = list(source.split), list(source.split.values())
+    known = sets("TASKS")
+    if name not in known:
+        raise ValueError(f"--task {name}: no such task; choose from {', '.join(known)}, geotiff")
+    about = known[name]
+    takes = inspect.signature(about.open).parameters
+    if dates is not None and ("dates" not in takes or dates < 1):
+        series = [
+            n for n, one in known.items() if "dates" in inspect.signature(one.open).parameters
+        ]
+        raise ValueError(
+            f"--dates {dates}: at least 1, and only --task {' or '.join(series)} is a time series"
+        )
+    positions = find_bands(bands or BGRN, about.bands, f"--task {name}", sentinel=True)
+    options = {"dates": dates, "pastis_classes": pastis_classes, "split_seed": split_seed}
+    options = {key: value for key, value in options.items() if key in takes}
+    found = about.open(find_folder(about, root), list(positions), **options)
+    ids, stats = found.ids or about.ids, about.stats if found.stats is None else found.stats
+    samples, splits = list(found.split), list(found.split.values())
     if not samples:
         raise ValueError(f"--root {root}: its lists name no sample")
     counts = tuple(splits.count(split) for split in SPLITS)
@@ -198,13 +208,13 @@ def load_task(name, root, *, bands=None, tile=None, dates=None, pastis_classes=1
         )
 
     def read_labels(sample):
-        path, raw = source.path(sample), source.label(sample)
+        path, raw = found.files[sample][0], found.label(*found.files[sample])
         side = tile or about.tile or max(raw.shape)
         if side > max(raw.shape):
             raise ValueError(
                 f"--tile {side}: {path} is {max(raw.shape)} px wide or high; use at most that"
             )
-        label = cut(class_ids(raw, source.ids, path)[None], side, IGNORE)[:, 0]
+        label = cut(class_ids(raw, ids, path)[None], side, IGNORE)[:, 0]
         keep = (label != IGNORE).any((1, 2))
         return label[keep], keep, describe(path, raw.shape, about.bands)
 
@@ -220,11 +230,11 @@ def load_task(name, root, *, bands=None, tile=None, dates=None, pastis_classes=1
         if part not in split:
             raise ValueError(f"--root {root}: no labelled pixel in the {part} split of the set")
 
-    series = () if source.dates is None else (source.dates,)
+    series = () if found.dates is None else (found.dates,)
     images = allocate((ends[-1], *series, len(positions), side, side))
 
     def read_tiles(k):
-        image, file = source.image(samples[k]), files[k]
+        image, file = found.image(*found.files[samples[k]]), files[k]
         if image.shape[-2:] != (file.height, file.width):
             raise ValueError(
                 f"{file.path}: {image.shape[-2]} x {image.shape[-1]} pixels, its mask has "
@@ -243,14 +253,15 @@ def load_task(name, root, *, bands=None, tile=None, dates=None, pastis_classes=1
         for k, (file, keep) in enumerate(zip(files, keeps, strict=True))
     ]
     names = tuple(about.bands[position] for position in positions)
-    if all(band in source.stats for band in names):
-        mean, std = np.array([source.stats[band] for band in names], np.float64).T
+    if all(band in stats for band in names):
+        mean, std = np.array([stats[band] for band in names], np.float64).T
     else:
         mean, std = band_stats(images, np.flatnonzero(split == "train"))
     return Task(
-        images, np.concatenate(labels), split, np.concatenate(origin), files, source.classes,
+        images, np.concatenate(labels), split, np.concatenate(origin), files,
+        found.classes or about.classes,
         about.splits, (), name, names, positions, len(about.bands), mean, std,
-        10.0, hash_splits(source.split.items()),
+        10.0, hash_splits(found.split.items()),
     )  # fmt: skip
 
 
@@ -347,7 +358,7 @@ def allocate(shape):
 def list_tasks():
     """The sets of `load_task` as text: where to get them, what they hold."""
     entries = []
-    for name, about in TASKS.items():
+    for name, about in sets("TASKS").items():
         counts = "/".join(map(str, about.counts)) if about.counts else "not published"
         entries += [
             f"{name}: {about.title}",
