@@ -21,6 +21,7 @@ import os
 import pickle
 import pkgutil
 import re
+import struct
 import threading
 import zipfile
 import zlib
@@ -30,6 +31,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import h5py
 import numpy as np
 import tifffile
 
@@ -54,6 +56,7 @@ RHO = tuple(band for band in L2A if band != "B09")  # ACOLITE's reflectances
 S2_ORDER = {12: [1, 2, 3, 7], 13: [1, 2, 3, 7]}  # by Sentinel-2's numbers; L2A has no B10
 RGBN_ORDER = {4: [2, 1, 0, 3]}
 
+COPERNICUS = "Contains modified Copernicus Sentinel data"  # how it wants to be named
 DATE = re.compile(r"(?<!\d)((?:19|20)\d\d)([-_]?)([01]\d)\2([0-3]\d)(?!\d)")
 
 # An image and what is wanted of it. info: geotiff.Info, whose path may name a part, "x.pt#12".
@@ -362,7 +365,7 @@ def whole(path, kind):
         yield
     except (
         ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError,
-        ValueError, csv.Error, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error,
+        ValueError, csv.Error, pickle.UnpicklingError, struct.error, zipfile.BadZipFile, zlib.error,
     ) as error:  # fmt: skip
         if str(error).startswith(f"{path}: "):
             raise
@@ -395,6 +398,14 @@ def read_numpy(path, shape):
             return check_array(file, shape)
         with file:
             return check_array(file["arr_0"], shape)
+
+
+@contextmanager
+def open_hdf5(path):
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    with whole(path, "HDF5"), h5py.File(path, "r") as file:
+        yield file
 
 
 def read_tiff(path, window=None, bands=None):
@@ -444,20 +455,29 @@ def read_float(path, count, bands=None):
 # pairs
 
 
+def listing(units, chip, sources, skipped=(), bands=BGRN):
+    """The Listing of a set whose MR and HR images have the same bands."""
+    return Listing(units, {"mr": list(bands), "hr": list(bands)}, chip, sources, skipped)
+
+
 def unit(name, opens, *about):
     """The Unit that opens by opens(*about), which is its key as well: text, numbers and paths."""
     return Unit(name, functools.partial(opens, *about), digest(about))
+
+
+def tiff_units(places, mr_orders, hr_orders=None):
+    """Units of GeoTIFFs of B, G, R, NIR. places: (name, [(mr path, hr path, mr date, hr date)],
+    split, site); orders: number of bands -> their positions, in files that do not name them."""
+    orders = mr_orders, hr_orders or mr_orders
+    return [unit(name, open_tiffs, files, *orders, *more) for name, files, *more in places]
 
 
 def digest(about):
     return hashlib.sha256(repr(about).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
-def open_tiffs(files, mr_orders, hr_orders, split=None, site=None):
-    """Yield the Pair of B, G, R, NIR of each (mr path, hr path, mr date, hr date).
-
-    mr_orders, hr_orders: number of bands -> their positions, in files that do not name them.
-    """
+def open_tiffs(files, mr_orders, hr_orders, split, site):
+    """Yield the Pair of each of the files of `tiff_units`."""
     for mr_path, hr_path, mr_date, hr_date in files:
         mr = tiff_source(Path(mr_path), mr_orders, mr_date)
         hr = tiff_source(Path(hr_path), hr_orders, hr_date)

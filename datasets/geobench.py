@@ -4,34 +4,21 @@ One HDF5 file a sample, one dataset a band, "08 - NIR", or "08 - NIR_2019-11-05"
 The pickles in the files and beside them are never touched.
 """
 
-import h5py
 import numpy as np
 
-from datasets.common import (
-    L1C,
-    L2A,
-    Labelled,
-    Samples,
-    check_array,
-    check_files,
-    check_stats,
-    numbered,
-    read_json,
-    read_partition,
-    whole,
-)
+from datasets import common
 
-NUMBERS = dict(zip(L1C, "01 02 03 04 05 06 07 08 08A 09 10 11 12".split(), strict=True))
+NUMBERS = dict(zip(common.L1C, "01 02 03 04 05 06 07 08 08A 09 10 11 12".split(), strict=True))
 
 
 def find(folder, positions):
     files = {path.stem: [path] for path in folder.glob("*.hdf5")}
     names = ("default_partition.json", "1.00x_train_partition.json")
     partition = next((folder / n for n in names if (folder / n).is_file()), folder / names[0])
-    split = read_partition(partition)
-    check_files(partition, split, files, "an .hdf5 file")
-    bands = [NUMBERS[L2A[position]] for position in positions]
-    return Samples(
+    split = common.read_partition(partition)
+    common.check_files(partition, split, files, "an .hdf5 file")
+    bands = [NUMBERS[common.L2A[position]] for position in positions]
+    return common.Samples(
         split,
         files,
         lambda path: read_datasets(path, ["label"])[0],
@@ -43,12 +30,12 @@ def find(folder, positions):
 def read_stats(path):
     """{band: (mean, std)}; where bands are named by date, over the dates."""
     stats = {}
-    with whole(path, "JSON"):
-        said = read_json(path)
-        for band in L2A:
+    with common.whole(path, "JSON"):
+        said = common.read_json(path)
+        for band in common.L2A:
             dates = [said[key] for key in sorted(said) if is_band(key, NUMBERS[band])]
             for date in dates:
-                check_stats(path, band, date["mean"], date["std"])
+                common.check_stats(path, band, date["mean"], date["std"])
             if dates:
                 mean = np.array([date["mean"] for date in dates])
                 square = np.array([date["std"] for date in dates]) ** 2 + mean**2
@@ -67,7 +54,7 @@ def read_datasets(path, names):
     Of a band with several dates, the first is read. Attributes, which hold pickles, are not.
     Raises ValueError for a dataset that is not there, and for a damaged file.
     """
-    with whole(path, "HDF5"), h5py.File(path, "r") as file:
+    with common.open_hdf5(path) as file:
         held = sorted(file)
         found = [[key for key in held if key == n or is_band(key, n)] for n in names]
         if [] in found:
@@ -75,15 +62,15 @@ def read_datasets(path, names):
                 f"{path}: no dataset {names[found.index([])]!r}; it holds {', '.join(held)}"
             )
         bands = np.stack([file[keys[0]][()] for keys in found])
-        return check_array(bands, (len(names), None, None))
+        return common.check_array(bands, (len(names), None, None))
 
 
 def geobench(title, classes, splits, counts, *folders):
-    return Labelled(
+    return common.Labelled(
         title=f"GEO-Bench: {title}",
         classes=classes,
-        ids=numbered(classes),
-        bands=L2A,
+        ids=common.numbered(classes),
+        bands=common.L2A,
         tile=64,  # 16 tiles, the paper's protocol
         splits=splits,
         counts=counts,

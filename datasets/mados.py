@@ -4,18 +4,7 @@ import re
 
 import numpy as np
 
-from datasets.common import (
-    BGRN,
-    RHO,
-    Labelled,
-    Samples,
-    by_band,
-    check_files,
-    numbered,
-    read_float,
-    read_lists,
-    read_tiff,
-)
+from datasets import common
 
 CLASSES = (
     "Marine Debris", "Dense Sargassum", "Sparse Floating Algae", "Natural Organic Material",
@@ -34,17 +23,17 @@ def find(folder, positions):
             files.setdefault(f"{scene}_{crop}", {})[int(wavelength or 0)] = path  # 0: the mask
     files = {s: [found[key] for key in sorted(found)] for s, found in files.items()}
     files = {s: paths for s, paths in files.items() if len(paths) == 12}
-    split = read_lists(folder / "splits", "{}_X.txt")
-    check_files(folder / "splits", split, files, "a mask and 11 bands")
+    split = common.read_lists(folder / "splits", "{}_X.txt")
+    common.check_files(folder / "splits", split, files, "a mask and 11 bands")
 
     def label(mask, *paths):
-        return read_tiff(mask)[0]
+        return common.read_tiff(mask)[0]
 
     def image(mask, *paths):
         height, width = label(mask).shape
         bands = []
         for path in (paths[position] for position in positions):
-            band = read_float(path, 1)[0]
+            band = common.read_float(path, 1)[0]
             rows, cols = height // band.shape[0], width // band.shape[1]
             # nearest neighbour, as the publisher stacks the 20 m and 60 m bands
             bands.append(band.repeat(rows, 0).repeat(cols, 1))
@@ -55,15 +44,15 @@ def find(folder, positions):
                 )
         return np.stack(bands)
 
-    return Samples(split, files, label, image)
+    return common.Samples(split, files, label, image)
 
 
 TASKS = {
-    "mados": Labelled(
+    "mados": common.Labelled(
         title="MADOS: marine debris and oil spill",
         classes=CLASSES,
-        ids=numbered(CLASSES, 1),
-        bands=RHO,
+        ids=common.numbered(CLASSES, 1),
+        bands=common.RHO,
         tile=80,  # 3 x 3 tiles, as Galileo and OlmoEarth evaluate it
         splits="lists of the publisher",
         counts=(1433, 642, 728),
@@ -74,8 +63,8 @@ TASKS = {
         folders=("MADOS",),
         archives=("MADOS.zip",),
         open=find,
-        stats=by_band(  # PANGAEA's
-            BGRN, (0.05223, 0.04381, 0.03571, 0.03567), (0.03432, 0.03548, 0.03758, 0.05546)
+        stats=common.by_band(  # PANGAEA's
+            common.BGRN, (0.05223, 0.04381, 0.03571, 0.03567), (0.03432, 0.03548, 0.03758, 0.05546)
         ),
     )
 }

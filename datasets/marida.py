@@ -1,16 +1,6 @@
 """MARIDA: Sentinel-2 with sparse labels of marine debris; one file of 11 bands a sample."""
 
-from datasets.common import (
-    RHO,
-    Labelled,
-    Samples,
-    by_band,
-    check_files,
-    numbered,
-    read_float,
-    read_lists,
-    read_tiff,
-)
+from datasets import common
 
 CLASSES = (
     "Marine Debris", "Dense Sargassum", "Sparse Sargassum", "Natural Organic Material", "Ship",
@@ -25,23 +15,23 @@ def find(folder, positions):
         image = mask.with_name(mask.name.removesuffix("_cl.tif") + ".tif")
         if image.is_file():
             files[image.stem.removeprefix("S2_")] = image, mask
-    split = read_lists(folder / "splits", "{}_X.txt")
-    check_files(folder / "splits", split, files, "an image and a _cl mask")
-    return Samples(
+    split = common.read_lists(folder / "splits", "{}_X.txt")
+    common.check_files(folder / "splits", split, files, "an image and a _cl mask")
+    return common.Samples(
         split,
         files,
-        lambda image, mask: read_tiff(mask)[0],
-        lambda image, mask: read_float(image, len(RHO), positions),
+        lambda image, mask: common.read_tiff(mask)[0],
+        lambda image, mask: common.read_float(image, len(common.RHO), positions),
     )
 
 
 TASKS = {
-    "marida": Labelled(
+    "marida": common.Labelled(
         title="MARIDA: marine debris archive",
         classes=CLASSES,
         # waves, cloud shadows, wakes and mixed water count as marine water, in the publisher's way
-        ids=numbered(CLASSES, 1) | dict.fromkeys((12, 13, 14, 15), 6),
-        bands=RHO,
+        ids=common.numbered(CLASSES, 1) | dict.fromkeys((12, 13, 14, 15), 6),
+        bands=common.RHO,
         tile=64,  # of 256: debris is a few pixels wide, so a token must not be wider
         splits="lists of the publisher",
         counts=(694, 328, 359),
@@ -52,8 +42,8 @@ TASKS = {
         folders=("MARIDA",),
         archives=("MARIDA.zip", "patches.zip"),
         open=find,
-        stats=by_band(
-            RHO,
+        stats=common.by_band(
+            common.RHO,
             (0.05198, 0.04784, 0.04057, 0.03164, 0.02973, 0.03457, 0.03875, 0.03436, 0.03921,
              0.02358, 0.01589),
             (0.04726, 0.04744, 0.04699, 0.04967, 0.04947, 0.06458, 0.07595, 0.07120, 0.08251,

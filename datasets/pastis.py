@@ -4,21 +4,10 @@ from itertools import zip_longest
 
 import numpy as np
 
-from datasets.common import (
-    IGNORE,
-    RHO,
-    Labelled,
-    Samples,
-    by_band,
-    check_files,
-    check_stats,
-    numbered,
-    read_json,
-    read_numpy,
-    whole,
-)
+from datasets import common
+from imagery.bands import IGNORE
 
-BANDS = RHO[1:]  # without B01
+BANDS = common.RHO[1:]  # without B01
 FOLDS = {1: "train", 2: "train", 3: "train", 4: "val", 5: "test"}
 CLASSES = (
     "Background", "Meadow", "Soft winter wheat", "Corn", "Winter barley", "Winter rapeseed",
@@ -37,18 +26,18 @@ def find(folder, positions, *, dates=None, pastis_classes=18):
     if pastis_classes not in (18, 19, 20):
         raise ValueError(f"--pastis-classes {pastis_classes}: choose 18, 19 or 20")
     files, split, place = {}, {}, folder / "metadata.geojson"
-    with whole(place, "JSON"):
-        for feature in read_json(place)["features"]:
+    with common.whole(place, "JSON"):
+        for feature in common.read_json(place)["features"]:
             name = str(feature["properties"]["ID_PATCH"])
             split[name] = FOLDS[int(feature["properties"]["Fold"])]
             paths = folder / f"DATA_S2/S2_{name}.npy", folder / f"ANNOTATIONS/TARGET_{name}.npy"
             if all(path.is_file() for path in paths):
                 files[name] = paths
     split = dict(sorted(split.items()))
-    check_files(place, split, files, "DATA_S2 and ANNOTATIONS")
+    common.check_files(place, split, files, "DATA_S2 and ANNOTATIONS")
 
     def series(path):
-        return read_numpy(path, (None, len(BANDS), None, None))
+        return common.read_numpy(path, (None, len(BANDS), None, None))
 
     def chosen(count):
         if dates is None or count <= dates:
@@ -60,14 +49,14 @@ def find(folder, positions, *, dates=None, pastis_classes=18):
         return pixels[np.ix_(chosen(len(pixels)), positions)].astype(np.float32)
 
     def label(path, mask):
-        return np.array(read_numpy(mask, (None, None, None))[0])
+        return np.array(common.read_numpy(mask, (None, None, None))[0])
 
-    ids, classes = {**numbered(CLASSES), 19: IGNORE}, CLASSES[:pastis_classes]
+    ids, classes = {**common.numbered(CLASSES), 19: IGNORE}, CLASSES[:pastis_classes]
     if pastis_classes == 18:
         ids, classes = {0: IGNORE, 19: IGNORE} | {k: k - 1 for k in range(1, 19)}, CLASSES[1:19]
     longest = max((len(chosen(len(series(files[name][0])))) for name in split), default=0)
     stats = read_stats(folder / "NORM_S2_patch.json")
-    return Samples(split, files, label, image, stats, ids, classes, longest)
+    return common.Samples(split, files, label, image, stats, ids, classes, longest)
 
 
 def read_stats(path):
@@ -78,22 +67,22 @@ def read_stats(path):
     """
     if not path.is_file():
         return {}
-    with whole(path, "JSON"):
-        said = read_json(path)
+    with common.whole(path, "JSON"):
+        said = common.read_json(path)
         folds = [said[f"Fold_{fold}"] for fold in (1, 2, 3)]
         for fold in folds:
             for band, *pair in zip_longest(BANDS, fold["mean"], fold["std"]):
-                check_stats(path, band, *pair)
-        return by_band(
+                common.check_stats(path, band, *pair)
+        return common.by_band(
             BANDS, *(np.mean([fold[key] for fold in folds], 0) for key in ("mean", "std"))
         )
 
 
 TASKS = {
-    "pastis": Labelled(
+    "pastis": common.Labelled(
         title="PASTIS-R: crops in France, time series; 18 classes without background and void",
         classes=CLASSES,
-        ids=numbered(CLASSES),
+        ids=common.numbered(CLASSES),
         bands=BANDS,
         tile=64,  # 4 tiles, the paper's protocol
         splits="folds 1 to 3, 4 and 5",

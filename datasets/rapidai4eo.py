@@ -9,33 +9,21 @@ import re
 import zlib
 from operator import itemgetter
 
-from datasets.common import (
-    BGRN,
-    S2_ORDER,
-    Listing,
-    check_per_site,
-    date_of,
-    days_between,
-    missing,
-    open_tiffs,
-    terms,
-    unit,
-    walk,
-)
+from datasets import common
 
 URL = "https://source.coop/planet/rapidai4eo"
 SOURCES = (
-    terms(
+    common.terms(
         "RapidAI4EO, Planet Fusion",
         "CC-BY-NC-SA-3.0",
         "Planet Labs PBC; RapidAI4EO project, European Union's Horizon 2020 research and "
         "innovation programme, grant agreement No 101004356",
         URL,
     ),
-    terms(
+    common.terms(
         "RapidAI4EO, Sentinel-2",
         "Copernicus Sentinel data terms (free and open)",
-        "Contains modified Copernicus Sentinel data",
+        common.COPERNICUS,
         URL,
     ),
 )
@@ -52,8 +40,8 @@ def read(root, *, per_site=1, seed=0):
     the places, which lie close together. S2 has 12 bands, in the order of their numbers unless the
     files name them; Planet B, G, R, NIR.
     """
-    check_per_site(per_site)
-    units, rest = [], {}
+    common.check_per_site(per_site)
+    places, rest = [], {}
     # the images of a place come one after the other, so that its list is not held for long
     for place, images in itertools.groupby(find_images(root), key=itemgetter(0)):
         months, days = rest.setdefault(place, ({}, {}))
@@ -65,27 +53,26 @@ def read(root, *, per_site=1, seed=0):
         drawn = sorted(months, key=lambda month: zlib.crc32(f"{seed} {place} {month}".encode()))
         chosen = []
         for month in sorted(drawn[:per_site]):
-            day = min(days, key=functools.partial(days_between, month))
+            day = min(days, key=functools.partial(common.days_between, month))
             chosen.append((months[month], days[day], month, day))
-        units.append(
-            unit(place, open_tiffs, chosen, S2_ORDER, {4: [0, 1, 2, 3]}, None, tile_of(place))
-        )
+        places.append((place, chosen, None, tile_of(place)))
     skipped = [
         (place, "no Planet image" if months else "no Sentinel-2 image")
         for place, (months, days) in rest.items()
     ]
-    if not units:
-        raise missing(root, "no place with S2-SR/*_YYYY-MM.tif and PF-SR/*_YYYY-MM-DD.tif")
-    return Listing(units, {"mr": BGRN, "hr": BGRN}, 60, SOURCES, skipped)
+    if not places:
+        raise common.missing(root, "no place with S2-SR/*_YYYY-MM.tif and PF-SR/*_YYYY-MM-DD.tif")
+    units = common.tiff_units(places, common.S2_ORDER, {4: [0, 1, 2, 3]})
+    return common.listing(units, 60, SOURCES, skipped)
 
 
 def find_images(root):
     """Yield (place, "PF" or "S2", date, path)."""
-    for path, name in walk(root, (".tif", ".tiff")):
+    for path, name in common.walk(root, (".tif", ".tiff")):
         sensors, stem = PLANET_OR_S2.findall(name), name.rpartition("/")[2]
         month = MONTH.search(stem)
         middle = f"{month[1]}-{month[2]}-15" if month else ""
-        date = date_of(stem) if sensors[-1:] == ["PF"] else middle
+        date = common.date_of(stem) if sensors[-1:] == ["PF"] else middle
         if sensors and date:
             ids = SAMPLE_ID.findall(name)
             place = ids[-1] if ids else PLANET_OR_S2.split(name)[0].strip("/")

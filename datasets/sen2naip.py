@@ -5,20 +5,10 @@
 
 from pathlib import Path
 
-from datasets.common import (
-    BGRN,
-    RGBN_ORDER,
-    Listing,
-    complete,
-    missing,
-    open_tiffs,
-    terms,
-    unit,
-    walk,
-)
+from datasets import common
 
 SOURCES = (
-    terms(
+    common.terms(
         "SEN2NAIP",
         "CC-BY-4.0",
         "Aybar et al., Scientific Data, 2024, doi:10.1038/s41597-024-04214-y",
@@ -31,24 +21,22 @@ def read(root):
     """root: holds a folder for each pair, lr.tif and hr.tif, cross-sensor or synthetic, at any
     depth. No splits: the folder (ROI_0000) is the site."""
     found = {}
-    for path, name in walk(root, (".tif",)):
+    for path, name in common.walk(root, (".tif",)):
         folder, _, file = name.rpartition("/")
         if sensor := {"lr.tif": "mr", "hr.tif": "hr"}.get(file.lower()):
             found.setdefault(folder, {})[sensor] = path
-    pairs, skipped = complete(found)
+    pairs, skipped = common.complete(found)
     if not pairs:
         wanted = "no ROI_*/lr.tif with hr.tif"
-        if next(walk(root, (".taco",)), None):
+        if next(common.walk(root, (".taco",)), None):
             wanted += " (.taco containers, v2, are not read; export them with tacoreader)"
-        raise missing(root, wanted)
-    units = []
-    for mr, hr in pairs:
-        site = Path(mr).parent.relative_to(root).as_posix()
-        files = [(mr, hr, "", "")]
-        units.append(unit(site, open_tiffs, files, RGBN_ORDER, RGBN_ORDER, None, site))
+        raise common.missing(root, wanted)
+    sites = [Path(mr).parent.relative_to(root).as_posix() for mr, _ in pairs]
+    places = [(s, [(*pair, "", "")], None, s) for s, pair in zip(sites, pairs, strict=True)]
+    units = common.tiff_units(places, common.RGBN_ORDER)
     first = first_mr(units)  # 121 in v1; other exports have other sizes
     chip = min(first.info.height, first.info.width)
-    return Listing(units, {"mr": BGRN, "hr": BGRN}, chip, SOURCES, skipped)
+    return common.listing(units, chip, SOURCES, skipped)
 
 
 def first_mr(units):

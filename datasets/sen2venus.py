@@ -11,24 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datasets.common import (
-    BGRN,
-    Listing,
-    Pair,
-    array_source,
-    complete,
-    date_of,
-    missing,
-    open_tiffs,
-    read_array,
-    terms,
-    unit,
-    walk,
-    whole,
-)
+from datasets import common
 
 SOURCES = (
-    terms(
+    common.terms(
         "SEN2VENµS",
         "non-commercial; see the record",
         "Michel et al., Data 7(7), 96, 2022, doi:10.3390/data7070096",
@@ -37,7 +23,7 @@ SOURCES = (
 )
 # product: what file names say of the bands, the bands, side of an MR patch
 PRODUCTS = {
-    "10m": (["b2b3b4b8"], BGRN, 128),
+    "10m": (["b2b3b4b8"], common.BGRN, 128),
     "20m": (["b4b5b6b8a", "b5b6b7b8a"], ["B05", "B06", "B07", "B8A"], 64),
 }
 
@@ -56,15 +42,15 @@ def read(root, *, product="10m"):
     keys, names, chip = PRODUCTS[product]
     part = re.compile(r"(?<![0-9a-z])(05m|5m|10m|20m)(?![0-9a-z])")
     found = {}  # path without its gsd -> {sensor: path}
-    for path, name in walk(root, (".pt", ".tif", ".tiff")):
+    for path, name in common.walk(root, (".pt", ".tif", ".tiff")):
         name = name.lower()
         gsd = part.findall(name)
         if gsd and any(re.search(rf"(?<![0-9a-z]){key}(?![0-9a-z])", name) for key in keys):
             sensor = "mr" if gsd[-1] == product else "hr" if gsd[-1] in ("05m", "5m") else None
             found.setdefault(part.sub("", name), {})[sensor] = path
-    pairs, skipped = complete(found)
+    pairs, skipped = common.complete(found)
     if not pairs:
-        raise missing(
+        raise common.missing(
             root, f"no pair of *_05m_{keys[0]}.pt and *_{product}_{keys[0]}.pt, nor such .tif"
         )
     units = []
@@ -72,13 +58,13 @@ def read(root, *, product="10m"):
         place = Path(mr).relative_to(root).as_posix()
         about = re.search(r"([^/]+?)_*_\d\d[A-Z]{3}_\d{4}-\d\d-\d\d", place)
         site = about[1] if about else place.split("/")[0] if "/" in place else Path(root).name
-        date = date_of(place)
+        date = common.date_of(place)
         if mr.lower().endswith(".pt"):
-            units.append(unit(place, open_patches, mr, hr, date, site))
+            units.append(common.unit(place, open_patches, mr, hr, date, site))
         else:
-            order = {len(names): [0, 1, 2, 3]}
-            units.append(unit(place, open_tiffs, [(mr, hr, date, date)], order, order, None, site))
-    return Listing(units, {"mr": names, "hr": names}, chip, SOURCES, skipped)
+            places = [(place, [(mr, hr, date, date)], None, site)]
+            units += common.tiff_units(places, {len(names): [0, 1, 2, 3]})
+    return common.listing(units, chip, SOURCES, skipped, names)
 
 
 def open_patches(mr_path, hr_path, date, site):
@@ -91,21 +77,21 @@ def open_patches(mr_path, hr_path, date, site):
         )
     for number in range(len(mr)):
         sources = [
-            array_source(
+            common.array_source(
                 f"{path}#{number}",
                 images.shape[1:],
                 images.dtype,
-                functools.partial(read_array, images[number]),
+                functools.partial(common.read_array, images[number]),
                 date,
             )
             for path, images in ((mr_path, mr), (hr_path, hr))
         ]
-        yield Pair(sources[0], sources[1:], None, site)
+        yield common.Pair(sources[0], sources[1:], None, site)
 
 
 def load_patches(path):
     """(patches, 4, height, width) array of a .pt file, mapped, not read, where it can be."""
-    with whole(path, ".pt"):
+    with common.whole(path, ".pt"):
         try:
             images = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # a file of before torch 1.6 cannot be mapped

@@ -1,0 +1,126 @@
+"""datasets/common.py: a file dropped into the folder is a set; pixels of TIFFs of any layout."""
+
+import sys
+
+import layouts
+import numpy as np
+import pair_layouts
+import pytest
+import tifffile
+from conftest import ROOT, refused
+
+import data
+import datasets
+import finetune
+from datasets import common, tasks
+
+
+@pytest.fixture
+def drop(tmp_path, monkeypatch):
+    """drop(name, text) puts a file into a folder that is read as part of datasets/."""
+    folder, before = tmp_path / "dropped", set(sys.modules)
+    folder.mkdir()
+    monkeypatch.setattr(datasets, "__path__", [*datasets.__path__, str(folder)])
+
+    def drop(name, text):
+        (folder / f"{name}.py").write_text(text, encoding="utf-8")
+        common.sets.cache_clear()
+
+    yield drop
+    common.sets.cache_clear()
+    for name in {name for name in sys.modules if name.startswith("datasets.")} - before:
+        del sys.modules[name]
+        delattr(datasets, name.removeprefix("datasets."))
+
+
+def test_a_file_of_pairs_that_is_dropped_in_is_a_format(drop, tmp_path, monkeypatch, capsys):
+    pair_layouts.sen2naip(tmp_path / "in")
+    text = (ROOT / "datasets/sen2naip.py").read_text("utf-8")
+    drop("mine", text.replace('PAIRS = {"sen2naip"', 'PAIRS = {"mine"'))
+    for name in ("mine", "sen2naip"):
+        command = ["data.py", "pack", "--format", name, tmp_path / "in", tmp_path / name]
+        monkeypatch.setattr(sys, "argv", [*map(str, command), "--val", "0"])
+        data.main()
+    mine, known = (data.Store(tmp_path / name).batch([0, 1]) for name in ("mine", "sen2naip"))
+    assert all(np.array_equal(mine[key], known[key]) for key in known)
+    monkeypatch.setattr(sys, "argv", ["data.py", "pack", "--format", "nobody", "in", "out"])
+    with refused(SystemExit, "mine", "sen2naip", "worldstrat"):
+        data.main()
+
+
+def test_a_labelled_file_that_is_dropped_in_is_a_task(drop, tmp_path, capsys):
+    layouts.marida(tmp_path, np.random.default_rng(0))
+    text = (ROOT / "datasets/marida.py").read_text("utf-8")
+    drop("mine", text.replace('"marida": common', '"my-set": common').replace("MARIDA: ", "Mine: "))
+    mine, known = (tasks.load_task(name, tmp_path, tile=8) for name in ("my-set", "marida"))
+    assert tasks.fingerprint(mine) == tasks.fingerprint(known) and mine.name == "my-set"
+    with pytest.raises(SystemExit):
+        finetune.main(["--list-tasks"])
+    assert "my-set: Mine: marine debris" in capsys.readouterr().out
+    with refused(SystemExit, "--task my-set needs --root"):
+        finetune.main(["--task", "my-set", "--encoder", "random"])
+
+
+def test_two_files_of_one_name_are_told(drop):
+    drop("again", 'PAIRS = {"sen2naip": print}')
+    with refused(ValueError, "datasets.sen2naip", "datasets.again", "rename one"):
+        common.sets("PAIRS")
+
+
+def test_every_labelled_set_says_whose_it_is():
+    for about in common.sets("TASKS").values():
+        assert about.licence and about.url and about.size and about.open.__module__
+
+
+# ---- pixels -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["uint8", ">u2", "<i2", "float32"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"planarconfig": "contig"},
+        {"planarconfig": "separate"},
+        {"planarconfig": "contig", "tile": (16, 16), "compression": "zlib"},
+        {"planarconfig": "separate", "rowsperstrip": 5, "compression": "lzw"},
+        "pages",
+    ],
+)
+def test_pixels_of_a_tiff_of_any_layout(tmp_path, dtype, layout):
+    rng, path = np.random.default_rng(0), tmp_path / "a.tif"
+    pixels = rng.integers(0, 200, (5, 19, 23)).astype(dtype)
+    with tifffile.TiffWriter(path, byteorder=">" if dtype[0] == ">" else "<") as tif:
+        if layout == "pages":
+            for band in pixels:
+                tif.write(band, photometric="minisblack", metadata=None)
+        else:
+            array = pixels.transpose(1, 2, 0) if layout["planarconfig"] == "contig" else pixels
+            tif.write(array, photometric="minisblack", metadata=None, **layout)
+    found = common.read_tiff(path)
+    assert np.array_equal(found, pixels) and found.dtype.isnative
+    assert np.array_equal(common.read_tiff(path, (2, 3, 5, 7), [4, 0]), pixels[[4, 0], 2:7, 3:10])
+
+
+def test_one_band_has_three_axes(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", np.arange(12, dtype="uint8").reshape(3, 4))
+    assert common.read_tiff(tmp_path / "a.tif").shape == (1, 3, 4)
+
+
+def test_a_tiff_that_is_cut_off_or_claims_too_much_is_refused(tmp_path):
+    path = tmp_path / "a.tif"
+    about = {"planarconfig": "separate", "photometric": "minisblack", "tile": (16, 16)}
+    tifffile.imwrite(path, np.ones((4, 64, 64), "uint16"), **about)
+    content = path.read_bytes()
+    for size in (0, 4, 100, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:size])
+        with refused(ValueError, path):
+            common.read_tiff(path)
+    tifffile.imwrite(path, np.ones((64, 64), "uint16"), compression="zlib", metadata=None)
+    with tifffile.TiffFile(path, mode="r+b") as tif:
+        for name in ("ImageWidth", "ImageLength", "RowsPerStrip"):
+            tif.pages[0].tags[name].overwrite(2**20)
+    with refused(ValueError, path, "(1048576, 1048576)"):
+        common.read_tiff(path)
+    path.write_bytes(b"<VRTDataset/>")
+    with refused(ValueError, path):
+        common.read_tiff(path)
