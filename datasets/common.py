@@ -27,7 +27,7 @@ import zipfile
 import zlib
 from collections import namedtuple
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -41,6 +41,7 @@ from imagery.bands import IGNORE, positions
 
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it logs of a file, `whole` raises
 HEADERS = threading.Lock()  # of numpy's files; read_numpy says why
+GDAL_NODATA = 42113  # a tag, text
 COMPRESSED = 2**17  # pixels shrink to no less than 1 in this, whatever the codec
 
 SPLITS = ("train", "val", "test")
@@ -408,12 +409,9 @@ def open_hdf5(path):
         yield file
 
 
-def read_tiff(path, window=None, bands=None):
-    """Pixels (bands, rows, cols) of the first image of a TIFF, in native byte order.
-
-    window: (row, col, height, width), bands: positions; the chips of sets are small, so all is
-    decoded. Raises ValueError in one sentence.
-    """
+def decode_tiff(path):
+    """Pixels (bands, rows, cols) of the first image of a TIFF, in native byte order, and the value
+    of missing ones, or None. Raises ValueError in one sentence."""
     with whole(path, "TIFF"), tifffile.TiffFile(path) as tif:
         first = tif.pages.first
         like = first.shape, first.dtype, 0  # further full-size pages of one band are bands
@@ -429,8 +427,16 @@ def read_tiff(path, window=None, bands=None):
         pixels = np.moveaxis(pixels[0], -1, 0) if first.axes == "YXS" else np.stack(pixels)
         pixels = pixels.reshape(-1, *pixels.shape[-2:])
         pixels = check_array(pixels, (None, None, None))
-        pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
-    return read_array(pixels, window, bands)
+        nodata = None
+        with suppress(ValueError):  # what is no number declares nothing
+            nodata = float(first.tags.valueof(GDAL_NODATA, "none"))
+        return pixels.astype(pixels.dtype.newbyteorder("="), copy=False), nodata
+
+
+def read_tiff(path, window=None, bands=None):
+    """Pixels of a TIFF; window: (row, col, height, width), bands: positions, all when None. The
+    chips of sets are small, so all is decoded."""
+    return read_array(decode_tiff(path)[0], window, bands)
 
 
 def read_array(image, window=None, bands=None):
@@ -446,12 +452,12 @@ def read_float(path, count, bands=None):
 
     Raises ValueError for a file of another number of bands, as positions tell nothing there.
     """
-    about = geotiff.info(path)
-    if about.bands != count:
+    pixels, nodata = decode_tiff(path)
+    if len(pixels) != count:
         raise ValueError(
-            f"{path}: {about.bands} bands, its publisher ships {count}; download it again"
+            f"{path}: {len(pixels)} bands, its publisher ships {count}; download it again"
         )
-    return geotiff.as_float(read_tiff(path, bands=bands), about.nodata)
+    return geotiff.as_float(read_array(pixels, bands=bands), nodata)
 
 
 # pairs

@@ -106,6 +106,22 @@ def test_one_band_has_three_axes(tmp_path):
     assert common.read_tiff(tmp_path / "a.tif").shape == (1, 3, 4)
 
 
+@pytest.mark.parametrize("declared, missing", [(None, 1), ("7", 2), ("nan", 1), ("unknown", 1)])
+def test_pixels_as_floats_are_missing_where_all_chosen_bands_are_nodata(
+    tmp_path, declared, missing
+):
+    pixels = np.ones((3, 4, 4), np.float32)
+    pixels[:, 0, 0], pixels[:, 1, 1], pixels[0, 2, 2] = np.inf, 7, 7
+    tags = [] if declared is None else [(42113, 2, 0, declared, True)]
+    about = {"planarconfig": "separate", "photometric": "minisblack", "extratags": tags}
+    tifffile.imwrite(tmp_path / "a.tif", pixels, metadata=None, **about)
+    found = common.read_float(tmp_path / "a.tif", 3, [2, 1])
+    assert found.dtype == np.float32 and np.isnan(found).sum(axis=(1, 2)).tolist() == [missing] * 2
+    assert np.array_equal(found[:, 2], pixels[[2, 1], 2])
+    with refused(ValueError, "a.tif", "3 bands", "ships 4"):
+        common.read_float(tmp_path / "a.tif", 4)
+
+
 def test_a_tiff_that_is_cut_off_or_claims_too_much_is_refused(tmp_path):
     path = tmp_path / "a.tif"
     about = {"planarconfig": "separate", "photometric": "minisblack", "tile": (16, 16)}
