@@ -72,6 +72,22 @@ def test_every_labelled_set_says_whose_it_is():
         assert about.licence and about.url and about.size and about.open.__module__
 
 
+@pytest.mark.parametrize(
+    "name, date",
+    [
+        ("naip_m_4709963_se_14_1_20180716", "2018-07-16"),
+        ("T31TCJ_20220301T105859_B02", "2022-03-01"),
+        ("2019-07-25_x", "2019-07-25"),
+        ("20189999_2020_01_31", "2020-01-31"),
+        ("m_20180231", ""),
+        ("120180716", ""),
+        ("2018-0716", ""),
+    ],
+)
+def test_dates_in_names(name, date):
+    assert common.date_of(name) == date
+
+
 # ---- pixels -----------------------------------------------------------------------------------
 
 
