@@ -23,6 +23,7 @@ import pkgutil
 import re
 import struct
 import threading
+import xml.etree.ElementTree as ET
 import zipfile
 import zlib
 from collections import namedtuple
@@ -30,18 +31,19 @@ from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from xml.sax.saxutils import unescape
 
 import h5py
 import numpy as np
 import tifffile
 
 import datasets
-from imagery import geotiff
+from imagery import raster
 from imagery.bands import IGNORE, positions
 
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it logs of a file, `whole` raises
 HEADERS = threading.Lock()  # of numpy's files; read_numpy says why
-GDAL_NODATA = 42113  # a tag, text
+GDAL_METADATA, GDAL_NODATA = 42112, 42113  # tags
 COMPRESSED = 2**17  # pixels shrink to no less than 1 in this, whatever the codec
 
 SPLITS = ("train", "val", "test")
@@ -60,9 +62,9 @@ RGBN_ORDER = {4: [2, 1, 0, 3]}
 COPERNICUS = "Contains modified Copernicus Sentinel data"  # how it wants to be named
 DATE = re.compile(r"(?<!\d)((?:19|20)\d\d)([-_]?)([01]\d)\2([0-3]\d)(?!\d)")
 
-# An image and what is wanted of it. info: geotiff.Info, whose path may name a part, "x.pt#12".
+# An image and what is wanted of it. info: raster.Info, whose path may name a part, "x.pt#12".
 # bands: positions. nodata: value or None. read(window, bands) -> (bands, height, width), as
-# geotiff.read without the path. date: ISO text or "". offset: what its makers say is to be added
+# raster.read without the path. date: ISO text or "". offset: what its makers say is to be added
 # to its valid pixels (-1000 for Sentinel-2 from processing baseline 04.00 on); read adds nothing.
 Source = namedtuple("Source", "info bands nodata read date offset", defaults=("", 0))
 # One MR image and the HR images that may serve it, the best first, maybe none. split: "train",
@@ -409,28 +411,66 @@ def open_hdf5(path):
         yield file
 
 
-def decode_tiff(path):
-    """Pixels (bands, rows, cols) of the first image of a TIFF, in native byte order, and the value
-    of missing ones, or None. Raises ValueError in one sentence."""
+@contextmanager
+def open_tiff(path):
+    """Yield the pages that hold the bands of a TIFF's first image, and its raster.Info."""
     with whole(path, "TIFF"), tifffile.TiffFile(path) as tif:
-        first = tif.pages.first
+        first, size = tif.pages.first, tif.filehandle.size
+        # tifffile drops the tags whose values lie beyond the end, a georeference among them
+        tif.filehandle.seek(first.offset)
+        (tags,) = struct.unpack(tif.tiff.tagnoformat, tif.filehandle.read(tif.tiff.tagnosize))
+        if len(first.tags) < tags:
+            raise ValueError(f"{tags - len(first.tags)} of {tags} tags are cut off")
         like = first.shape, first.dtype, 0  # further full-size pages of one band are bands
         more = tif.pages[1:] if first.samplesperpixel == 1 else []
         pages = [first, *(p for p in more if (p.shape, p.dtype, p.subfiletype) == like)]
-        size = tif.filehandle.size
         end = max(np.add(page.dataoffsets, page.databytecounts).max() for page in pages)
         if end > size:  # what is cut off would read as 0
             raise ValueError(f"pixels up to byte {end}, it ends at {size}")
         if first.nbytes > COMPRESSED * size:  # would ask for all the memory there is
             raise ValueError(f"pixels of shape {first.shape} in {size} bytes")
+        yield pages, describe(Path(path), first, first.samplesperpixel * len(pages))
+
+
+def describe(path, page, bands):
+    """raster.Info of an image by the tags of a page. Of its ground only a transform without turn
+    in a CRS of a code: whatever else a publisher has, its pairs show the same ground."""
+    nodata, names, transform, crs = None, {}, None, None
+    with suppress(ValueError):  # what is no number declares nothing
+        nodata = float(page.tags.valueof(GDAL_NODATA, "none"))
+    with suppress(ET.ParseError):
+        items = ET.fromstring(page.tags.valueof(GDAL_METADATA, "<none/>")).iter("Item")
+        # GDAL escapes what it puts into XML once more
+        items = [(i.get("sample"), unescape(i.text or ""), i.get("role")) for i in items]
+        names = {band: name for band, name, role in items if role == "description"}
+    names = tuple(names.get(str(band), "") for band in range(bands)) if any(names.values()) else ()
+    tags = page.geotiff_tags or {}
+    code = int(tags.get("ProjectedCSTypeGeoKey", tags.get("GeographicTypeGeoKey", 0)))
+    if "ModelPixelScale" in tags and "ModelTiepoint" in tags and 0 < code < 32767:
+        width, height = np.abs(tags["ModelPixelScale"][:2]).tolist()
+        col, row, _, x, y, _ = tags["ModelTiepoint"][:6]
+        point = 0.5 if int(tags.get("GTRasterTypeGeoKey", 1)) == 2 else 0.0  # centres are tied
+        transform = (
+            width,
+            0.0,
+            x - (col + point) * width,
+            0.0,
+            -height,
+            y + (row + point) * height,
+        )
+        crs = f"EPSG:{code}"
+    size = page.imagewidth, page.imagelength, bands, page.dtype.newbyteorder("=")
+    return raster.Info(path, *size, nodata, transform, crs, names)
+
+
+def decode_tiff(path):
+    """Pixels (bands, rows, cols) of the first image of a TIFF, in native byte order, and its Info.
+    Raises ValueError in one sentence."""
+    with open_tiff(path) as (pages, info):
         pixels = [page.asarray(maxworkers=1) for page in pages]  # threads read whole files
-        pixels = np.moveaxis(pixels[0], -1, 0) if first.axes == "YXS" else np.stack(pixels)
-        pixels = pixels.reshape(-1, *pixels.shape[-2:])
-        pixels = check_array(pixels, (None, None, None))
-        nodata = None
-        with suppress(ValueError):  # what is no number declares nothing
-            nodata = float(first.tags.valueof(GDAL_NODATA, "none"))
-        return pixels.astype(pixels.dtype.newbyteorder("="), copy=False), nodata
+        pixels = np.moveaxis(pixels[0], -1, 0) if pages[0].axes == "YXS" else np.stack(pixels)
+        pixels = check_array(pixels.reshape(-1, *pixels.shape[-2:]), (None, None, None))
+        return pixels.astype(info.dtype, copy=False), info
 
 
 def read_tiff(path, window=None, bands=None):
@@ -452,12 +492,12 @@ def read_float(path, count, bands=None):
 
     Raises ValueError for a file of another number of bands, as positions tell nothing there.
     """
-    pixels, nodata = decode_tiff(path)
+    pixels, info = decode_tiff(path)
     if len(pixels) != count:
         raise ValueError(
             f"{path}: {len(pixels)} bands, its publisher ships {count}; download it again"
         )
-    return geotiff.as_float(read_array(pixels, bands=bands), nodata)
+    return raster.as_float(read_array(pixels, bands=bands), info.nodata)
 
 
 # pairs
@@ -491,16 +531,15 @@ def open_tiffs(files, mr_orders, hr_orders, split, site):
         hr = tiff_source(Path(hr_path), hr_orders, hr_date)
         # publishers cut both to the same ground; a georeference that only one has, or another CRS,
         # cannot say it better
-        if not (
-            mr.info.transform and hr.info.transform and geotiff.same_crs(mr.info.crs, hr.info.crs)
-        ):
+        if not (mr.info.transform and hr.info.transform and mr.info.crs == hr.info.crs):
             mr, hr = (s._replace(info=replace(s.info, transform=None, crs=None)) for s in (mr, hr))
         yield Pair(mr, [hr], split, site)
 
 
 def tiff_source(path, orders, date):
     """A Source of B, G, R, NIR, by the names in the file, else by orders: bands -> positions."""
-    info = geotiff.info(path)
+    with open_tiff(path) as (_, info):
+        pass
     bands = positions(BGRN, info.band_names, sentinel=True)  # sets without it write no B2
     if min(bands) < 0:
         bands = orders.get(info.bands)
@@ -514,5 +553,5 @@ def tiff_source(path, orders, date):
 
 def array_source(path, shape, dtype, read, date=""):
     bands, height, width = shape
-    info = geotiff.Info(Path(path), width, height, bands, dtype, None, None, None, ())
+    info = raster.Info(Path(path), width, height, bands, dtype, None, None, None, ())
     return Source(info, list(range(bands)), None, read, date)

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from datasets.common import BGRN, Listing, Pair, Source, Unit, date_of, days_between, digest
-from imagery import geotiff
+from imagery import raster
 from imagery.bands import SAME_BAND, meanings, positions
 
 RASTERS = (".tif", ".tiff", ".jp2")
@@ -131,7 +131,7 @@ def scenes(files):
 def describe(path, files=None):
     """Info of an image: of one file, or of a scene as if its files were one."""
     if files is None:
-        return jp2_info(path) if path.suffix.lower() == ".jp2" else geotiff.info(path)
+        return raster.info(path)
     first, *others = [describe(file) for file in files.values()]
     for other in [first, *others]:
         if other.bands != 1:
@@ -149,64 +149,10 @@ def describe(path, files=None):
     return replace(first, path=path, bands=len(files), band_names=tuple(files))
 
 
-def read_raster(path, window=None, bands=None):
-    read = jp2_read if path.suffix.lower() == ".jp2" else geotiff.read
-    return read(path, window, bands)
-
-
 def read_scene(files, window=None, bands=None):
-    """Read bands that lie in a file each; as geotiff.read."""
+    """Read bands that lie in a file each; as raster.read."""
     bands = range(len(files)) if bands is None else bands
-    return np.concatenate([read_raster(files[band], window) for band in bands])
-
-
-def rasterio_for(path):
-    try:
-        import rasterio
-    except ImportError as error:
-        raise ValueError(
-            f"{path}: JPEG 2000 needs rasterio; pip install rasterio, or convert the file with "
-            "gdal_translate"
-        ) from error
-    return rasterio
-
-
-def jp2_info(path):
-    rasterio = rasterio_for(path)
-    try:
-        with rasterio.open(path) as file:
-            transform = None if file.transform.is_identity else tuple(file.transform)[:6]
-            code = file.crs.to_epsg() if file.crs else None
-            if file.crs and code is None:
-                raise ValueError(f"{path}: a CRS without EPSG code; convert it with gdal_translate")
-            key = "GeographicTypeGeoKey"
-            if code and not file.crs.is_geographic:
-                key = "ProjectedCSTypeGeoKey"
-            return geotiff.Info(
-                path=path,
-                width=file.width,
-                height=file.height,
-                bands=file.count,
-                dtype=np.dtype(file.dtypes[0]),
-                nodata=file.nodata,
-                transform=transform,
-                crs={key: code} if code else None,
-                band_names=(),
-            )
-    except rasterio.errors.RasterioIOError as error:
-        raise ValueError(f"{path}: cannot be read ({error}); fetch the file again") from error
-
-
-def jp2_read(path, window=None, bands=None):
-    rasterio = rasterio_for(path)
-    if window is not None:
-        row, col, height, width = window
-        window = rasterio.windows.Window(col, row, width, height)
-    try:
-        with rasterio.open(path) as file:
-            return file.read(None if bands is None else [b + 1 for b in bands], window=window)
-    except rasterio.errors.RasterioIOError as error:
-        raise ValueError(f"{path}: cannot be read ({error}); fetch the file again") from error
+    return np.concatenate([raster.read(files[band], window) for band in bands])
 
 
 def safe_offset(path):
@@ -249,7 +195,7 @@ def open_sources(where, sensor, wanted, names, nodata):
                 f"{path}: {flag} {','.join(wanted)} asked for, the file has {count} bands "
                 f"({','.join(has) if any(has) else 'without names'}); use indices from 0"
             )
-        read, offset = functools.partial(read_raster, path), 0
+        read, offset = functools.partial(raster.read, path), 0
         if files:  # only the chosen are opened: the others may have another pixel size
             files = {has[band]: files[has[band]] for band in bands}
             bands, info = list(range(len(files))), describe(path, files)
@@ -376,7 +322,7 @@ def pair_up(mr_sources, hr_sources, mr, hr):
             west, south, east, north = m.info.bounds
             meets = (left < east) & (right > west) & (bottom < north) & (top > south)
             hrs = [hr_sources[i] for i in np.flatnonzero(meets)]
-            hrs = [hr for hr in hrs if geotiff.same_crs(m.info.crs, hr.info.crs)]
+            hrs = [hr for hr in hrs if raster.same_ground(hr.info, m.info.crs)]
             pairs.append((m, sorted(hrs, key=functools.partial(unlike, m))))
     if any(hrs for _, hrs in pairs):
         return pairs
@@ -387,12 +333,12 @@ def pair_up(mr_sources, hr_sources, mr, hr):
             f"no HR file is named as an MR file is ({mr.path} and {hr.path}, for instance); "
             "without georeference the two of a pair need the same name"
         )
-    mr_crs = {geotiff.crs_name(s.info.crs): s.info.crs for s in mr_sources}
-    hr_crs = {geotiff.crs_name(s.info.crs): s.info.crs for s in hr_sources}
-    if not any(geotiff.same_crs(a, b) for a in mr_crs.values() for b in hr_crs.values()):
+    mr_crs = {s.info.crs for s in mr_sources}
+    hr_of = {s.info.crs: s.info for s in hr_sources}
+    if not any(raster.same_ground(hr, crs) for hr in hr_of.values() for crs in mr_crs):
         raise ValueError(
-            f"{hr.path}: CRS {geotiff.crs_name(hr.crs)}, but {mr.path} has "
-            f"{geotiff.crs_name(mr.crs)}; warp the HR files with gdalwarp -t_srs"
+            f"{hr.path}: CRS {raster.crs_name(hr.crs)}, but {mr.path} has "
+            f"{raster.crs_name(mr.crs)}; warp the HR files with gdalwarp -t_srs"
         )
     raise ValueError(
         f"{hr.path}: bounds {hr.bounds} do not overlap {mr.bounds} of {mr.path}, nor does any "

@@ -25,7 +25,7 @@ from einops import rearrange
 from tqdm import tqdm
 
 from datasets.common import BGRN, SPLITS, find_bands, find_folder, join_lists, read_lines, sets
-from imagery import geotiff
+from imagery import raster
 from imagery.bands import IGNORE
 
 IN_MEMORY = 2 * 2**30  # bytes of images; more of them lie in a temporary file
@@ -44,7 +44,7 @@ class Task:
         the image has no data, while published sets keep their publishers' labels there.
     split: (N,) "train", "val" or "test".
     origin: (N, 3) int64: position in `files`, row and column of the tile's first pixel.
-    files: geotiff.Info of each image, of published sets without their ground. classes: the class
+    files: raster.Info of each image, of published sets without their ground. classes: the class
         names, in the order of their ids.
     split_by: in words, what kept the splits apart. nodata: the values that the masks declare as
         nodata, which are IGNORE in the labels.
@@ -217,7 +217,7 @@ def load_task(name, root, *, bands=None, tile=None, dates=None, pastis_classes=1
             )
         label = cut(class_ids(raw, ids, path)[None], side, IGNORE)[:, 0]
         keep = (label != IGNORE).any((1, 2))
-        info = geotiff.Info(path, *raw.shape[::-1], len(about.bands), *[None] * 4, about.bands)
+        info = raster.Info(path, *raw.shape[::-1], len(about.bands), *[None] * 4, about.bands)
         return label[keep], keep, info
 
     parts = in_threads(read_labels, samples, f"{name}, labels")
@@ -289,7 +289,7 @@ def named_bands(images, names):
     """The 0-based positions of named bands, the same in all GeoTIFFs of a folder, or ValueError."""
     positions = None
     for path in list_tiffs(images).values():
-        held = geotiff.info(path).band_names
+        held = raster.info(path).band_names
         if not held:
             raise ValueError(
                 f"{path}: its bands are unnamed, so {','.join(names)} cannot be found; name them, "
@@ -457,8 +457,8 @@ def read_classes(path):
 
 
 def check_pair(image, mask, bands):
-    """Compare the headers of one image and its mask -> (the image's geotiff.Info, mask nodata)."""
-    file, label = geotiff.info(image), geotiff.info(mask)
+    """Compare the headers of one image and its mask -> (the image's raster.Info, mask nodata)."""
+    file, label = raster.info(image), raster.info(mask)
     if (file.height, file.width) != (label.height, label.width):
         raise ValueError(
             f"{mask}: {label.height} x {label.width} pixels, its image has {file.height} x "
@@ -474,10 +474,10 @@ def check_pair(image, mask, bands):
             "uint8 or int16"
         )
     if file.transform and label.transform:
-        if file.crs and label.crs and not geotiff.same_crs(file.crs, label.crs):
+        if file.crs and label.crs and not raster.same_ground(file, label.crs):
             raise ValueError(
-                f"{mask}: its CRS is {geotiff.crs_name(label.crs)}, its image's "
-                f"{geotiff.crs_name(file.crs)}; resample the mask to the image's grid"
+                f"{mask}: its CRS is {raster.crs_name(label.crs)}, its image's "
+                f"{raster.crs_name(file.crs)}; resample the mask to the image's grid"
             )
         apart = np.abs(np.subtract(file.transform, label.transform)).reshape(2, 3)
         apart = (apart @ [file.width, file.height, 1]).max() / file.gsd
@@ -500,8 +500,8 @@ def some(ids):
 
 def read_image(file, bands):
     """Read one image (bands, rows, cols) float32, NaN in all bands of a pixel without data."""
-    image = geotiff.read(file.path, bands=bands)
-    valid = geotiff.valid_pixels(image, file.nodata)
+    image = raster.read(file.path, bands=bands)
+    valid = raster.valid_pixels(image, file.nodata)
     image = image.astype(np.float32)
     image[:, ~valid] = np.nan
     return image
@@ -513,7 +513,7 @@ def read_mask(path, classes, ignored):
     classes: the names, or None. ignored: numbers or None. Raises ValueError for ids that no class
     has.
     """
-    mask = geotiff.read(path)[0].astype(np.int64)
+    mask = raster.read(path)[0].astype(np.int64)
     ignored = np.logical_or.reduce([mask == value for value in ignored])
     ids = np.unique(mask[~ignored])
     count = UNNAMED_CLASSES if classes is None else len(classes)
@@ -555,7 +555,7 @@ def draw_splits(files, origin, tile, block, val, test, seed):
     covers ground of another split, which happens where images overlap off each other's grid.
     Raises ValueError if there are fewer groups than splits need.
     """
-    same = [f.transform and geotiff.same_crs(f.crs, files[0].crs) for f in files]
+    same = [f.transform and raster.same_ground(f, files[0].crs) for f in files]
     if all(same):
         bounds = ground(files, origin, tile)
         side = block * tile * files[0].gsd

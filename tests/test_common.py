@@ -1,11 +1,13 @@
 """datasets/common.py: a file dropped into the folder is a set; pixels of TIFFs of any layout."""
 
+import dataclasses
 import sys
 
 import layouts
 import numpy as np
 import pair_layouts
 import pytest
+import rasterio
 import tifffile
 from conftest import ROOT, refused
 
@@ -13,6 +15,7 @@ import data
 import datasets
 import finetune
 from datasets import common, tasks
+from imagery import raster
 
 
 @pytest.fixture
@@ -115,6 +118,39 @@ def test_pixels_of_a_tiff_of_any_layout(tmp_path, dtype, layout):
     found = common.read_tiff(path)
     assert np.array_equal(found, pixels) and found.dtype.isnative
     assert np.array_equal(common.read_tiff(path, (2, 3, 5, 7), [4, 0]), pixels[[4, 0], 2:7, 3:10])
+
+
+def test_what_a_tiff_says_of_itself_is_what_gdal_reads(tmp_path):
+    """One with all there is to say, one whose points are centres, one in degrees, one of nothing;
+    a turned one, and one in a CRS without a code, are taken as of no ground."""
+    utm, degrees = (10.0, 0.0, 3e5, 0.0, -10.0, 5e6), (1e-4, 0.0, 8.5, 0.0, -1e-4, 47.25)
+    turned = (8.0, 6.0, 3e5, 6.0, -8.0, 5e6)
+    lcc = "+proj=lcc +lat_1=44 +lat_2=49 +lat_0=46.5 +lon_0=3 +x_0=7 +y_0=66 +ellps=GRS80"
+    for name, place, crs, tags, grounded in [
+        ("all", utm, 32631, {"nodata": 7}, True),
+        ("point", utm, 26914, {"AREA_OR_POINT": "Point"}, True),
+        ("degrees", degrees, 4326, {}, True),
+        ("bare", None, None, {}, True),
+        ("turned", turned, 32631, {}, False),
+        ("own", utm, lcc, {}, False),
+    ]:
+        path = tmp_path / f"{name}.tif"
+        about = dict(driver="GTiff", width=5, height=4, count=2, dtype="uint16")
+        if place:
+            about |= dict(
+                transform=rasterio.Affine(*place), crs=rasterio.crs.CRS.from_user_input(crs)
+            )
+        with rasterio.open(path, "w", **about, nodata=tags.pop("nodata", None)) as file:
+            file.update_tags(**tags)
+            if name == "all":
+                file.descriptions = "Blue", "Grün & Rot"
+        with common.open_tiff(path) as (_, info):
+            pass
+        known = raster.info(path)
+        if not grounded:
+            assert (info.transform, info.crs) == (None, None) and known.transform
+            known = dataclasses.replace(known, transform=None, crs=None)
+        assert info == known
 
 
 def test_one_band_has_three_axes(tmp_path):

@@ -392,7 +392,7 @@ def test_files_that_cannot_be_read(tmp_path):
     mr, hr = pair(tmp_path)
     content = (tmp_path / "hr/a.tif").read_bytes()
     (tmp_path / "hr/a.tif").write_bytes(content[:-100])
-    with refused(ValueError, "hr/a.tif"):
+    with refused(pack.NoChip, "hr/a.tif"):
         pack_files(mr, hr, tmp_path / "store")
     (tmp_path / "empty").mkdir()
     with refused(FileNotFoundError, "--hr", tmp_path / "empty"):
