@@ -70,6 +70,14 @@ def test_two_files_of_one_name_are_told(drop):
         common.sets("PAIRS")
 
 
+def test_every_set_is_a_small_file():
+    """As the files of datasets/ are found, whatever they are called."""
+    for file in (ROOT / "datasets").glob("*.py"):
+        text = file.read_text("utf-8")
+        if "\nPAIRS = " in text or "\nTASKS = " in text:
+            assert text.count("\n") <= 120 or file.stem == "folder", file
+
+
 def test_every_labelled_set_says_whose_it_is():
     for about in common.sets("TASKS").values():
         assert about.licence and about.url and about.size and about.open.__module__
