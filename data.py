@@ -427,7 +427,7 @@ def moved(tree, move):
 
 
 def main():
-    from datasets import formats  # these build on this file
+    from datasets.common import sets  # this builds on imagery, and that on this file
     from imagery import check, pack
 
     # what a reader is told, as far as it takes it
@@ -449,14 +449,14 @@ def main():
     p = commands.add_parser(
         "pack", help="cut pairs of images into a store", description=about, allow_abbrev=False
     )
-    pack.add_flags(p, formats.FORMATS)
+    pack.add_flags(p, sets("PAIRS"))
     args = vars(parser.parse_args())
     command = args.pop("command")
     try:
         if command == "check":
             check.check(**args)
             return
-        reader = formats.FORMATS[args["format"]]
+        reader = sets("PAIRS")[args["format"]]
         if len(args["paths"]) != (1 if args["mr"] else 2):
             raise ValueError(
                 f"{' '.join(args['paths'])}: ROOT and OUT expected, or OUT alone with --mr"

@@ -35,9 +35,9 @@ from einops import rearrange
 from tqdm import tqdm
 
 from data import draw_crops, resample
+from datasets.common import sets
 from datasets.tasks import (
     SPLITS,
-    TASKS,
     fingerprint,
     list_tasks,
     load_folder,
@@ -114,8 +114,8 @@ def parse_args(argv=None):
     flag("--heads", type=positive, help="attention heads, for weights whose width does not tell")
 
     flag = parser.add_argument_group("task").add_argument
-    flag("--task", default="geotiff", choices=["geotiff", *TASKS], help="a published set in "
-         "--root, or geotiff, folders of your own (default geotiff)")
+    flag("--task", default="geotiff", choices=["geotiff", *sets("TASKS")], help="a published set "
+         "in --root, or geotiff, folders of your own (default geotiff)")
     flag("--list-tasks", action="version", version=list_tasks(), help="print the published sets "
          "with classes, sizes, splits and where to get them")
     flag("--root", type=Path, help="folder of the set as published; for geotiff one with images "

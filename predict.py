@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from datasets.formats import find_files
+from datasets.folder import find_files
 from figures import class_colours, composite, save_figure
 from imagery import geotiff
 from imagery.bands import meanings, positions

@@ -1,8 +1,8 @@
 """Labelled segmentation tasks, on which an encoder is judged.
 
 A `Task` is a set of square tiles with their labels, splits and origins; whatever the layout on
-disk, the probe sees only this. `load_task` reads the published sets that `TASKS` names as they
-come from their publishers, `load_folder` images and masks from two folders of GeoTIFFs.
+disk, the probe sees only this. `load_task` reads the published sets of this folder as they come
+from their publishers, `load_folder` images and masks from two folders of GeoTIFFs.
 
 Tiles are held as float32: 4 bands at 64 px take 64 KiB a tile, so 100,000 tiles need 6.5 GB.
 `load_folder` holds them in memory; what `load_task` reads lies in a temporary file if it is large.
@@ -10,21 +10,22 @@ Tiles are held as float32: 4 bands at 64 px take 64 KiB a tile, so 100,000 tiles
 
 import glob
 import hashlib
+import inspect
 import math
 import shutil
 import sys
 import tempfile
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from einops import rearrange
 from tqdm import tqdm
 
-from datasets.published import SPLITS, TASKS, find_bands, open_set, read_lines
-from imagery import geotiff
+from datasets.common import BGRN, SPLITS, find_bands, find_folder, join_lists, read_lines, sets
+from imagery import raster
 from imagery.bands import IGNORE
 
 IN_MEMORY = 2 * 2**30  # bytes of images; more of them lie in a temporary file
@@ -43,10 +44,11 @@ class Task:
         the image has no data, while published sets keep their publishers' labels there.
     split: (N,) "train", "val" or "test".
     origin: (N, 3) int64: position in `files`, row and column of the tile's first pixel.
-    files: geotiff.Info of each image. classes: the class names, in the order of their ids.
+    files: raster.Info of each image, of published sets without their ground. classes: the class
+        names, in the order of their ids.
     split_by: in words, what kept the splits apart. nodata: the values that the masks declare as
         nodata, which are IGNORE in the labels.
-    name: the set, a key of TASKS. bands: the name of each band, "" where unknown. positions: which
+    name: the set. bands: the name of each band, "" where unknown. positions: which
         of the files' `file_bands` bands they are, from 0. mean, std: (bands,) float64, the
         publisher's, else of the training split. gsd: units per pixel of the files, or None.
     split_hash: 12 hex digits of a SHA-256 over who is in which split.
@@ -166,8 +168,8 @@ def load_folder(
 def load_task(name, root, *, bands=None, tile=None, dates=None, pastis_classes=18, split_seed=0):
     """Read a labelled set as its publisher ships it -> Task, with its splits and statistics.
 
-    name: a key of TASKS, or "geotiff" for a folder of one's own (`own_folder`). root: the set's
-    folder, or the one it lies in. bands: names as in `published`, default B, G, R, NIR. tile:
+    name: one of `sets`, or "geotiff" for a folder of one's own (`own_folder`). root: the set's
+    folder, or the one it lies in. bands: names, default B, G, R, NIR. tile:
     pixels, default that of the protocol which scores are compared by. dates: of a time series, how
     many, spread evenly; default all. pastis_classes: 18 (without background and void), 19 (without
     void) or 20 (void is a class, though ignored). split_seed: for a set that has no splits.
@@ -177,15 +179,24 @@ def load_task(name, root, *, bands=None, tile=None, dates=None, pastis_classes=1
     """
     if name == "geotiff":
         return load_folder(**own_folder(root), bands=bands, tile=tile or 64, split_seed=split_seed)
-    if name not in TASKS:
-        raise ValueError(f"--task {name}: no such task; choose from {', '.join(TASKS)}, geotiff")
-    about = TASKS[name]
-    if dates is not None and (name != "pastis" or dates < 1):
-        raise ValueError(f"--dates {dates}: at least 1, and only --task pastis is a time series")
-    wanted = bands or ("B", "G", "R", "NIR")
-    positions = find_bands(wanted, about.bands, f"--task {name}", sentinel=True)
-    source = open_set(name, root, positions, dates, pastis_classes, split_seed)
-    samples, splits = list(source.split), list(source.split.values())
+    known = sets("TASKS")
+    if name not in known:
+        raise ValueError(f"--task {name}: no such task; choose from {', '.join(known)}, geotiff")
+    about = known[name]
+    takes = inspect.signature(about.open).parameters
+    if dates is not None and ("dates" not in takes or dates < 1):
+        series = [
+            n for n, one in known.items() if "dates" in inspect.signature(one.open).parameters
+        ]
+        raise ValueError(
+            f"--dates {dates}: at least 1, and only --task {' or '.join(series)} is a time series"
+        )
+    positions = find_bands(bands or BGRN, about.bands, f"--task {name}", sentinel=True)
+    options = {"dates": dates, "pastis_classes": pastis_classes, "split_seed": split_seed}
+    options = {key: value for key, value in options.items() if key in takes}
+    found = about.open(find_folder(about, root), list(positions), **options)
+    ids, stats = found.ids or about.ids, about.stats if found.stats is None else found.stats
+    samples, splits = list(found.split), list(found.split.values())
     if not samples:
         raise ValueError(f"--root {root}: its lists name no sample")
     counts = tuple(splits.count(split) for split in SPLITS)
@@ -198,15 +209,16 @@ def load_task(name, root, *, bands=None, tile=None, dates=None, pastis_classes=1
         )
 
     def read_labels(sample):
-        path, raw = source.path(sample), source.label(sample)
+        path, raw = found.files[sample][0], found.label(*found.files[sample])
         side = tile or about.tile or max(raw.shape)
         if side > max(raw.shape):
             raise ValueError(
                 f"--tile {side}: {path} is {max(raw.shape)} px wide or high; use at most that"
             )
-        label = cut(class_ids(raw, source.ids, path)[None], side, IGNORE)[:, 0]
+        label = cut(class_ids(raw, ids, path)[None], side, IGNORE)[:, 0]
         keep = (label != IGNORE).any((1, 2))
-        return label[keep], keep, describe(path, raw.shape, about.bands)
+        info = raster.Info(path, *raw.shape[::-1], len(about.bands), *[None] * 4, about.bands)
+        return label[keep], keep, info
 
     parts = in_threads(read_labels, samples, f"{name}, labels")
     sides = sorted({label.shape[-1] for label, _, _ in parts})
@@ -220,11 +232,11 @@ def load_task(name, root, *, bands=None, tile=None, dates=None, pastis_classes=1
         if part not in split:
             raise ValueError(f"--root {root}: no labelled pixel in the {part} split of the set")
 
-    series = () if source.dates is None else (source.dates,)
+    series = () if found.dates is None else (found.dates,)
     images = allocate((ends[-1], *series, len(positions), side, side))
 
     def read_tiles(k):
-        image, file = source.image(samples[k]), files[k]
+        image, file = found.image(*found.files[samples[k]]), files[k]
         if image.shape[-2:] != (file.height, file.width):
             raise ValueError(
                 f"{file.path}: {image.shape[-2]} x {image.shape[-1]} pixels, its mask has "
@@ -243,14 +255,15 @@ def load_task(name, root, *, bands=None, tile=None, dates=None, pastis_classes=1
         for k, (file, keep) in enumerate(zip(files, keeps, strict=True))
     ]
     names = tuple(about.bands[position] for position in positions)
-    if all(band in source.stats for band in names):
-        mean, std = np.array([source.stats[band] for band in names], np.float64).T
+    if all(band in stats for band in names):
+        mean, std = np.array([stats[band] for band in names], np.float64).T
     else:
         mean, std = band_stats(images, np.flatnonzero(split == "train"))
     return Task(
-        images, np.concatenate(labels), split, np.concatenate(origin), files, source.classes,
+        images, np.concatenate(labels), split, np.concatenate(origin), files,
+        found.classes or about.classes,
         about.splits, (), name, names, positions, len(about.bands), mean, std,
-        10.0, hash_splits(source.split.items()),
+        10.0, hash_splits(found.split.items()),
     )  # fmt: skip
 
 
@@ -276,7 +289,7 @@ def named_bands(images, names):
     """The 0-based positions of named bands, the same in all GeoTIFFs of a folder, or ValueError."""
     positions = None
     for path in list_tiffs(images).values():
-        held = geotiff.info(path).band_names
+        held = raster.info(path).band_names
         if not held:
             raise ValueError(
                 f"{path}: its bands are unnamed, so {','.join(names)} cannot be found; name them, "
@@ -309,15 +322,6 @@ def corners(file, tile):
     return np.indices((-(-file.height // tile), -(-file.width // tile))).reshape(2, -1).T * tile
 
 
-def describe(path, shape, bands):
-    """geotiff.Info of a sample with a mask of `shape`; its place where its file is a GeoTIFF."""
-    rows, cols = shape
-    if path.suffix == ".tif":
-        file = geotiff.info(path)
-        return replace(file, height=rows, width=cols, bands=len(bands), band_names=bands)
-    return geotiff.Info(path, cols, rows, len(bands), None, None, None, None, bands)
-
-
 def in_threads(function, items, what):
     """[function(item) for item in items] by threads, with a bar; the first error ends it."""
     with ThreadPoolExecutor() as pool:
@@ -347,7 +351,7 @@ def allocate(shape):
 def list_tasks():
     """The sets of `load_task` as text: where to get them, what they hold."""
     entries = []
-    for name, about in TASKS.items():
+    for name, about in sets("TASKS").items():
         counts = "/".join(map(str, about.counts)) if about.counts else "not published"
         entries += [
             f"{name}: {about.title}",
@@ -418,22 +422,17 @@ def read_splits(folder):
     A .tif or .tiff extension is taken off. Raises FileNotFoundError for a missing or empty list,
     ValueError for a name in two lists.
     """
-    listed = {}
+    lists = {}
     for split in SPLITS:
         path = Path(folder) / f"{split}.txt"
         lines = read_lines(path) if path.is_file() else []
-        stems = [line.removesuffix(".tif").removesuffix(".tiff") for line in lines]
-        if not any(stems):
+        lists[split] = [line.removesuffix(".tif").removesuffix(".tiff") for line in lines]
+        if not any(lists[split]):
             raise FileNotFoundError(
                 f"{path}: no list of file names there; --splits needs train.txt, val.txt and "
                 "test.txt, one name per line"
             )
-        for stem in filter(None, stems):
-            if listed.setdefault(stem, split) != split:
-                raise ValueError(
-                    f"{path}: {stem} is in {listed[stem]}.txt too; keep it in one split only"
-                )
-    return listed
+    return join_lists(lists, folder)
 
 
 def read_classes(path):
@@ -458,8 +457,8 @@ def read_classes(path):
 
 
 def check_pair(image, mask, bands):
-    """Compare the headers of one image and its mask -> (the image's geotiff.Info, mask nodata)."""
-    file, label = geotiff.info(image), geotiff.info(mask)
+    """Compare the headers of one image and its mask -> (the image's raster.Info, mask nodata)."""
+    file, label = raster.info(image), raster.info(mask)
     if (file.height, file.width) != (label.height, label.width):
         raise ValueError(
             f"{mask}: {label.height} x {label.width} pixels, its image has {file.height} x "
@@ -475,10 +474,10 @@ def check_pair(image, mask, bands):
             "uint8 or int16"
         )
     if file.transform and label.transform:
-        if file.crs and label.crs and not geotiff.same_crs(file.crs, label.crs):
+        if file.crs and label.crs and not raster.same_ground(file, label.crs):
             raise ValueError(
-                f"{mask}: its CRS is {geotiff.crs_name(label.crs)}, its image's "
-                f"{geotiff.crs_name(file.crs)}; resample the mask to the image's grid"
+                f"{mask}: its CRS is {raster.crs_name(label.crs)}, its image's "
+                f"{raster.crs_name(file.crs)}; resample the mask to the image's grid"
             )
         apart = np.abs(np.subtract(file.transform, label.transform)).reshape(2, 3)
         apart = (apart @ [file.width, file.height, 1]).max() / file.gsd
@@ -501,8 +500,8 @@ def some(ids):
 
 def read_image(file, bands):
     """Read one image (bands, rows, cols) float32, NaN in all bands of a pixel without data."""
-    image = geotiff.read(file.path, bands=bands)
-    valid = geotiff.valid_pixels(image, file.nodata)
+    image = raster.read(file.path, bands=bands)
+    valid = raster.valid_pixels(image, file.nodata)
     image = image.astype(np.float32)
     image[:, ~valid] = np.nan
     return image
@@ -514,7 +513,7 @@ def read_mask(path, classes, ignored):
     classes: the names, or None. ignored: numbers or None. Raises ValueError for ids that no class
     has.
     """
-    mask = geotiff.read(path)[0].astype(np.int64)
+    mask = raster.read(path)[0].astype(np.int64)
     ignored = np.logical_or.reduce([mask == value for value in ignored])
     ids = np.unique(mask[~ignored])
     count = UNNAMED_CLASSES if classes is None else len(classes)
@@ -556,7 +555,7 @@ def draw_splits(files, origin, tile, block, val, test, seed):
     covers ground of another split, which happens where images overlap off each other's grid.
     Raises ValueError if there are fewer groups than splits need.
     """
-    same = [f.transform and geotiff.same_crs(f.crs, files[0].crs) for f in files]
+    same = [f.transform and raster.same_ground(f, files[0].crs) for f in files]
     if all(same):
         bounds = ground(files, origin, tile)
         side = block * tile * files[0].gsd

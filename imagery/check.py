@@ -57,7 +57,7 @@ def check(path, out=None, max_shift=None, min_correlation=None):
     Returns the figures, a dict of (N,) or (N, bands) arrays, NaN where there is none. Raises
     FileNotFoundError, OSError or ValueError, one sentence.
     """
-    from datasets.formats import read_geotiff  # which itself builds on imagery
+    from datasets.folder import read_geotiff  # which itself builds on imagery
 
     path, flagging = Path(path), max_shift is not None or min_correlation is not None
     if max_shift is not None and not 0 < max_shift < REACH:

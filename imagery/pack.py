@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import figures
 from data import FORMAT, INDEX, SPLITS, VERSION, WINDOW, resample
-from imagery import geotiff
+from imagery import raster
 
 ROWS = [name for name in INDEX if name not in ("chip", "hr", "split")]  # known while packing
 SKIPPED = "mr_source row col hr_source valid reason".split()
@@ -793,7 +793,7 @@ def chip_place(info, row, col):
         return {}
     a, b, c, d, e, f = info.transform
     corner = a * col + b * row + c, d * col + e * row + f
-    values = geotiff.crs_name(info.crs), a, b, corner[0], d, e, corner[1]
+    values = raster.crs_name(info.crs), a, b, corner[0], d, e, corner[1]
     return dict(zip(("crs", *"abcdef"), values, strict=True))
 
 
@@ -812,7 +812,7 @@ def read_chips(source, corners, size, offset, holes):
     margin = np.maximum(0, corners.max(0) + size - high)
     if margin.any():
         block = np.pad(block, ((0, 0), (0, margin[0]), (0, margin[1])), mode="edge")
-    valid = geotiff.valid_pixels(block, source.nodata)
+    valid = raster.valid_pixels(block, source.nodata)
     if offset:
         block = add_offset(block, offset, source.nodata)
     for row, col in corners - low:
@@ -896,9 +896,7 @@ def ground_keys(pair, chips, chip, block_pixels, frames):
     if not chips:
         return 0
     a, b, c, d, e, f = info.transform
-    number = next(
-        (n for n, (crs, *_) in enumerate(frames) if geotiff.same_crs(crs, info.crs)), None
-    )
+    number = next((n for n, (crs, *_) in enumerate(frames) if raster.same_ground(info, crs)), None)
     if number is None:
         number = len(frames)
         side = block_pixels * np.array([math.hypot(b, e), math.hypot(a, d)])

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets import formats
-from imagery import geotiff, pack
+from datasets import common
+from datasets.folder import read_geotiff
+from imagery import geotiff, pack, raster
 
 RNG = np.random.default_rng(0)
 EAST, NORTH = 400000.0, 5200000.0
@@ -42,16 +43,16 @@ def write_scene(path, gsd, shift, height, width, bands=2, crs=32631, **more):
 
 
 def image(name, array, transform=None, nodata=None, **more):
-    """A formats.Source of an array (bands, rows, cols) in memory; more: date, offset."""
+    """A common.Source of an array (bands, rows, cols) in memory; more: date, offset."""
     bands, height, width = array.shape
-    crs = {"ProjectedCSTypeGeoKey": 32631} if transform else None
+    crs = "EPSG:32631" if transform else None
     about = (Path(name), width, height, bands, array.dtype, nodata, transform, crs, ())
 
     def read(window, bands):
         row, col, height, width = window
         return array[bands, row : row + height, col : col + width]
 
-    return formats.Source(geotiff.Info(*about), list(range(bands)), nodata, read, **more)
+    return common.Source(raster.Info(*about), list(range(bands)), nodata, read, **more)
 
 
 def pair(folder, hr_gsd=5.0, mr_shift=(0, 0), hr_shift=(0, 0), side=64, hr_side=None, **more):
@@ -65,7 +66,7 @@ def pair(folder, hr_gsd=5.0, mr_shift=(0, 0), hr_shift=(0, 0), side=64, hr_side=
 def pack_files(mr, hr, out, **options):
     """pack.pack of GeoTIFFs; options of the reader and of pack together."""
     reader = {"mr_bands", "hr_bands", "band_names", "hr_band_names", "nodata"} & options.keys()
-    listing = formats.read_geotiff(mr, hr, **{key: options.pop(key) for key in reader})
+    listing = read_geotiff(mr, hr, **{key: options.pop(key) for key in reader})
     return pack.pack(listing, out, **options)
 
 

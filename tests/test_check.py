@@ -14,7 +14,7 @@ from landscape import EAST, NORTH, landscape, write_scene
 from stores import write_store
 
 import data
-from datasets.formats import read_geotiff
+from datasets.folder import read_geotiff
 from imagery import check, pack, scenes
 
 NOISE = np.random.default_rng(1)

@@ -15,7 +15,7 @@ from landscape import RNG, pair, shift_between
 from stores import crop_pairs, write_store
 
 import data
-from datasets.formats import read_geotiff
+from datasets.folder import read_geotiff
 from imagery import pack
 
 SHARED = Path(os.environ.get("CROSSSCALE_SHARED", Path(__file__).parents[2] / "shared")) / "data"

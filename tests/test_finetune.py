@@ -21,7 +21,7 @@ from safetensors import safe_open
 
 import finetune
 import segment
-from imagery import geotiff
+from imagery import geotiff, raster
 from imagery.bands import IGNORE
 from model import ViT
 from scores import append_row
@@ -734,8 +734,8 @@ def test_maps_keep_the_georeference_and_are_what_was_scored(scenes, encoder, tmp
     assert sorted(p.name for p in (tmp_path / "maps").iterdir()) == ["s4.tif", "s5.tif"]
     matrix = 0
     for name in ("s4.tif", "s5.tif"):
-        of_map = geotiff.info(tmp_path / "maps" / name)
-        of_image = geotiff.info(scenes / "images" / name)
+        of_map = raster.info(tmp_path / "maps" / name)
+        of_image = raster.info(scenes / "images" / name)
         assert (of_map.transform, of_map.crs) == (of_image.transform, of_image.crs)
         assert of_map.nodata == 255 and of_map.dtype == np.uint8
         prediction = geotiff.read(tmp_path / "maps" / name)

@@ -30,7 +30,8 @@ from stores import crop_pairs
 
 import data
 import figures
-from datasets import formats
+from datasets import common, sen2naip
+from datasets.folder import read_geotiff
 from imagery import geotiff, pack
 
 SHARED = Path(os.environ.get("CROSSSCALE_SHARED", Path(__file__).parents[2] / "shared")) / "data"
@@ -67,11 +68,11 @@ def patches(count=6, chips=2, ratio=2, bands=3, site=None, split=None, hr=True, 
             ]
             mr = image(f"{n}.pt#{k}", arrays[0], date="2020-01-02")
             hrs = [image(f"{n}_hr.pt#{k}", arrays[1], date="2020-01-05")] if hr else []
-            pairs.append(formats.Pair(mr, hrs, split and split(n), site and site(n)))
-        return formats.Unit(name.format(n), lambda: iter(pairs))
+            pairs.append(common.Pair(mr, hrs, split and split(n), site and site(n)))
+        return common.Unit(name.format(n), lambda: iter(pairs))
 
     names = ["R", "G", "B", "NIR", "S1", "S2"][:bands]
-    return formats.Listing(
+    return common.Listing(
         [unit(n) for n in range(count)], {"mr": names, "hr": names if hr else []}, 16
     )
 
@@ -391,7 +392,7 @@ def test_files_that_cannot_be_read(tmp_path):
     mr, hr = pair(tmp_path)
     content = (tmp_path / "hr/a.tif").read_bytes()
     (tmp_path / "hr/a.tif").write_bytes(content[:-100])
-    with refused(ValueError, "hr/a.tif"):
+    with refused(pack.NoChip, "hr/a.tif"):
         pack_files(mr, hr, tmp_path / "store")
     (tmp_path / "empty").mkdir()
     with refused(FileNotFoundError, "--hr", tmp_path / "empty"):
@@ -431,7 +432,7 @@ def test_damaged_files_among_many_are_left_out_and_told(tmp_path, capsys):
 def test_a_published_set_with_damaged_headers(tmp_path, capsys):
     pair_layouts.sen2naip(tmp_path)
     first, second = sorted(tmp_path.rglob("lr.tif"))
-    listing = formats.read_sen2naip(tmp_path)
+    listing = sen2naip.read(tmp_path)
     second.write_bytes(b"II*\0gone")
     meta = pack.pack(listing, tmp_path / "store", val=0)
     assert meta["count"]["mr"] == 1
@@ -685,11 +686,11 @@ def test_a_full_disk_and_a_failing_one_name_a_file(tmp_path, monkeypatch):
         def opened(count=count, when=when):
             return full() if next(count) == when else listing.units[0].open()
 
-        units = [formats.Unit("far.tif", opened), *listing.units]
+        units = [common.Unit("far.tif", opened), *listing.units]
         with refused(OSError, "No space left", "far.tif"):
             pack.pack(listing._replace(units=units), tmp_path / "store")
     image = next(listing.units[0].open()).mr._replace(read=full)
-    units = [formats.Unit("far.tif", lambda: iter([formats.Pair(image, [])]))]
+    units = [common.Unit("far.tif", lambda: iter([common.Pair(image, [])]))]
     with refused(OSError, "No space left", "far.tif"):
         pack.pack(listing._replace(units=units, bands={"mr": "RGB", "hr": []}), tmp_path / "store")
 
@@ -795,7 +796,7 @@ def test_a_killed_process_continues_to_the_same_store(tmp_path):
     options = "chip=16, stride=12, split_block=2, val=0.3"
     code = (
         "import os, signal, sys\n"
-        "from datasets import formats\n"
+        "from datasets.folder import read_geotiff\n"
         "from imagery import pack\n"
         "cut, seen = pack.cut, []\n"
         "def stop(job, work):\n"
@@ -804,7 +805,7 @@ def test_a_killed_process_continues_to_the_same_store(tmp_path):
         "        os.kill(os.getpid(), getattr(signal, 'SIGKILL', signal.SIGTERM))\n"
         "    return cut(job, work)\n"
         "pack.cut = stop\n"
-        "listing = formats.read_geotiff('mr', 'hr')\n"
+        "listing = read_geotiff('mr', 'hr')\n"
         f"pack.pack(listing, sys.argv[2], {options}, workers=1)\n"
     )
     env = os.environ | {"PYTHONPATH": ROOT}
@@ -821,7 +822,7 @@ def test_a_killed_process_continues_to_the_same_store(tmp_path):
 def test_a_kill_while_the_store_is_completed(tmp_path, monkeypatch, stage):
     write_scene(tmp_path / "mr/a.tif", 10.0, (0, 0), 80, 80)
     write_scene(tmp_path / "hr/a.tif", 5.0, (0, 0), 160, 160)
-    listing = formats.read_geotiff(tmp_path / "mr", tmp_path / "hr")
+    listing = read_geotiff(tmp_path / "mr", tmp_path / "hr")
     options = {"chip": 16, "stride": 9, "split_block": 2, "val": 0.3}
     pack.pack(listing, tmp_path / "whole", **options)
     where = pack.shutil if stage == "rmtree" else pack
@@ -867,7 +868,7 @@ def test_one_pack_at_a_time_writes_a_store(tmp_path, overwrite):
 
 HOLD = """
 import sys, numpy, landscape
-from datasets import formats
+from datasets import common
 from imagery import pack
 pixels = numpy.ones((1, 16, 16), "uint8")
 def opened():
@@ -875,10 +876,10 @@ def opened():
         print("held", flush=True)
         sys.stdin.read()
     opened.times += 1
-    return iter([formats.Pair(landscape.image("a", pixels), [])])
+    return iter([common.Pair(landscape.image("a", pixels), [])])
 opened.times = 0
-unit = formats.Unit("a", opened)
-pack.pack(formats.Listing([unit], {"mr": ["x"], "hr": []}, 16), sys.argv[1])
+unit = common.Unit("a", opened)
+pack.pack(common.Listing([unit], {"mr": ["x"], "hr": []}, 16), sys.argv[1])
 """
 
 
@@ -1042,9 +1043,9 @@ def test_no_read_is_larger_than_a_block(tmp_path, monkeypatch):
 
         return source._replace(read=read)
 
-    pairs = [formats.Pair(spy(arrays["mr"]), [spy(arrays["hr"])])]
-    listing = formats.Listing(
-        [formats.Unit("x", lambda: iter(pairs))], {s: ["a", "b"] for s in arrays}
+    pairs = [common.Pair(spy(arrays["mr"]), [spy(arrays["hr"])])]
+    listing = common.Listing(
+        [common.Unit("x", lambda: iter(pairs))], {s: ["a", "b"] for s in arrays}
     )
     monkeypatch.setattr(pack, "BLOCK_BYTES", 2**17)
     assert pack.pack(listing, tmp_path / "store", chip=32, val=0)["count"]["mr"] == 128
@@ -1053,7 +1054,7 @@ def test_no_read_is_larger_than_a_block(tmp_path, monkeypatch):
 
 def test_only_a_few_units_are_open_at_a_time(tmp_path, monkeypatch):
     listing, opened, done = patches(30), [], []
-    units = [formats.Unit(u.name, lambda u=u: opened.append(u) or u.open()) for u in listing.units]
+    units = [common.Unit(u.name, lambda u=u: opened.append(u) or u.open()) for u in listing.units]
     lay_out, cut, most = pack.lay_out, pack.cut, []
 
     def watch(job, work):
@@ -1103,11 +1104,11 @@ def test_sites_decide_although_there_is_ground(tmp_path):
     """Two sites whose images overlap in ground that says nothing, as of simulated georeferences."""
     array = RNG.integers(1, 99, (1, 32, 32), dtype="uint8")
     pairs = [
-        formats.Pair(image(f"{n}.tif", array, (10.0, 0, 0, 0, -10.0, 0)), [], None, f"s{n}")
+        common.Pair(image(f"{n}.tif", array, (10.0, 0, 0, 0, -10.0, 0)), [], None, f"s{n}")
         for n in range(4)
     ]
-    unit = formats.Unit("u", lambda: iter(pairs))
-    listing = formats.Listing([unit], {"mr": ["a"], "hr": []})
+    unit = common.Unit("u", lambda: iter(pairs))
+    listing = common.Listing([unit], {"mr": ["a"], "hr": []})
     meta = pack.pack(listing, tmp_path / "store", chip=16, stride=8, val=0.25)
     assert meta["splits"] == {"train": 27, "val": 9}
 
@@ -1175,7 +1176,7 @@ def test_arrays_close_up_when_chips_without_hr_are_among_them(tmp_path):
 def test_pairs_in_val_alone_still_have_statistics(tmp_path):
     listing = patches(split=lambda n: "val" if n == 0 else "train")
     units = [
-        u if n == 0 else formats.Unit(u.name, lambda u=u: (p._replace(hrs=[]) for p in u.open()))
+        u if n == 0 else common.Unit(u.name, lambda u=u: (p._replace(hrs=[]) for p in u.open()))
         for n, u in enumerate(listing.units)
     ]
     meta = pack.pack(listing._replace(units=units), tmp_path / "store", keep_unpaired=True)
@@ -1192,11 +1193,11 @@ def sized(*sides, chip=16):
 
     def unit(n, side):
         arrays = [RNG.integers(1, 99, (1, s, s), dtype="uint8") for s in (16, side)]
-        pairs = [formats.Pair(image(f"{n}", arrays[0]), [image(f"{n}h", arrays[1])])]
-        return formats.Unit(str(n), lambda: iter(pairs))
+        pairs = [common.Pair(image(f"{n}", arrays[0]), [image(f"{n}h", arrays[1])])]
+        return common.Unit(str(n), lambda: iter(pairs))
 
     units = [unit(n, side) for n, side in enumerate(sides)]
-    return formats.Listing(units, {"mr": ["a"], "hr": ["a"]}, chip)
+    return common.Listing(units, {"mr": ["a"], "hr": ["a"]}, chip)
 
 
 def test_ratios_that_differ_a_little_share_a_store(tmp_path):
@@ -1229,11 +1230,11 @@ def test_mr_of_another_pixel_size_without_hr(tmp_path):
 
 def test_mr_of_another_pixel_size_in_a_published_set(tmp_path):
     pairs = [
-        formats.Pair(image(f"{gsd}", np.ones((1, 16, 16), "uint8"), (gsd, 0, 0, 0, -gsd, 0)), [])
+        common.Pair(image(f"{gsd}", np.ones((1, 16, 16), "uint8"), (gsd, 0, 0, 0, -gsd, 0)), [])
         for gsd in (10.0, 60.0)
     ]
-    units = [formats.Unit(f"{n}", lambda p=p: iter([p])) for n, p in enumerate(pairs)]
-    meta = pack.pack(formats.Listing(units, {"mr": ["a"], "hr": []}, 16), tmp_path / "store")
+    units = [common.Unit(f"{n}", lambda p=p: iter([p])) for n, p in enumerate(pairs)]
+    meta = pack.pack(common.Listing(units, {"mr": ["a"], "hr": []}, 16), tmp_path / "store")
     (skipped,) = rows_of(tmp_path / "store", "skipped")
     assert (skipped["mr_source"], skipped["reason"]) == ("60.0", "another pixel size")
     assert meta["count"]["mr"] == 1
@@ -1255,7 +1256,7 @@ def test_pairs_that_the_survey_did_not_see(tmp_path, monkeypatch):
 def of_type(dtype):
     odd = image("odd", np.ones((1, 16, 16), dtype))
     hr = image("odd_hr", np.ones((1, 32, 32), "uint8"))
-    return formats.Unit("1", lambda: iter([formats.Pair(odd, [hr])]))
+    return common.Unit("1", lambda: iter([common.Pair(odd, [hr])]))
 
 
 @pytest.mark.parametrize("where", [0, 1, 2])
@@ -1300,7 +1301,7 @@ def test_hr_has_bands_that_mr_has_not(tmp_path, monkeypatch):
 def test_hr_has_some_of_many_bands(tmp_path):
     listing = patches(bands=6)
     units = [
-        formats.Unit(
+        common.Unit(
             u.name,
             lambda u=u: (
                 p._replace(hrs=[hr._replace(bands=[2, 0]) for hr in p.hrs]) for p in u.open()
@@ -1325,8 +1326,8 @@ def test_an_offset_is_added_and_holes_stay(tmp_path):
     array[:, 0, 0] = 0  # nodata
     array[0, 1, 1] = 0  # one band of it
     told = image("a", array, None, 0.0, offset=-1000.0)
-    listing = formats.Listing(
-        [formats.Unit("a", lambda: iter([formats.Pair(told, [])]))], {"mr": ["x", "y"], "hr": []}
+    listing = common.Listing(
+        [common.Unit("a", lambda: iter([common.Pair(told, [])]))], {"mr": ["x", "y"], "hr": []}
     )
     options = {"chip": 32, "val": 0, "min_valid": 0.9}
     meta = pack.pack(listing, tmp_path / "told", **options)
@@ -1366,9 +1367,9 @@ def test_an_offset_that_was_not_removed_is_told(tmp_path, capsys, low, options, 
         array[1] += 400
         if n == 0:
             array[:, 3, 3] = 1  # dead
-        pairs = [formats.Pair(image(str(n), array), [])]
-        units.append(formats.Unit(str(n), lambda pairs=pairs: iter(pairs)))
-    listing = formats.Listing(units, {"mr": ["B", "G", "R"], "hr": []}, 16)
+        pairs = [common.Pair(image(str(n), array), [])]
+        units.append(common.Unit(str(n), lambda pairs=pairs: iter(pairs)))
+    listing = common.Listing(units, {"mr": ["B", "G", "R"], "hr": []}, 16)
     pack.pack(listing, tmp_path / "store", val=0, **options)
     out = capsys.readouterr().out
     assert ("warning: " in out) == ("--offset -1000 --overwrite" in out) == warns
@@ -1417,10 +1418,10 @@ def test_contact_sheet(tmp_path, monkeypatch, hr):
             array[0, :, :half] = 200
             array[2, :, half:] = 200
         name = "a_name_that_is_much_too_long_for_the_picture_it_stands_above_" + str(n)
-        pairs = [formats.Pair(image(name, arrays[0]), [image("h", arrays[1])] if hr else [])]
-        units.append(formats.Unit(str(n), lambda pairs=pairs: iter(pairs)))
+        pairs = [common.Pair(image(name, arrays[0]), [image("h", arrays[1])] if hr else [])]
+        units.append(common.Unit(str(n), lambda pairs=pairs: iter(pairs)))
     names = ["B04", "B03", "blue"]
-    listing = formats.Listing(units, {"mr": names, "hr": names if hr else []}, 16)
+    listing = common.Listing(units, {"mr": names, "hr": names if hr else []}, 16)
     pack.pack(listing, tmp_path / "store", val=0)
     from PIL import Image
 
@@ -1444,9 +1445,9 @@ def test_a_picture_that_fails_loses_no_store(tmp_path, monkeypatch):
 
 def test_names_on_the_contact_sheet_are_no_formulas(tmp_path, monkeypatch):
     monkeypatch.setattr(pack, "draw_contact", draw_contact)
-    pairs = [formats.Pair(image(r"a$\x$.tif", np.ones((1, 16, 16), "uint8")), [])]
-    unit = formats.Unit("u", lambda: iter(pairs))
-    pack.pack(formats.Listing([unit], {"mr": ["a"], "hr": []}, 16), tmp_path / "store")
+    pairs = [common.Pair(image(r"a$\x$.tif", np.ones((1, 16, 16), "uint8")), [])]
+    unit = common.Unit("u", lambda: iter(pairs))
+    pack.pack(common.Listing([unit], {"mr": ["a"], "hr": []}, 16), tmp_path / "store")
     assert (tmp_path / "store" / "contact.png").stat().st_size
 
 

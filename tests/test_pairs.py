@@ -1,10 +1,10 @@
-"""datasets/formats.py: each published layout is read as it is shipped; every message."""
+"""datasets/: each published layout of pairs is read as it is shipped; every message."""
 
 import json
 import os
 import pickle
-import sys
 
+import h5py
 import numpy as np
 import pair_layouts as layouts
 import pytest
@@ -12,8 +12,9 @@ import torch
 from conftest import refused
 
 import data
-from datasets import formats
-from imagery import geotiff, pack
+from datasets import hdf5, rapidai4eo, sen2naip, sen2venus, worldstrat
+from datasets.common import sets
+from imagery import pack
 
 BGRN = ["B", "G", "R", "NIR"]
 
@@ -39,7 +40,7 @@ def same(source, array):
 
 def test_sen2venus_v1(tmp_path):
     images = layouts.sen2venus(tmp_path)
-    listing = formats.read_sen2venus(tmp_path)
+    listing = sen2venus.read(tmp_path)
     assert listing.bands == {"mr": BGRN, "hr": BGRN} and listing.chip == 128
     assert [unit.name for unit in listing.units] == [
         "ALSACE/ALSACE_C_32ULU_2018-02-14_10m_b2b3b4b8.pt",
@@ -55,31 +56,31 @@ def test_sen2venus_v1(tmp_path):
         assert same(pair.mr, images[f"{stem}_10m_b2b3b4b8"][number % 3])
         assert same(pair.hrs[0], images[f"{stem}_05m_b2b3b4b8"][number % 3])
         assert pair.mr.date == pair.hrs[0].date == stem[-10:]
-    assert [p.site for p in pairs_of(formats.read_sen2venus(tmp_path / "NARYN"))] == 3 * ["NARYN_C"]
+    assert [p.site for p in pairs_of(sen2venus.read(tmp_path / "NARYN"))] == 3 * ["NARYN_C"]
 
 
 def test_sen2venus_of_20_m(tmp_path):
     images = layouts.sen2venus(tmp_path)
-    listing = formats.read_sen2venus(tmp_path, product="20m")
+    listing = sen2venus.read(tmp_path, product="20m")
     assert listing.bands["hr"] == ["B05", "B06", "B07", "B8A"] and listing.chip == 64
     pair = next(listing.units[0].open())
     assert same(pair.mr, images["ALSACE_C_32ULU_2018-02-14_20m_b4b5b6b8a"][0])
     assert same(pair.hrs[0], images["ALSACE_C_32ULU_2018-02-14_05m_b4b5b6b8a"][0])
     with refused(ValueError, "--product 60m", "10m", "20m"):
-        formats.read_sen2venus(tmp_path, product="60m")
+        sen2venus.read(tmp_path, product="60m")
 
 
 def test_sen2venus_files_of_before_torch_1_6_are_read_too(tmp_path):
     images = layouts.sen2venus(tmp_path, ["ARM_14SPE_2018-01-01"])
     for path in (tmp_path / "ARM").glob("*.pt"):
         torch.save(torch.load(path), path, _use_new_zipfile_serialization=False)
-    pair = next(formats.read_sen2venus(tmp_path).units[0].open())
+    pair = next(sen2venus.read(tmp_path).units[0].open())
     assert same(pair.hrs[0], images["ARM_14SPE_2018-01-01_05m_b2b3b4b8"][0])
 
 
 def test_sen2venus_v2(tmp_path):
     images = layouts.sen2venus_v2(tmp_path)
-    listing = formats.read_sen2venus(tmp_path)
+    listing = sen2venus.read(tmp_path)
     pairs = pairs_of(listing)
     assert [pair.site for pair in pairs] == ["ATTO", "ATTO"]
     for number, pair in enumerate(pairs):
@@ -93,7 +94,7 @@ def test_sen2venus_v2(tmp_path):
 def test_sen2venus_files_without_a_partner_are_skipped(tmp_path):
     layouts.sen2venus(tmp_path)
     (tmp_path / "ALSACE" / "ALSACE_C_32ULU_2018-02-14_05m_b2b3b4b8.pt").unlink()
-    listing = formats.read_sen2venus(tmp_path)
+    listing = sen2venus.read(tmp_path)
     assert len(listing.units) == 1
     ((name, reason),) = listing.skipped
     assert name.endswith("ALSACE_C_32ULU_2018-02-14_10m_b2b3b4b8.pt")
@@ -111,10 +112,10 @@ def test_a_pt_file_with_code_is_refused(tmp_path, zipped, capfd):
     path = tmp_path / "ARM" / "ARM_14SPE_2018-01-01_05m_b2b3b4b8.pt"
     torch.save(Hostile(), path, _use_new_zipfile_serialization=zipped)
     with refused(ValueError, path):
-        pairs_of(formats.read_sen2venus(tmp_path))
+        pairs_of(sen2venus.read(tmp_path))
     path.write_bytes(pickle.dumps(Hostile()))
     with refused(ValueError, path):
-        pairs_of(formats.read_sen2venus(tmp_path))
+        pairs_of(sen2venus.read(tmp_path))
     assert "hostile code ran" not in capfd.readouterr().out
 
 
@@ -129,11 +130,11 @@ def test_sen2venus_files_that_do_not_fit(tmp_path):
     ):
         torch.save(bad, path)
         with refused(ValueError, path, found):
-            pairs_of(formats.read_sen2venus(tmp_path))
+            pairs_of(sen2venus.read(tmp_path))
     for bad in (content[: len(content) // 2], b""):
         path.write_bytes(bad)
         with refused(ValueError, path):
-            pairs_of(formats.read_sen2venus(tmp_path))
+            pairs_of(sen2venus.read(tmp_path))
 
 
 def test_sen2venus_tensors_that_numpy_has_not(tmp_path):
@@ -149,9 +150,9 @@ def test_sen2venus_tensors_that_numpy_has_not(tmp_path):
     ):
         torch.save(bad, path)
         with refused(ValueError, path, found):
-            pairs_of(formats.read_sen2venus(tmp_path))
+            pairs_of(sen2venus.read(tmp_path))
     torch.save(plain.float().requires_grad_(), path)
-    pair = pairs_of(formats.read_sen2venus(tmp_path))[1]
+    pair = pairs_of(sen2venus.read(tmp_path))[1]
     assert same(pair.hrs[0], images[path.stem][1].astype("float32"))
 
 
@@ -160,7 +161,7 @@ def test_sen2venus_tensors_that_numpy_has_not(tmp_path):
 
 def test_rapidai4eo(tmp_path):
     images = layouts.rapidai4eo(tmp_path)
-    listing = formats.read_rapidai4eo(tmp_path, per_site=2)
+    listing = rapidai4eo.read(tmp_path, per_site=2)
     assert listing.bands == {"mr": BGRN, "hr": BGRN} and listing.chip == 60
     assert [source["licence"][:5] for source in listing.sources] == ["CC-BY", "Coper"]
     assert len(listing.units) == 3
@@ -178,7 +179,7 @@ def test_rapidai4eo_draws_months_by_seed(tmp_path):
     layouts.rapidai4eo(tmp_path, [f"33N_15E-243N_{k:02d}_00" for k in range(4)])
 
     def drawn(seed):
-        return [pair.mr.date for pair in pairs_of(formats.read_rapidai4eo(tmp_path, seed=seed))]
+        return [pair.mr.date for pair in pairs_of(rapidai4eo.read(tmp_path, seed=seed))]
 
     assert drawn(0) == drawn(0) and len(drawn(0)) == 4
     assert len({tuple(drawn(seed)) for seed in range(9)}) > 1
@@ -189,7 +190,7 @@ def test_rapidai4eo_names_of_bands_go_before_their_number(tmp_path):
     names = ["B8", "B4", "B3", "B2", *(f"x{k}" for k in range(8))]
     for path in tmp_path.rglob("*_S2-SR.tif"):
         layouts.tif(path, images[path.stem], 10.0, band_names=names)
-    pair = next(formats.read_rapidai4eo(tmp_path).units[0].open())
+    pair = next(rapidai4eo.read(tmp_path).units[0].open())
     assert same(pair.mr, images[pair.mr.info.path.stem][[3, 2, 1, 0]])
 
 
@@ -199,7 +200,7 @@ def test_rapidai4eo_with_the_sensors_at_the_top(tmp_path):
         layouts.tif(tmp_path / "PF" / name / "2018-05-13.tif", array[0], 3.0)
         layouts.tif(tmp_path / "S2" / name / "2018_05.tif", array[1], 10.0)
     layouts.tif(tmp_path / "PF" / "33N_15E-243N_01_11" / "2018-05-13.tif", array[0], 3.0)
-    listing = formats.read_rapidai4eo(tmp_path)
+    listing = rapidai4eo.read(tmp_path)
     assert [unit.name for unit in listing.units] == ["33N_15E-243N_01_09", "33N_15E-243N_01_10"]
     assert listing.skipped == [("33N_15E-243N_01_11", "no Sentinel-2 image")]
 
@@ -211,7 +212,7 @@ def test_listing_opens_no_file(tmp_path):
         for part in ("S2-SR/2018-05.tif", "S2-SR/2018-06.tif", "PF-SR/2018-05-13.tif"):
             (folder / part).parent.mkdir(parents=True, exist_ok=True)
             (folder / part).touch()
-    listing = formats.read_rapidai4eo(tmp_path)
+    listing = rapidai4eo.read(tmp_path)
     assert len(listing.units) == 200
     assert len(pickle.dumps(listing.units)) < 80_000
     with refused(ValueError, "2018-05.tif"):
@@ -223,7 +224,7 @@ def test_listing_opens_no_file(tmp_path):
 
 def test_worldstrat(tmp_path):
     images = layouts.worldstrat(tmp_path)
-    listing = formats.read_worldstrat(tmp_path)
+    listing = worldstrat.read(tmp_path)
     assert listing.bands == {"mr": BGRN, "hr": BGRN} and listing.chip == 64
     assert [source["licence"] for source in listing.sources] == ["CC-BY-NC-4.0", "CC-BY-4.0"]
     pairs = pairs_of(listing)
@@ -242,14 +243,14 @@ def test_worldstrat(tmp_path):
 def test_worldstrat_options(tmp_path):
     images = layouts.worldstrat(tmp_path)
     (tmp_path / "metadata.csv").unlink()
-    listing = formats.read_worldstrat(tmp_path, level="L1C", hr="ps", per_site=2)
+    listing = worldstrat.read(tmp_path, level="L1C", hr="ps", per_site=2)
     first, second = listing.units[0].open()
     assert same(first.mr, images["Amnesty POI-1-1-1-1-L1C_data"][[1, 2, 3, 7]])
     assert same(second.mr, images["Amnesty POI-1-1-1-2-L1C_data"][[1, 2, 3, 7]])
     assert same(second.hrs[0], images["Amnesty POI-1-1-1_ps"][[2, 1, 0, 3]])
     assert first.mr.date == ""
     with refused(ValueError, "--level L3", "L2A", "L1C"):
-        formats.read_worldstrat(tmp_path, level="L3")
+        worldstrat.read(tmp_path, level="L3")
 
 
 def test_worldstrat_tables_without_names_of_columns(tmp_path):
@@ -257,14 +258,14 @@ def test_worldstrat_tables_without_names_of_columns(tmp_path):
     lines = (tmp_path / "stratified_train_val_test_split.csv").read_text().splitlines()[1:]
     numbered = [",aoi,set", *(f"{k},{line}" for k, line in enumerate(lines))]
     (tmp_path / "stratified_train_val_test_split.csv").write_text("\n".join(numbered) + "\n")
-    assert [p.split for p in pairs_of(formats.read_worldstrat(tmp_path))] == [
+    assert [p.split for p in pairs_of(worldstrat.read(tmp_path))] == [
         "train",
         "val",
         "test",
     ]
     (tmp_path / "stratified_train_val_test_split.csv").write_text("tile,split\nLandcover-77,dev\n")
     with refused(ValueError, "stratified_train_val_test_split.csv", "dev"):
-        formats.read_worldstrat(tmp_path)
+        worldstrat.read(tmp_path)
 
 
 THREE = "{0},train{1}\n{2},val{1}\n{3},test{1}\n"
@@ -286,7 +287,7 @@ AOIS = ("Amnesty POI-1-1-1", "Landcover-77", "UNHCR-SSD-1")
 def test_worldstrat_tables_that_are_ragged_or_headless(tmp_path, capsys, text):
     layouts.worldstrat(tmp_path)
     (tmp_path / "stratified_train_val_test_split.csv").write_text(text)
-    pairs = pairs_of(formats.read_worldstrat(tmp_path))
+    pairs = pairs_of(worldstrat.read(tmp_path))
     assert [(p.site, p.split) for p in pairs] == list(
         zip(AOIS, ("train", "val", "test"), strict=True)
     )
@@ -310,12 +311,12 @@ def test_worldstrat_says_how_many_places_are_in_no_split(tmp_path, capsys, text,
     layouts.worldstrat(tmp_path)
     path = tmp_path / "stratified_train_val_test_split.csv"
     path.write_text(text)
-    pairs = pairs_of(formats.read_worldstrat(tmp_path))
+    pairs = pairs_of(worldstrat.read(tmp_path))
     assert [p.split for p in pairs].count(None) == dealt
     said = capsys.readouterr().out
     assert str(path) in said and f"{dealt} of 3 " in said and said.count("\n") == 1
     path.unlink()
-    formats.read_worldstrat(tmp_path)
+    worldstrat.read(tmp_path)
     said = capsys.readouterr().out
     assert path.name in said and "3 of 3 " in said
 
@@ -330,17 +331,17 @@ def test_worldstrat_tables_that_say_nonsense(tmp_path):
     ):
         path.write_bytes(text.encode(errors="surrogateescape"))
         with refused(ValueError, path, mention):
-            formats.read_worldstrat(tmp_path)
+            worldstrat.read(tmp_path)
     path.unlink()
     for n in ("²", "", "x", "1.5"):  # no numbers of visits, so no dates
         (tmp_path / "metadata.csv").write_text(
             f"tile,n,lowres_date,highres_date\nLandcover-77,{n},2019-01-01,2019-01-02,,\n", "utf-8"
         )
-        assert {p.mr.date for p in pairs_of(formats.read_worldstrat(tmp_path))} == {""}
+        assert {p.mr.date for p in pairs_of(worldstrat.read(tmp_path))} == {""}
     (tmp_path / "metadata.csv").write_text(
         "tile,n,lowres_date,highres_date\nLandcover-77,2,2019-01-01,2019-01-02,,\n"
     )
-    assert [p.mr.date for p in pairs_of(formats.read_worldstrat(tmp_path))] == [
+    assert [p.mr.date for p in pairs_of(worldstrat.read(tmp_path))] == [
         "",
         "2019-01-01",
         "",
@@ -355,7 +356,7 @@ def test_sen2naip(tmp_path, part):
     images = layouts.sen2naip(tmp_path, part)
     (tmp_path / part / "ROI_0002").mkdir()
     layouts.tif(tmp_path / part / "ROI_0002" / "lr.tif", layouts.pixels(4, 31, 31), 10.0)
-    listing = formats.read_sen2naip(tmp_path)
+    listing = sen2naip.read(tmp_path)
     assert listing.bands == {"mr": BGRN, "hr": BGRN} and listing.chip == 31
     assert [unit.name for unit in listing.units] == [f"{part}/ROI_0000", f"{part}/ROI_0001"]
     for name, pair in zip(("ROI_0000", "ROI_0001"), pairs_of(listing), strict=True):
@@ -374,21 +375,21 @@ def test_sen2naip_with_a_damaged_file(tmp_path):
         whole = path.read_bytes()
         path.write_bytes(whole[:50])
         if k == 0:
-            listing = formats.read_sen2naip(tmp_path)
+            listing = sen2naip.read(tmp_path)
             assert listing.chip == 31 and len(listing.units) == 2
     with refused(ValueError, "ROI_0000/lr.tif"):
-        formats.read_sen2naip(tmp_path)
+        sen2naip.read(tmp_path)
 
 
 def test_sen2naip_bands(tmp_path):
     layouts.sen2naip(tmp_path)
     layouts.tif(tmp_path / "cross-sensor" / "ROI_0000" / "hr.tif", layouts.pixels(3, 124, 124), 2.5)
     with refused(ValueError, "ROI_0000/hr.tif", "3 bands", "--format"):
-        pairs_of(formats.read_sen2naip(tmp_path))
+        pairs_of(sen2naip.read(tmp_path))
     (tmp_path / "v2").mkdir()
     (tmp_path / "v2" / "sen2naipv2-crosssensor.taco").touch()
     with refused(FileNotFoundError, ".taco"):
-        formats.read_sen2naip(tmp_path / "v2")
+        sen2naip.read(tmp_path / "v2")
 
 
 # HDF5
@@ -397,10 +398,10 @@ def test_sen2naip_bands(tmp_path):
 @pytest.mark.parametrize("name, hr", [("sen2venus.hdf5", "venus"), ("rapidai4eo_v1.h5", "planet")])
 def test_hdf5_repacks(tmp_path, monkeypatch, name, hr):
     images = layouts.hdf5(tmp_path / name, hr)
-    monkeypatch.setattr(formats, "SLICE_BYTES", 2**17)  # units of a few rows
-    listing = formats.read_hdf5(tmp_path)
+    monkeypatch.setattr(hdf5, "SLICE_BYTES", 2**17)  # units of a few rows
+    listing = hdf5.read(tmp_path)
     assert listing.chip == images["sentinel2"].shape[2] and len(listing.units) > 2
-    assert listing.sources == formats.PUBLISHED[name.split("_")[0].split(".")[0]].sources
+    assert listing.sources == (rapidai4eo if hr == "planet" else sen2venus).SOURCES
     pairs = pairs_of(listing)
     assert [pair.split for pair in pairs] == ["train"] * 3 + ["val", "train", "test"]
     for row, pair in zip((0, 1, 2, 3, 5, 6), pairs, strict=True):
@@ -414,7 +415,7 @@ def test_hdf5_repacks(tmp_path, monkeypatch, name, hr):
 def test_hdf5_of_other_names_and_fewer_bands(tmp_path):
     images = layouts.hdf5(tmp_path / "mine.h5", "aerial", splits=False)
     options = {"mr_dataset": "sentinel2", "hr_dataset": "aerial", "band_names": ["B", "G", "R"]}
-    listing = formats.read_hdf5(tmp_path / "mine.h5", **options)
+    listing = hdf5.read(tmp_path / "mine.h5", **options)
     assert listing.bands["mr"] == ["B", "G", "R"] and listing.sources == ()
     pairs = pairs_of(listing)
     assert len(pairs) == 7 and pairs[0].split is None
@@ -425,7 +426,7 @@ def test_hdf5_splits_by_sample_id(tmp_path):
     layouts.hdf5(tmp_path / "rapidai4eo_v1.h5", "planet", splits=False)
     given = {"train": ["33N_15E-243N_02_09"], "valid": ["33N_15E-243N_00_09"]}
     (tmp_path / "other.json").write_text(json.dumps(given))
-    pairs = pairs_of(formats.read_hdf5(tmp_path, splits=tmp_path / "other.json"))
+    pairs = pairs_of(hdf5.read(tmp_path, splits=tmp_path / "other.json"))
     assert [(p.split, p.mr.info.path.name[-1]) for p in pairs] == [("val", "0"), ("train", "2")]
 
 
@@ -444,42 +445,42 @@ def test_hdf5_splits_that_do_not_fit(tmp_path):
     ):
         splits.write_text(json.dumps(given))
         with refused(ValueError, splits, mention):
-            formats.read_hdf5(tmp_path)
+            hdf5.read(tmp_path)
     (tmp_path / "splits_v2.json").write_text("{}")
     with refused(ValueError, splits.name, "splits_v2.json", path.name):
-        formats.read_hdf5(tmp_path)
+        hdf5.read(tmp_path)
 
 
 def test_hdf5_files_that_do_not_fit(tmp_path):
     path = tmp_path / "sen2venus.hdf5"
     images = layouts.hdf5(path)
     with refused(ValueError, path, "planet", "sentinel2", "venus", "--hr-dataset"):
-        formats.read_hdf5(path, hr_dataset="planet")
+        hdf5.read(path, hr_dataset="planet")
     with refused(ValueError, path, "venus", "(7, 4, 64, 64)", "5 bands"):
-        formats.read_hdf5(path, mr_dataset="venus", band_names=list("abcde"))
-    with formats.h5py.File(path, "w") as file:
+        hdf5.read(path, mr_dataset="venus", band_names=list("abcde"))
+    with h5py.File(path, "w") as file:
         file["sentinel2"], file["venus"] = images["sentinel2"], images["venus"][:6]
     with refused(ValueError, path, "7 rows in sentinel2", "6 in venus"):
-        formats.read_hdf5(path)
+        hdf5.read(path)
     content = path.read_bytes()
     for bad in (b"", b"text", content[: len(content) // 2]):
         path.write_bytes(bad)
         with refused(ValueError, path):
-            formats.read_hdf5(path)
+            hdf5.read(path)
     with refused(FileNotFoundError, tmp_path / "none.h5"):
-        formats.read_hdf5(tmp_path / "none.h5")
+        hdf5.read(tmp_path / "none.h5")
     layouts.hdf5(tmp_path / "b.h5")
     with refused(FileNotFoundError, tmp_path, "2 found"):
-        formats.read_hdf5(tmp_path)
+        hdf5.read(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [">i2", ">f4", ">u2", "<i4"])
 def test_hdf5_of_another_byte_order(tmp_path, dtype):
     images = {name: layouts.pixels(4, 4, 64, 64).astype(dtype) for name in ("sentinel2", "venus")}
-    with formats.h5py.File(tmp_path / "x.h5", "w") as file:
+    with h5py.File(tmp_path / "x.h5", "w") as file:
         for name, array in images.items():
             file[name] = array
-    listing = formats.read_hdf5(tmp_path)
+    listing = hdf5.read(tmp_path)
     for row, pair in enumerate(pairs_of(listing)):
         assert pair.mr.info.dtype.isnative and pixels_of(pair.mr).dtype.isnative
         for source, name in ((pair.mr, "sentinel2"), (pair.hrs[0], "venus")):
@@ -489,19 +490,19 @@ def test_hdf5_of_another_byte_order(tmp_path, dtype):
 
 @pytest.mark.parametrize("dtype", ["bool", "complex64", "S4"])
 def test_hdf5_of_no_pixels(tmp_path, dtype):
-    with formats.h5py.File(tmp_path / "x.h5", "w") as file:
+    with h5py.File(tmp_path / "x.h5", "w") as file:
         file["sentinel2"] = layouts.pixels(2, 4, 8, 8)
         file["venus"] = layouts.pixels(2, 4, 16, 16).astype(dtype)
     with refused(ValueError, "x.h5", "venus", "--hr-dataset"):
-        formats.read_hdf5(tmp_path)
+        hdf5.read(tmp_path)
 
 
 def test_hdf5_damage_within_the_rows(tmp_path):
     path = tmp_path / "x.h5"
-    with formats.h5py.File(path, "w") as file:
+    with h5py.File(path, "w") as file:
         for name in ("sentinel2", "venus"):
             file.create_dataset(name, data=layouts.pixels(4, 4, 64, 64), compression="gzip")
-    listing = formats.read_hdf5(path)
+    listing = hdf5.read(path)
     content = bytearray(path.read_bytes())
     content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
     path.write_bytes(content)
@@ -525,13 +526,13 @@ def test_hdf5_damage_within_the_rows(tmp_path):
 def test_another_folder_is_told_what_was_looked_for(tmp_path, name, wanted):
     (tmp_path / "empty").mkdir()
     with refused(FileNotFoundError, tmp_path / "empty", *wanted):
-        formats.FORMATS[name](tmp_path / "empty")
+        sets("PAIRS")[name](tmp_path / "empty")
     for k in range(7):
         (tmp_path / "empty" / f"{k}.7z").touch()
     with refused(FileNotFoundError, tmp_path / "empty", *wanted, "0.7z", "4.7z", "2 more"):
-        formats.FORMATS[name](tmp_path / "empty")
+        sets("PAIRS")[name](tmp_path / "empty")
     with refused(FileNotFoundError, tmp_path / "nowhere"):
-        formats.FORMATS[name](tmp_path / "nowhere")
+        sets("PAIRS")[name](tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("name", ["rapidai4eo", "worldstrat"])
@@ -539,312 +540,18 @@ def test_another_folder_is_told_what_was_looked_for(tmp_path, name, wanted):
 def test_no_date_of_a_place(tmp_path, name, per_site):
     getattr(layouts, name)(tmp_path)
     with refused(ValueError, f"--per-site {per_site}"):
-        formats.FORMATS[name](tmp_path, per_site=per_site)
+        sets("PAIRS")[name](tmp_path, per_site=per_site)
 
 
 def test_every_published_set_says_whose_it_is():
-    assert {*formats.PUBLISHED} | {"hdf5", "geotiff"} == {*formats.FORMATS}
-    for published in formats.PUBLISHED.values():
-        for source in published.sources:
+    published = rapidai4eo, sen2naip, sen2venus, worldstrat
+    assert {next(iter(module.PAIRS)) for module in published} == {*sets("PAIRS")} - {
+        "hdf5",
+        "geotiff",
+    }
+    for module in published:
+        for source in module.SOURCES:
             assert {*source} == {"name", "licence", "attribution", "url"} and all(source.values())
-
-
-# any GeoTIFFs
-
-
-@pytest.mark.parametrize("suffix", [".jp2", ".tif"])
-def test_a_sentinel_2_product(tmp_path, suffix):
-    if suffix == ".jp2":
-        pytest.importorskip("rasterio")
-    images = layouts.safe(tmp_path, suffix=suffix)
-    for root in (tmp_path, tmp_path / layouts.SAFE):
-        listing = formats.read_geotiff(root)
-        assert listing.bands == {"mr": BGRN, "hr": []} and len(listing.units) == 1
-        ((source, hrs, split, site),) = listing.units[0].open()
-        assert (hrs, split, site) == ([], None, None)
-        bands = [images[band, 10] for band in ("B02", "B03", "B04", "B08")]
-        assert same(source, np.concatenate(bands))
-        assert source.info.transform == layouts.place(10.0)
-        assert formats.geotiff.crs_name(source.info.crs) == "EPSG:32631"
-        assert (source.offset, source.date) == (-1000, "2022-03-01")
-        assert source.nodata == 0
-    ((source, *_),) = formats.read_geotiff(tmp_path, mr_bands=["B05", "B07"]).units[0].open()
-    assert same(source, np.concatenate([images["B05", 20], images["B07", 20]]))
-    with refused(ValueError, "B05_20m", "30 x 30", "B02_10m", "60 x 60"):
-        formats.read_geotiff(tmp_path, mr_bands=["B02", "B05"])
-    ((source, *_),) = formats.read_geotiff(str(tmp_path / "**" / "*_B04_10m*")).units[0].open()
-    assert same(source, images["B04", 10]) and (source.offset, source.nodata) == (-1000, 0)
-    listing = formats.read_geotiff(tmp_path, tmp_path, mr_bands=["B04"])
-    assert listing.bands == {"mr": ["R"], "hr": ["R"]}
-    with refused(ValueError, "--mr-bands B11", "B,G,R,NIR,B05,B06,B07"):
-        formats.read_geotiff(tmp_path, mr_bands=["B11"])
-
-
-@pytest.mark.parametrize(
-    "name, xml, offset",
-    [
-        (layouts.SAFE, None, -1000),
-        (layouts.SAFE.replace("N0400", "N0510"), None, -1000),
-        (layouts.SAFE.replace("N0400", "N0301"), None, 0),
-        (layouts.SAFE.replace("N0400", "N9999"), None, 0),
-        (layouts.SAFE.replace("N0400", "N9999"), -1000, -1000),
-        ("renamed.SAFE", -1000, -1000),
-        (layouts.SAFE.replace("MSIL2A", "MSIL1C"), None, -1000),
-    ],
-)
-def test_the_offset_of_a_sentinel_2_product(tmp_path, name, xml, offset):
-    layouts.safe(tmp_path, name, ".tif", xml)
-    ((source, *_),) = formats.read_geotiff(tmp_path).units[0].open()
-    assert source.offset == offset and source.info.width == 60
-
-
-def test_a_damaged_product_description(tmp_path):
-    layouts.safe(tmp_path, suffix=".tif", offset=-1000)
-    (tmp_path / layouts.SAFE / "MTD_MSIL2A.xml").write_text("<a>")
-    with refused(ValueError, "MTD_MSIL2A.xml"):
-        formats.read_geotiff(tmp_path)
-
-
-def test_jp2_messages(tmp_path, monkeypatch):
-    pytest.importorskip("rasterio")
-    (tmp_path / "a.jp2").write_bytes(b"not an image")
-    with refused(ValueError, "a.jp2"):
-        formats.read_geotiff(tmp_path)
-    monkeypatch.setitem(sys.modules, "rasterio", None)
-    with refused(ValueError, "a.jp2", "pip install rasterio"):
-        formats.read_geotiff(tmp_path)
-
-
-def test_one_file_per_band(tmp_path):
-    """Two scenes in one folder, one in a folder of its own; a file of all bands beside them."""
-    images = {}
-    for scene in ("one_2020-01-05", "two_2021-02-03", "three/20220506"):
-        for band in ("B02", "B03", "B04", "B08", "B11"):
-            path = tmp_path / f"{scene}_{band}.tif"
-            images[scene, band] = layouts.tif(path, layouts.pixels(1, 20, 20), 10.0)
-    for band in ("blue", "green", "red"):
-        images[band] = layouts.tif(
-            tmp_path / "four" / f"{band}.tif", layouts.pixels(1, 20, 20), 10.0
-        )
-    whole = layouts.tif(tmp_path / "five.tif", layouts.pixels(3, 20, 20), 10.0)
-    listing = formats.read_geotiff(tmp_path, mr_bands=["0", "1", "2"], band_names=["B", "G", "R"])
-    found = {p.mr.info.path.relative_to(tmp_path).as_posix(): p.mr for p in pairs_of(listing)}
-    assert sorted(found) == [
-        "five.tif",
-        "four",
-        "one_2020-01-05",
-        "three/20220506",
-        "two_2021-02-03",
-    ]
-    for name in ("one_2020-01-05", "three/20220506"):
-        bands = [images[name, band] for band in ("B02", "B03", "B04")]
-        assert same(found[name], np.concatenate(bands))
-    assert same(found["four"], np.concatenate([images[b] for b in ("blue", "green", "red")]))
-    assert same(found["five.tif"], whole)
-    assert found["one_2020-01-05"].date == "2020-01-05" and found["five.tif"].date == ""
-    layouts.tif(tmp_path / "four" / "red.tif", layouts.pixels(3, 20, 20), 10.0)
-    with refused(ValueError, "four/red.tif", "3 bands"):
-        formats.read_geotiff(tmp_path)
-
-
-def test_other_band_names_of_hr(tmp_path):
-    """HR is used with the bands that both have, by name or as the user says."""
-    layouts.tif(
-        tmp_path / "mr" / "a.tif", layouts.pixels(5, 20, 20), 10.0, band_names=[*BGRN, "SWIR"]
-    )
-    names = ["NIR", "R", "G", "B", "haze"]
-    hr = layouts.tif(tmp_path / "hr" / "a.tif", layouts.pixels(5, 40, 40), 5.0, band_names=names)
-    listing = formats.read_geotiff(tmp_path)
-    assert listing.bands == {"mr": [*BGRN, "SWIR"], "hr": BGRN}
-    (pair,) = pairs_of(listing)
-    assert same(pair.hrs[0], hr[[3, 2, 1, 0]])
-
-    hr = layouts.tif(tmp_path / "hr" / "a.tif", layouts.pixels(3, 40, 40), 5.0)
-    with refused(ValueError, "hr/a.tif", "B,G,R,NIR,SWIR", "found 3"):
-        formats.read_geotiff(tmp_path)
-    listing = formats.read_geotiff(tmp_path, hr_band_names=["R", "G", "B"])
-    assert listing.bands["hr"] == ["B", "G", "R"]
-    (pair,) = pairs_of(listing)
-    assert same(pair.hrs[0], hr[[2, 1, 0]])
-    listing = formats.read_geotiff(tmp_path, hr_band_names=["haze", "R", "G"])  # as they are given
-    assert listing.bands["hr"] == ["G", "R", "haze"]
-    (pair,) = pairs_of(listing)
-    assert same(pair.hrs[0], hr[[2, 1, 0]])
-    hr = layouts.tif(
-        tmp_path / "hr" / "a.tif", layouts.pixels(3, 40, 40), 5.0, band_names=["R", "G", "B"]
-    )
-    with refused(ValueError, "hr/a.tif", "R,G,B", "--hr-band-names", "--hr-bands B,G,R"):
-        formats.read_geotiff(tmp_path, hr_band_names=["B", "G", "R"])
-
-
-S2 = "B01 B02 B03 B04 B05 B06 B07 B08 B8A B09 B11 B12".split()
-
-
-@pytest.mark.parametrize(
-    "mr, hr, options, bands, at",
-    [
-        ("B2 B3 B4 B8", "R G B N", {}, "B2 B3 B4 B8", [2, 1, 0, 3]),
-        ("B8 B4 B3", "R G B N", {}, "B8 B4 B3", [3, 0, 1]),
-        ("B02 B03 B04 B08", "Red Green Blue NIR", {}, "B02 B03 B04 B08", [2, 1, 0, 3]),
-        ("Blue Green Red NIR", "R G B N", {}, "Blue Green Red NIR", [2, 1, 0, 3]),
-        ("B G R NIR", "red GREEN blue Near-Infrared", {}, "B G R NIR", [2, 1, 0, 3]),
-        (" ".join(S2), "Red Green Blue", {}, "B02 B03 B04", [2, 1, 0]),
-        (" ".join(S2), "Red Green Blue NIR", {"hr_bands": ["B02", "B03"]}, "B02 B03", [2, 1]),
-        (" ".join(S2), "R G B", {"mr_bands": ["B08", "B04"]}, "B04", [0]),
-        ("B1 B2 B3 B4 B8 B8A", "R G B N", {"mr_bands": ["B4", "B2"]}, "B4 B2", [0, 2]),
-        ("B1 B2 B3 B4", "B4 B3 haze", {}, "B3 B4", [1, 0]),
-        ("R G B", "Blue Green Red", {"band_names": ["x", "y", "z"]}, "x y z", [2, 1, 0]),
-        (None, "R G B N", {"band_names": ["B", "G", "R", "NIR"]}, "B G R NIR", [2, 1, 0, 3]),
-        (None, "R G B", {"band_names": ["x", "y", "z"]}, "x y z", [0, 1, 2]),
-        ("B G R", None, {}, "B G R", [0, 1, 2]),
-        ("1 2 3", "R G B", {}, "1 2 3", [0, 1, 2]),
-        ("B02 B03 B04", "x y z", {"hr_band_names": ["R", "B", "G"]}, "B02 B03 B04", [1, 2, 0]),
-        # bands that MR has not: HR's own where MR has none of them or the user asks
-        ("VV VH", "B G R NIR", {}, "B G R NIR", [0, 1, 2, 3]),
-        ("VV VH", "Red Green Blue", {"hr_bands": ["B02", "0"]}, "Blue Red", [2, 0]),
-        ("VV VH", "R G", {}, "R G", [0, 1]),
-        ("VV VH", None, {"hr_band_names": ["R", "G"]}, "R G", [0, 1]),
-        ("1 2", "VH Red B", {"hr_band_names": ["VH", "R", "B"]}, "VH R B", [0, 1, 2]),
-        (None, "B G R", {"band_names": ["VV", "VH"]}, "B G R", [0, 1, 2]),
-        ("B02 B03 B04", "R haze G", {"hr_bands": ["haze", "R"]}, "B04 haze", [0, 1]),
-        ("B02 B03 B04", "R haze N", {"hr_bands": ["2", "1"]}, "N haze", [2, 1]),
-        ("B02 B03", "G VV R", {"hr_band_names": ["G", "VV", "R"]}, "B03 VV R", [0, 1, 2]),
-        ("c1 c2 c3", "R G B", {}, "R G B", [0, 1, 2]),
-        ("B1 B2 B3 B4 B5", "R G B N", {}, "R G B N", [0, 1, 2, 3]),  # not Sentinel-2's
-        ("B1 B2 B3 B4 B5 B6 B7 B8", "Red Green NIR", {}, "Red Green NIR", [0, 1, 2]),
-        ("B02 B03 B04", "B1 B2 B3 B4", {"hr_bands": ["B4", "B2"]}, "B4 B2", [3, 1]),
-    ],
-)
-def test_bands_are_matched_by_what_their_names_mean(tmp_path, mr, hr, options, bands, at):
-    arrays = {}
-    for sensor, names, gsd in (("mr", mr, 10.0), ("hr", hr, 5.0)):
-        count = len((names or mr or hr).split())
-        count = len(options.get("band_names", range(count))) if names is None else count
-        array = layouts.pixels(count, 20, 20)
-        about = {"band_names": names.split()} if names else {}
-        arrays[sensor] = layouts.tif(tmp_path / sensor / "a.tif", array, gsd, **about)
-    listing = formats.read_geotiff(tmp_path, **options)
-    assert listing.bands["hr"] == bands.split()
-    ((pair),) = pairs_of(listing)
-    assert same(pair.hrs[0], arrays["hr"][at])
-
-
-def test_bands_of_hr_that_mr_has_not(tmp_path, capsys):
-    def write(mr, hr):
-        for sensor, names, gsd in (("mr", mr.split(), 10.0), ("hr", hr.split(), 5.0)):
-            array = layouts.pixels(len(names), 20, 20)
-            layouts.tif(tmp_path / sensor / "a.tif", array, gsd, band_names=names)
-
-    write("B02 B03 B04", "R haze G N")
-    assert formats.read_geotiff(tmp_path).bands["hr"] == ["B03", "B04"]
-    path = tmp_path / "hr" / "a.tif"
-    (said,) = capsys.readouterr().out.splitlines()
-    assert said.startswith(f"{path}: haze,N left out") and "B02,B03,B04" in said
-    formats.read_geotiff(tmp_path, hr_bands=["R", "haze"])  # as asked for
-    assert not capsys.readouterr().out
-    write("c1 c2 c3", "R G B")
-    formats.read_geotiff(tmp_path)
-    (said,) = capsys.readouterr().out.splitlines()
-    assert all(word in said for word in (str(path), "R,G,B", "c1,c2,c3", "--hr-band-names"))
-    # the band names of one satellite in the files of another mean other bands
-    write("B2 B3 B4 B8", "B1 B2 B3 B4")
-    for options in ({}, {"hr_bands": ["B1", "B2"]}):
-        with refused(ValueError, path, "B2", "B2,B3,B4,B8", "--hr-band-names", "--hr-bands"):
-            formats.read_geotiff(tmp_path, **options)
-    assert formats.read_geotiff(tmp_path, hr_bands=["B1"]).bands["hr"] == ["B1"]
-    # without names in the MR file, --band-names is of HR too where the number fits; that is told
-    layouts.tif(tmp_path / "mr" / "a.tif", layouts.pixels(4, 20, 20), 10.0)
-    assert formats.read_geotiff(tmp_path, band_names=[*"wxyz"]).bands["hr"] == [*"wxyz"]
-    (said,) = capsys.readouterr().out.splitlines()[1:]
-    assert "B1,B2,B3,B4" in said and "w,x,y,z" in said and "--hr-band-names" in said
-
-
-def test_bands_of_hr_alone_are_read_by_name_in_every_file(tmp_path):
-    layouts.tif(tmp_path / "mr" / "a.tif", layouts.pixels(2, 20, 20), 10.0, band_names=["VV", "VH"])
-    first, second = (
-        layouts.tif(tmp_path / "hr" / name, layouts.pixels(3, 40, 40), 5.0, band_names=names)
-        for name, names in (("a.tif", [*"BGR"]), ("b.tif", [*"RGB"]))
-    )
-    ((a, b),) = (pair.hrs for pair in pairs_of(formats.read_geotiff(tmp_path)))
-    assert same(a, first) and same(b, second[::-1])
-
-
-def test_one_order_by_other_names_is_no_disagreement(tmp_path):
-    for name, bands in (("a", "B02 B03 B04"), ("b", "Blue Green Red")):
-        array = layouts.pixels(3, 20, 20)
-        layouts.tif(tmp_path / f"{name}.tif", array, 10.0, band_names=bands.split())
-    assert formats.read_geotiff(tmp_path).bands["mr"] == ["B02", "B03", "B04"]
-    array = layouts.pixels(3, 20, 20)
-    layouts.tif(tmp_path / "c.tif", array, 10.0, band_names=["Red", "Green", "Blue"])
-    with refused(ValueError, "c.tif", "Red,Green,Blue", "a.tif", "--mr-bands B02,B03,B04"):
-        formats.read_geotiff(tmp_path)
-    formats.read_geotiff(tmp_path, mr_bands=["B02", "B03", "B04"])
-
-
-def test_the_nearest_date_serves_first(tmp_path):
-    layouts.tif(tmp_path / "mr" / "S2_20180710_x.tif", layouts.pixels(1, 20, 20), 10.0)
-    for day in ("20160710", "20180801", "20180101"):
-        layouts.tif(tmp_path / "hr" / f"naip_{day}.tif", layouts.pixels(1, 40, 40), 5.0)
-    layouts.tif(tmp_path / "hr" / "S2_x.tif", layouts.pixels(1, 40, 40), 5.0)
-    (pair,) = pairs_of(formats.read_geotiff(tmp_path))
-    assert [hr.date for hr in pair.hrs] == ["2018-08-01", "2018-01-01", "2016-07-10", ""]
-
-
-def test_files_of_one_name_pair_by_their_folders(tmp_path):
-    def write(*names):
-        for name in names:
-            side = 20 if name.startswith("mr") else 40
-            layouts.tif(tmp_path / f"{name}.tif", layouts.pixels(1, side, side))
-
-    def found(*where):
-        pairs = pairs_of(formats.read_geotiff(*where or [tmp_path]))
-        names = [
-            [s.info.path.relative_to(tmp_path).as_posix() for s in [p.mr, *p.hrs]] for p in pairs
-        ]
-        return [[name.removesuffix(".tif") for name in some] for some in names]
-
-    write("mr/site1/img", "mr/site2/img", "mr/site3/img", "mr/2020/b", "hr/site1/img", "hr/b")
-    site1 = ["mr/site1/img", "hr/site1/img"]
-    expected = [["mr/2020/b", "hr/b"], site1, ["mr/site2/img"], ["mr/site3/img"]]
-    assert found() == expected
-    write("hr/site2/img", "hr/site9/img")
-    expected[2].append("hr/site2/img")
-    assert found() == expected
-    assert found(str(tmp_path / "mr" / "*" / "*.tif"), tmp_path / "hr") == expected
-    assert found(str(tmp_path / "m*" / "*" / "*.tif"), tmp_path / "hr" / "b.tif") == [
-        expected[0],
-        ["mr/site1/img"],
-        ["mr/site2/img"],
-        ["mr/site3/img"],
-    ]
-    for name in ("site1", "site2", "site9"):
-        os.remove(tmp_path / "hr" / name / "img.tif")
-    assert len(found()) == 4
-    write("hr/img")
-    with refused(ValueError, "site2/img.tif", "site1/img.tif"):
-        found()
-    write("mr/img")
-    assert found()[1] == ["mr/img", "hr/img"]
-    os.rename(tmp_path / "hr" / "img.tif", tmp_path / "hr" / "img.tiff")
-    write("hr/img")
-    with refused(ValueError, "hr/img.tiff", "hr/img.tif,"):
-        found()
-
-
-def test_hidden_files_are_left_alone(tmp_path):
-    for name in ("a.tif", "b/c.tif", ".x.tif"):
-        layouts.tif(tmp_path / name, layouts.pixels(1, 20, 20), 10.0)
-    for name in ("._a.tif", "b/._c.tif"):  # what macOS writes to other drives
-        (tmp_path / name).write_bytes(b"\0\5\x16\7")
-    names = [unit.name for unit in formats.read_geotiff(tmp_path).units]
-    assert names == [(tmp_path / name).as_posix() for name in ("a.tif", "b/c.tif")]
-
-
-def test_units_open_again(tmp_path):
-    layouts.tif(tmp_path / "a.tif", layouts.pixels(1, 20, 20), 10.0)
-    (unit,) = formats.read_geotiff(tmp_path).units
-    assert unit.name == (tmp_path / "a.tif").as_posix()
-    assert len(list(unit.open())) == len(list(unit.open())) == 1
 
 
 def keys_of(listing):
@@ -865,7 +572,7 @@ def keys_of(listing):
 )
 def test_the_key_of_a_unit_says_what_was_chosen(tmp_path, name, write, other):
     write(tmp_path)
-    read = formats.FORMATS[name]
+    read = sets("PAIRS")[name]
     keys = keys_of(read(tmp_path))
     assert keys == keys_of(read(tmp_path)) and len({*keys}) == len(keys)
     assert all(len(key) == 16 for key in keys)
@@ -875,57 +582,16 @@ def test_the_key_of_a_unit_says_what_was_chosen(tmp_path, name, write, other):
 
 def test_the_key_of_a_unit_says_its_split(tmp_path):
     layouts.worldstrat(tmp_path)
-    keys = keys_of(formats.read_worldstrat(tmp_path))
+    keys = keys_of(worldstrat.read(tmp_path))
     path = tmp_path / "stratified_train_val_test_split.csv"
     path.write_text(path.read_text().replace("Landcover-77,val", "Landcover-77,test"))
-    others = keys_of(formats.read_worldstrat(tmp_path))
+    others = keys_of(worldstrat.read(tmp_path))
     assert [a == b for a, b in zip(keys, others, strict=True)] == [True, False, True]
     (tmp_path / "h").mkdir()
     layouts.hdf5(tmp_path / "h" / "x.hdf5", splits=False)
-    keys = keys_of(formats.read_hdf5(tmp_path / "h"))
+    keys = keys_of(hdf5.read(tmp_path / "h"))
     (tmp_path / "h" / "splits.json").write_text('{"train": [0, 1], "val": [2]}')
-    assert keys != keys_of(formats.read_hdf5(tmp_path / "h"))
-
-
-def test_the_key_of_a_geotiff_says_its_hr_bands_and_nodata(tmp_path):
-    for sensor, gsd, side in (("mr", 10.0, 20), ("hr", 5.0, 40)):
-        layouts.tif(tmp_path / sensor / "a.tif", layouts.pixels(2, side, side), gsd)
-    whole = formats.read_geotiff(tmp_path)
-    assert keys_of(whole) == keys_of(formats.read_geotiff(tmp_path))
-    names = ["x", "y"]
-    found = {*keys_of(whole), *keys_of(formats.read_geotiff(tmp_path / "mr"))}
-    for options in (
-        {"nodata": 0},
-        {"hr_bands": ["1", "0"], "band_names": names},
-        {"mr_bands": ["1", "0"], "band_names": names},
-    ):
-        found |= {*keys_of(formats.read_geotiff(tmp_path, **options))}
-    os.rename(tmp_path / "hr" / "a.tif", tmp_path / "hr" / "b.tif")
-    found |= {*keys_of(formats.read_geotiff(tmp_path))}
-    assert len(found) == 6
-
-
-@pytest.mark.parametrize(
-    "name, date",
-    [
-        ("naip_m_4709963_se_14_1_20180716", "2018-07-16"),
-        ("T31TCJ_20220301T105859_B02", "2022-03-01"),
-        ("2019-07-25_x", "2019-07-25"),
-        ("20189999_2020_01_31", "2020-01-31"),
-        ("m_20180231", ""),
-        ("120180716", ""),
-        ("2018-0716", ""),
-    ],
-)
-def test_dates_in_names(name, date):
-    assert formats.date_of(name) == date
-
-
-def test_real_imagery_by_date(real):
-    folder = real("opengeos_naip_5m/naip_m_4709963_se_14_1_20180716.tif").parent
-    listing = formats.read_geotiff(folder)
-    assert min(pair.mr.date for pair in pairs_of(listing)) == "2009-08-18"
-    assert geotiff.info(pairs_of(listing)[0].mr.info.path).bands == 4
+    assert keys != keys_of(hdf5.read(tmp_path / "h"))
 
 
 # from a published folder to a store
@@ -945,7 +611,7 @@ def test_real_imagery_by_date(real):
 def test_a_store_holds_the_pixels(tmp_path, name, write, options, chips, splits):
     """Chips are whole MR images here, so the whole HR image is theirs, edge to edge."""
     write(tmp_path / "in")
-    listing = formats.FORMATS[name](tmp_path / "in")
+    listing = sets("PAIRS")[name](tmp_path / "in")
     meta = pack.pack(listing, tmp_path / "store", **options)
     assert meta["count"] == {"mr": chips, "hr": chips}
     assert meta["splits"] == (splits or {"train": 4, "val": 1, "test": 1})
@@ -969,21 +635,3 @@ def test_a_store_holds_the_pixels(tmp_path, name, write, options, chips, splits)
     for row in data.read_csv(tmp_path / "store" / "index.csv"):
         sites.setdefault(sources[row["mr_source"]].site, set()).add(row["split"])
     assert all(len(found) == 1 for site, found in sites.items() if site is not None)
-
-
-@pytest.mark.parametrize("sensor", ["mr", "hr"])
-def test_a_sentinel_2_product_makes_a_store(tmp_path, sensor):
-    """The offset of its processing baseline is added, and its nodata stays."""
-    images = layouts.safe(tmp_path / "mr", suffix=".tif")
-    if sensor == "hr":
-        layouts.tif(tmp_path / "hr" / "a.tif", layouts.pixels(4, 120, 120), 5.0)
-    listing = formats.read_geotiff(tmp_path)
-    meta = pack.pack(listing, tmp_path / "store", chip=30, split_block=1)
-    assert meta["count"] == {"mr": 4, "hr": 4 if sensor == "hr" else 0}
-    assert meta["bands"] == {"mr": BGRN, "hr": BGRN if sensor == "hr" else []}
-    store = data.Store(tmp_path / "store")
-    whole = np.concatenate([images[band, 10] for band in ("B02", "B03", "B04", "B08")])
-    for number, row in enumerate(data.read_csv(tmp_path / "store" / "index.csv")):
-        r, c = int(row["row"]), int(row["col"])
-        expected = whole[:, r : r + 30, c : c + 30].astype(int) - 1000
-        assert np.array_equal(store.batch([number], ["mr"])["mr"][0], np.maximum(expected, 0))
