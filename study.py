@@ -50,7 +50,7 @@ HERE = Path(__file__).parent
 # band say little beside their position code, hence --patch-gain.
 SMALL = (
     "--model tiny --dim 128 --depth 4 --heads 4 --patch 8 --patch-gain 5 --global-batch 16 "
-    "--lr 2e-3 --start-lr 0 --final-lr 0 --warmup-epochs 75 --weight-decay 0.05 "
+    "--lr 3e-3 --start-lr 0 --final-lr 0 --warmup-epochs 75 --weight-decay 0.05 "
     "--final-weight-decay 0.05 --beta2 0.95 --momentum 0.99"
 )
 OBJECTIVES = {
@@ -61,7 +61,7 @@ OBJECTIVES = {
     "mae": "--mr-size 64 --decoder-dim 64 --decoder-depth 1 --decoder-heads 4",
 }
 SEEN = "--crop-scale 1 1 --vicreg 1"
-TAUGHT = SEEN + " --pos ground --affinity-centre image --affinity-weight 20"
+TAUGHT = SEEN + " --pos ground --affinity-centre image --affinity-weight 60"
 BY_HR = TAUGHT + " --hr-teacher {hr}"  # trained on native HR pixels first, then frozen
 ROWS = {
     "untrained": "--variant mr --crop-scale 1 1 --steps 1 --lr 0",
@@ -81,7 +81,7 @@ BASIC = tuple(ROWS)
 # one thing changed in `sa`, for the curves
 POINTS = {
     "--hr-share": (0.05, 0.1, 0.25, 0.5),
-    "--affinity-weight": (1, 5, 80),
+    "--affinity-weight": (1, 5, 20),
     "--affinity-centre": ("none",),
     "--pos": ("grid",),
     "--ratio": (1,),
@@ -493,7 +493,7 @@ def draw(out, size):
 def gains(scores):
     """The curves: {flag: {value: mIoU of each seed}} of the values that have run; and {row: mean
     mIoU} of the levels beside them."""
-    usual = {"--hr-share": 1, "--affinity-weight": 20}
+    usual = {"--hr-share": 1, "--affinity-weight": 60}
     found = {}
     for flag in usual:
         points = {value: scores.get(f"sa {flag} {value}", {}) for value in POINTS[flag]}
