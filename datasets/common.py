@@ -425,7 +425,7 @@ def open_tiff(path):
         more = tif.pages[1:] if first.samplesperpixel == 1 else []
         pages = [first, *(p for p in more if (p.shape, p.dtype, p.subfiletype) == like)]
         end = max(np.add(page.dataoffsets, page.databytecounts).max() for page in pages)
-        if end > size:  # what is cut off would read as 0
+        if end > size:  # whatever the codec makes of what is cut off
             raise ValueError(f"pixels up to byte {end}, it ends at {size}")
         if first.nbytes > COMPRESSED * size:  # would ask for all the memory there is
             raise ValueError(f"pixels of shape {first.shape} in {size} bytes")

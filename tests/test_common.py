@@ -191,6 +191,12 @@ def test_a_tiff_that_is_cut_off_or_claims_too_much_is_refused(tmp_path):
         path.write_bytes(content[:size])
         with refused(ValueError, path):
             common.read_tiff(path)
+    tifffile.imwrite(path, np.eye(64), compression="zlib", rowsperstrip=8, metadata=None)
+    with tifffile.TiffFile(path) as tif:
+        last = tif.pages[0].dataoffsets[-1]
+    path.write_bytes(path.read_bytes()[:last])  # a whole strip is gone
+    with refused(ValueError, path, f"ends at {last}"):
+        common.read_tiff(path)
     tifffile.imwrite(path, np.ones((64, 64), "uint16"), compression="zlib", metadata=None)
     with tifffile.TiffFile(path, mode="r+b") as tif:
         for name in ("ImageWidth", "ImageLength", "RowsPerStrip"):
