@@ -48,14 +48,18 @@ from imagery.bands import meanings
 from model import ViT, vit
 from run import (
     Parser,
+    Stop,
+    Stopped,
     between,
     git_state,
+    hold,
     positive,
     precision_of,
+    read_checkpoint,
+    save_sealed,
     script,
     start_ranks,
     whole,
-    write_atomic,
 )
 from scores import (
     UNPREDICTED,
@@ -316,21 +320,20 @@ def sum_gradients(weights, ranks):
         ranks.sum([weight.grad for weight in weights])
 
 
-def load_epoch(path, modules, generator):
-    """Read the checkpoint of a seed, if there is one, into modules by name and the generator;
-    returns what `train` wants to know of the epochs that are done, a dict."""
-    if not path.is_file():
+def load_epoch(path, modules, generator, ranks):
+    """Read the checkpoint of a seed, if the first rank has one, into modules by name and the
+    generator; returns what `train` wants to know of the epochs that are done, a dict."""
+    if not ranks.first(path.is_file):
         return {"epoch": 0, "val_miou": -1.0, "best_epoch": 0, "weights": None, "history": []}
+    remedy = "remove it to start the seed anew"
+    saved = read_checkpoint(path, ranks, remedy)
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
         for name, module in modules.items():
             module.load_state_dict(saved.pop(name))
         generator.set_state(saved.pop("generator"))
     except Exception as error:  # whatever a damaged file provokes, in one sentence
         reason = str(error).splitlines()[0] if str(error) else "it ends too soon"
-        raise ValueError(
-            f"{path}: not a checkpoint of this run ({reason}); remove it to start the seed anew"
-        ) from None
+        raise ValueError(f"{path}: not a checkpoint of this run ({reason}); {remedy}") from None
     return saved
 
 
@@ -369,11 +372,9 @@ def train(args, segmenter, task, chosen, read, generator, ranks, path):
     an_epoch = math.ceil(count / batch)
     steps = args.epochs * an_epoch
     modules = {"model": trained, "optimizer": optimizer, "scaler": scaler}
-    done = load_epoch(path, modules, generator)
-    if len({*ranks.gather(done["epoch"])}) > 1:
-        raise ValueError(f"{path}: not every rank sees it; choose --out on a disk that all share")
-    step = done["epoch"] * an_epoch
-    with tqdm(total=steps, initial=step, desc=f"seed {seed}, {args.protocol}", unit="step") as bar:
+    done = load_epoch(path, modules, generator, ranks)
+    step, stops, told = done["epoch"] * an_epoch, Stop(ranks), f"seed {seed}, {args.protocol}"
+    with Stop.listening(), tqdm(total=steps, initial=step, desc=told, unit="step") as bar:
         for epoch in range(done["epoch"] + 1, args.epochs + 1):
             order = torch.randperm(count, generator=generator).split(batch)
             # each rank takes its share of a global batch, of the last one it may be no tile
@@ -407,6 +408,9 @@ def train(args, segmenter, task, chosen, read, generator, ranks, path):
                 optimizer.zero_grad()
                 step += 1
                 bar.update()
+                stops.share()
+                if any(stop for stop, _ in stops.hear()):
+                    raise Stopped(f"in epoch {epoch} of seed {seed}")
             last = ranks.sum([total])[0].item() / an_epoch  # a device sync, so once an epoch
             if not math.isfinite(last):
                 raise ValueError(f"loss {last} in epoch {epoch}; lower --lr")
@@ -418,7 +422,7 @@ def train(args, segmenter, task, chosen, read, generator, ranks, path):
             if ranks.rank == 0:
                 state = {name: module.state_dict() for name, module in modules.items()}
                 state |= {"generator": generator.get_state()} | done
-                write_atomic(path, partial(torch.save, state))
+                save_sealed(state, path)
             bar.set_postfix(loss=f"{last:.3f}", val=f"{val:.4f}", best=f"{done['val_miou']:.4f}")
     trained.load_state_dict(done["weights"])
     matrix, predictions, scores = score("test", args.image_size)
@@ -602,8 +606,7 @@ def write_seed(args, template, tiles, facts, found, rows, model):
 
 def evaluate(args, ranks):
     """Train and score one model per seed; everything wrong with the input is raised before."""
-    if ranks.rank == 0:
-        check_output(args.out, args.maps)
+    ranks.first(lambda: check_output(args.out, args.maps))
     template, task, mean, std = open_task(args)
     tiles = Tiles(task, mean, std, ranks.device)
     precision = precision_of(args.precision, ranks.device)
@@ -631,6 +634,7 @@ def evaluate(args, ranks):
     )
     args.out.mkdir(parents=True, exist_ok=True)
     results.touch()
+    ranks.first(lambda: hold(args.out, f"{args.protocol}_{run}.lock"))
     model = None
     if args.save_model and args.protocol != "knn" and not args.remove_place:
         model = f"model_{args.protocol}_{run}.safetensors"

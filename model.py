@@ -133,9 +133,16 @@ class Objective(nn.Module):
 
 
 @torch.no_grad()
-def ema_update(teacher, student, momentum):
-    """teacher <- momentum * teacher + (1 - momentum) * student, parameter by parameter."""
-    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+def ema_update(teacher, student, momentum, bad=None):
+    """teacher <- momentum * teacher + (1 - momentum) * student, parameter by parameter. bad: a 0-d
+    tensor, above 0 where the teacher is to stay as it is."""
+    ours, theirs = list(teacher.parameters()), list(student.parameters())
+    if bad is None:
+        torch._foreach_lerp_(ours, theirs, 1 - momentum)
+    else:  # the host would wait for a lerp's weight
+        change = torch._foreach_sub(theirs, ours)
+        torch._foreach_mul_(change, (1 - momentum) * (bad == 0))
+        torch._foreach_add_(ours, change)
 
 
 def regularise(tokens):

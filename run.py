@@ -1,18 +1,27 @@
 """A run's ranks, folder, checkpoints and log lines: what scripts share, and no method is in.
 
-Top to bottom: kinds of flags; how a script starts on any number of ranks and says an error once;
-files that are whole or not there; opening a run directory; `Run`, which logs and saves; `health`,
-what a log line tells of tokens.
+Top to bottom: kinds of flags; how a script starts on any number of ranks, says an error once and
+stops when it is asked to; files that are whole or not there, and tell when they were damaged;
+opening a run directory; `Run`, which logs and saves; `health`, what a log line tells of tokens.
 """
 
 import argparse
 import contextlib
+import fcntl
+import hashlib
+import io
 import json
 import math
 import os
+import platform
+import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,6 +95,22 @@ class Ranks(NamedTuple):
         if self.world > 1:
             dist.barrier()
 
+    def first(self, decide):
+        """What decide() returns on the first rank, on all of them: they may lie on machines that
+        share no disk. Its ValueError or OSError is raised on all, so that none waits for ever."""
+        said = (None, None)
+        if self.rank == 0:
+            try:
+                said = (decide(), None)
+            except (ValueError, OSError) as error:
+                if self.world == 1:
+                    raise
+                said = (None, str(error))
+        value, error = self.gather(said)[0]
+        if error is not None:
+            raise ValueError(error)
+        return value
+
     @contextlib.contextmanager
     def quiet(self):
         """Only the first rank prints within; errors of the others pass."""
@@ -123,24 +148,93 @@ def precision_of(name, device):
     return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 
 
-def script(main, parse_args, interrupted):
+class Stopped(Exception):
+    """A run that ends in the middle because it was asked to: says where."""
+
+
+class Stop:
+    """Whether someone wants the run to end, and whether its last step was bad: what all ranks are
+    to know of each other after every step, without waiting for it.
+
+    A batch system asks by SIGTERM or SIGUSR1 and a user by Ctrl-C, some rank or all of them.
+    """
+
+    asked = None  # the signal's name, once there was one
+
+    @classmethod
+    @contextlib.contextmanager
+    def listening(cls):
+        """Within, a signal only says that it came; it is the loop that stops."""
+        numbers, cls.asked = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1), None
+        before = {n: signal.signal(n, lambda n, _: cls.ask(signal.Signals(n).name))
+                  for n in numbers}  # fmt: skip
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            cls.asked = None
+
+    @classmethod
+    def ask(cls, name):
+        cls.asked = name
+
+    def __init__(self, ranks):
+        self.ranks, self.told = ranks, []
+
+    def share(self, bad=None):
+        """Sum the wish to stop, and `bad`, a 0-d bool tensor, over the ranks in one reduction.
+        Returns on how many ranks the step was bad, a 0-d float32 tensor on the device."""
+        device = self.ranks.device
+        told = torch.full((2,), float(Stop.asked is not None), device=device)
+        told[1] = 0 if bad is None else bad
+        self.ranks.sum([told])
+        self.told.append(self.fetch(told))
+        return told[1]
+
+    def fetch(self, told):
+        """Start to copy a tensor to the host: (its copy, the event to wait for or False)."""
+        host = torch.empty(2, pin_memory=told.is_cuda).copy_(told, non_blocking=True)
+        return host, told.is_cuda and torch.cuda.current_stream().record_event()
+
+    def hear(self, now=False):
+        """What was shared of the steps before the last one, or with `now` of that, too: a list of
+        (whether to stop, whether the step was bad), equal on all ranks, so that all stop after the
+        same step."""
+        heard = []
+        while len(self.told) > (not now):
+            host, copied = self.told.pop(0)
+            if copied:
+                copied.synchronize()
+            heard.append(tuple(value > 0 for value in host.tolist()))
+        return heard
+
+
+def script(main, parse_args, interrupted, stops=False):
     """Run main(parse_args()) as a program: an error is one sentence on stderr and exit code 2.
 
-    interrupted: what Ctrl-C leaves, for a sentence.
+    interrupted: what Ctrl-C leaves, for a sentence. stops: whether main looks at `Stop`, and so
+    ends in its own time where it is asked to.
     """
     name = Path(sys.argv[0]).name
     try:
-        main(parse_args())
+        with Stop.listening() if stops else contextlib.nullcontext():
+            main(parse_args())
+            if dist.is_initialized():
+                # All ranks leave together, and at once: everything is written, and taking a process
+                # group apart has hung (DDP waits under Python's lock for gloo's threads) and
+                # aborted.
+                dist.barrier()
+                sys.stdout.flush()
+                os._exit(0)
     except (ValueError, OSError) as error:
         fail(f"{name}: {error}")
+    except Stopped as stopped:
+        print(f"{name}: stopped {stopped}; {interrupted}", flush=True)
+        if dist.is_initialized():
+            os._exit(0)
     except KeyboardInterrupt:
         fail(f"{name}: interrupted; {interrupted}", 130)
-    if dist.is_initialized():
-        # All ranks leave together, and at once: everything is written, and taking a process group
-        # apart has hung (DDP waits under Python's lock for gloo's threads) and aborted.
-        dist.barrier()
-        sys.stdout.flush()
-        os._exit(0)
 
 
 def fail(sentence, code=2):
@@ -160,12 +254,85 @@ def fail(sentence, code=2):
 
 
 def write_atomic(path, write):
-    """write(temporary path), flushed to disk, then renamed to path."""
+    """write(temporary path), flushed to disk, then renamed to path. OSError in one sentence, and
+    what was at path stays, if that fails."""
     partial = path.with_name(path.name + ".partial")
-    write(partial)
-    with open(partial, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        # made here and by nobody else: what a kill left goes, a link is not followed
+        partial.unlink(missing_ok=True)
+        os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        write(partial)
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        # torch says what its writer makes of the system's error, which is behind it
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        reason = cause.strerror or str(cause)
+        raise OSError(f"{path}: cannot be written ({reason}); what it held before stays") from None
+
+
+# torch.save writes a zip archive, which readers look for from its end: these bytes pass unseen
+SEAL = b"sha256 "
+
+
+class Sealed:
+    """A file that torch.save writes to: `seal` ends it with a digest of all that went before."""
+
+    def __init__(self, file):
+        self.file, self.digest = file, hashlib.sha256()
+        self.flush = file.flush
+
+    def write(self, data):
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def seal(self):
+        self.file.write(SEAL + self.digest.hexdigest().encode())
+
+
+def save_sealed(state, path):
+    """Write a tree of tensors and plain values with torch.save and a digest, atomically."""
+
+    def write(to):
+        with open(to, "wb") as file:
+            sealed = Sealed(file)
+            torch.save(state, sealed)
+            sealed.seal()
+
+    write_atomic(path, write)
+
+
+def load_sealed(path):
+    """Read a torch file on the CPU, after its digest where it has one: a tree. Nothing in it is
+    run, and it can take no more memory than it has bytes. Raises ValueError if it is damaged."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        file.seek(-min(size, len(SEAL) + 64 + 22), os.SEEK_END)
+        end = file.read()
+        sealed = end[22:29] == SEAL and size > len(end)
+        if sealed:
+            file.seek(0)
+            digest, left = hashlib.sha256(), size - len(SEAL) - 64
+            while left:
+                piece = file.read(min(left, 1 << 24))
+                digest.update(piece)
+                left -= len(piece)
+            if digest.hexdigest().encode() != end[29:]:
+                raise ValueError(f"{path}: damaged, its bytes do not fit its digest")
+        file.seek(0)
+        if file.read(4) == b"PK\x03\x04":
+            if not sealed and end[-22:-18] != b"PK\x05\x06":
+                raise ValueError(f"{path}: damaged, it does not end as a torch file does")
+            with zipfile.ZipFile(path) as archive:
+                claimed = sum(member.file_size for member in archive.infolist())
+            if claimed > size:
+                raise ValueError(f"{path}: damaged, {size} bytes that claim to hold {claimed}")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def git_state():
@@ -185,59 +352,146 @@ def git_state():
 # ---- the run directory
 
 
-def open_run(out, resume, config, free):
-    """Check the run directory; returns the checkpoint to continue from (a dict), or None.
+held = None  # the lock of this process, which works on one run at a time
+
+
+def hold(out, name="run.lock"):
+    """Make a run's folder and hold it until this process ends, in whatever way: a second start in
+    it is a ValueError that says who holds it. The file that does it says that the folder is ours,
+    and stays."""
+    global held
+    out.mkdir(parents=True, exist_ok=True)
+    if held is not None:
+        held.close()
+    held = open(out / name, "a+")
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        held.seek(0)
+        who = held.read().strip() or "another process"
+        raise ValueError(
+            f"--out {out}: is written to by {who}; wait for its end, or choose another"
+        ) from None
+    except OSError as error:
+        print(f"{out}: its file system has no locks ({error}); start no second run in it")
+    held.truncate(0)
+    held.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%F %T')}\n")
+    held.flush()
+
+
+def fresh(out):
+    """The first of out-2, out-3, ... that is not there, or out itself; once torchrun has started
+    the workers again, the last that is."""
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    number, last = 1, out
+    while (path := out.with_name(f"{out.name}-{number}") if number > 1 else out).exists():
+        number, last = number + 1, path
+    return last if again else path
+
+
+def open_run(out, config, free, override=(), must=False):
+    """Take the run directory; returns the path of the checkpoint to continue from, or None.
 
     config: {"args": every flag, "steps", "precision", "chips"}. free: the flags that may differ
-    between a run and its continuation. Raises ValueError if the folder is not ours, holds a run and
-    `resume` is off, or holds a run of other flags.
+    between a run and its continuation; override: those that the user lets differ, which config then
+    tells. must: whether a run has to be there. Raises ValueError if the folder is not ours, if
+    another process works in it, or if it holds a run of other flags, after a table of them.
     """
     for parent in out.parents:
         if parent.exists() and not parent.is_dir():
             raise ValueError(f"--out {out}: {parent} is a file; choose another")
     names = {path.name for path in out.iterdir()} if out.is_dir() else set()
     ours = "config.json" in names and names & {"log.jsonl", "ckpt.pt", "ckpt.previous.pt"}
+    ours = ours or "run.lock" in names
     if (out.exists() and not out.is_dir()) or (names and not ours):
         raise ValueError(f"--out {out}: exists and is not a run directory; choose another")
     path, previous = out / "ckpt.pt", out / "ckpt.previous.pt"
     if not path.is_file() and previous.is_file():
         path = previous  # killed between the two renames of `save_checkpoint`
-    if resume and not ours:
+    if must and "config.json" not in names:
         raise ValueError(f"--resume: no run in {out} (no config.json); start it without --resume")
-    if not path.is_file():
-        if "encoder.safetensors" in names:
-            raise ValueError(
-                f"--out {out}: holds finished weights and no checkpoint to continue from; choose "
-                f"another, or start from them with --init {out}"
-            )
-        return None  # no run, or one that stopped before its first checkpoint: nothing to lose
-    if not resume:
+    if not path.is_file() and "encoder.safetensors" in names:
         raise ValueError(
-            f"--out {out}: holds a run; add --resume to continue it, or choose another"
+            f"--out {out}: holds finished weights and no checkpoint to continue from; choose "
+            f"another, or start from them with --init {shlex.quote(str(out))}"
         )
-    before, now = read_config(out / "config.json"), config
+    hold(out)
+    if not path.is_file():
+        return None  # no run, or one that stopped before its first checkpoint: nothing to lose
+    then = read_config(out / "config.json")
+    compare(out, then, config, free, override)
+    return path
+
+
+def compare(out, then, config, free, override):
+    """Raise ValueError where a run was of other flags than config's, but for those of free; tell
+    in config those of override."""
     derived = ("steps", "precision", "chips", "hr_teacher_weights")
-    before, now = (c["args"] | {k: c.get(k) for k in derived} for c in (before, now))
-    for name, value in now.items():
-        if name == "chips" and before[name] != value:
-            raise ValueError(
-                f"{out}: was trained on chips {before[name]}, the stores now hold {value}; bring "
-                f"back what was packed and flagged then, or start a new run with --init {out}"
-            )
-        if name not in free and before.get(name) != value:
-            flag = "--" + name.replace("_", "-") if name in config["args"] else name
-            raise ValueError(
-                f"{out}: was trained with {flag} {before.get(name)}, now {value}; repeat its flags "
-                f"to continue, or start a new run from its weights with --init {out}"
-            )
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged file provokes, in one sentence
-        reason = str(error).splitlines()[0] if str(error) else "it ends too soon"
-        remedy = f"start a new run with --init {out}"
-        if path != previous and previous.is_file():
-            remedy = f"rename {previous} to {path.name} to continue from the one before"
-        raise ValueError(f"{path}: not a readable checkpoint ({reason}); {remedy}") from None
+    before, now = (c["args"] | {k: c.get(k) for k in derived} for c in (then, config))
+    other = {name: (before.get(name), value) for name, value in now.items()
+             if name not in free and before.get(name) != value}  # fmt: skip
+    unknown = [name for name in override if name not in now]
+    if unknown:
+        raise ValueError(f"--override {unknown[0]}: no flag of a run; name one as config.json does")
+    changed = {name: other.pop(name) for name in override if name in other}
+    config["overrides"] = then.get("overrides", []) + ([changed] if changed else [])
+    for name, (old, new) in changed.items():
+        print(f"{out}: goes on with {name} {new}, {old} before (--override)")
+    if not other:
+        return
+    lines = [("", "there", "now"), *((name, *map(str, pair)) for name, pair in other.items())]
+    wide = [min(60, max(map(len, column))) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(f"{word:{w}}" for word, w in zip(line, wide, strict=True)).rstrip(),
+              file=sys.stderr)  # fmt: skip
+    if "chips" in other:
+        raise ValueError(
+            f"{out}: was trained on chips {before['chips']}, the stores now hold {now['chips']}; "
+            "bring back what was packed and flagged then, or start a new run with --fresh, from "
+            f"its weights with --init {shlex.quote(str(out))}"
+        )
+    name, (old, new) = next(iter(other.items()))
+    flag = "--" + name.replace("_", "-") if name in config["args"] else name
+    more = f" (and {len(other) - 1} more)" if len(other) > 1 else ""
+    raise ValueError(
+        f"{out}: was trained with {flag} {old}, now {new}{more}; repeat its flags to continue, go "
+        f"on with these by --override {' '.join(other)}, or start a new run beside it with --fresh"
+    )
+
+
+def read_checkpoint(path, ranks, remedy=None):
+    """The checkpoint on the first rank's disk, a tree on the CPU of every rank; ValueError if it is
+    damaged. It travels as it is in the file, by pieces that fit a GPU."""
+
+    def read():
+        try:
+            return load_sealed(path), path.stat().st_size
+        except Exception as error:  # whatever a damaged file provokes, in one sentence
+            reason = str(error).removeprefix(f"{path}: ").splitlines() or ["it ends too soon"]
+            previous, then = path.with_name("ckpt.previous.pt"), remedy
+            if then is None and path != previous and previous.is_file():
+                old, new = shlex.quote(str(previous)), shlex.quote(str(path))
+                then = f"to continue from the one before: mv {old} {new}"
+            then = then or "start a new run with --fresh"
+            raise ValueError(f"{path}: not a readable checkpoint ({reason[0]}); {then}") from None
+
+    kept = []
+    size = ranks.first(lambda: kept.extend(read()) or kept[1])
+    if ranks.world == 1:
+        return kept[0]
+    received = io.BytesIO()
+    with open(path, "rb") if ranks.rank == 0 else contextlib.nullcontext() as file:
+        for at in range(0, size, 1 << 28):
+            piece = torch.empty(min(1 << 28, size - at), dtype=torch.uint8)
+            if file:
+                file.readinto(piece.numpy())
+            piece = ranks.share(piece.to(ranks.device), 0)
+            if not file:
+                received.write(piece.cpu().numpy())
+    if kept:
+        return kept[0]
+    received.seek(0)
+    return torch.load(received, map_location="cpu", weights_only=True)
 
 
 def read_config(path):
@@ -282,10 +536,31 @@ def log_until(path, step):
 def save_checkpoint(path, state):
     """Write state to path, flushed to disk before it takes the name; the one before is kept."""
     new = path.with_name("ckpt.new.pt")
-    write_atomic(new, lambda to: torch.save(state, to))
+    save_sealed(state, new)
     if path.is_file():
         os.replace(path, path.with_name("ckpt.previous.pt"))
     os.replace(new, path)
+
+
+def copied(tree):
+    """A tree of dicts, lists and tuples with copies of its tensors, on the CPU."""
+    if isinstance(tree, dict):
+        return {key: copied(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(map(copied, tree))
+    return tree.detach().to("cpu", copy=True) if torch.is_tensor(tree) else tree
+
+
+def check_space(out, size):
+    """Raise ValueError if the disk of a run has no room for its checkpoints of `size` bytes: one,
+    the one before, and the next, which is written beside them."""
+    there = sum(p.stat().st_size for p in out.glob("ckpt*.pt"))
+    need, free = 3 * size - there, shutil.disk_usage(out).free
+    if free < need:
+        raise ValueError(
+            f"{out}: its checkpoints need {need / 1e9:.3g} GB more and its disk has "
+            f"{free / 1e9:.3g} GB; make room, or choose another --out"
+        )
 
 
 class Run:
@@ -298,12 +573,13 @@ class Run:
         self.out, self.ranks, self.stop, self.total = out, ranks, stop, total
         self.log_every, self.save_every = log_every, save_every
         self.clock, self.logged = time.perf_counter(), start
+        self.writer, self.writing = ThreadPoolExecutor(1), None
+        self.heard, self.skipped, self.in_a_row = start, 0, 0
 
     def begin(self, config, start, edits):
-        """Make the folder and write config.json, edits.diff of an edited tree, and the log."""
+        """Write config.json, edits.diff of an edited tree, and the log."""
         if self.ranks.rank:
             return
-        self.out.mkdir(parents=True, exist_ok=True)
         text = json.dumps(config, indent=1) + "\n"
         write_atomic(self.out / "config.json", lambda to: to.write_text(text))
         if edits:
@@ -311,6 +587,7 @@ class Run:
         # log lines after the checkpoint belong to steps that will be taken again
         kept = log_until(self.out / "log.jsonl", start)
         write_atomic(self.out / "log.jsonl", lambda to: to.write_text(kept))
+        (self.out / "stopped").unlink(missing_ok=True)
 
     def saves(self, step):
         return (step + 1) % self.save_every == 0 or step + 1 == self.stop
@@ -332,6 +609,8 @@ class Run:
             "images_per_s": images / seconds,
             "gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else None,
         }
+        if self.skipped:
+            entry["skipped"], self.skipped = self.skipped, 0
         if self.ranks.rank == 0:
             entry |= more() if more else {}
             print(log_line(entry, self.total, seconds * (self.stop - step - 1)), flush=True)
@@ -339,10 +618,43 @@ class Run:
                 log.write(json.dumps(entry) + "\n")
         self.clock, self.logged = time.perf_counter(), step + 1
 
-    def save(self, step, modules, **state):
-        """Write ckpt.pt: the state of modules by name, more state, and how many steps are done."""
+    def hear(self, stops, now):
+        """Count the bad steps that `Stop` knows of, which have changed nothing: those in a row are
+        `in_a_row`, up to step `heard`. Returns whether to stop."""
+        stopping = False
+        for stop, bad in stops.hear(now):
+            self.heard, stopping = self.heard + 1, stopping or stop
+            self.in_a_row = self.in_a_row + 1 if bad else 0
+            self.skipped += bad
+            if bad and self.ranks.rank == 0:
+                print(f"step {self.heard}: skipped, its loss or gradients are not finite")
+        return stopping
+
+    def save(self, step, modules, then, **state):
+        """Write ckpt.pt: the state of modules by name, more state, and how many steps are done. A
+        thread writes a copy, so that training waits for no disk; then(copy) is called there."""
         state |= {name: module.state_dict() for name, module in modules.items()}
-        save_checkpoint(self.out / "ckpt.pt", state | {"step": step + 1})
+        state = copied(state | {"step": step + 1})
+        self.written()
+
+        def write():
+            save_checkpoint(self.out / "ckpt.pt", state)
+            then(state)
+
+        self.writing = self.writer.submit(write)
+
+    def written(self):
+        """Wait for the last `save`, and raise what went wrong there."""
+        if self.writing:
+            self.writing.result()
+
+    def close(self, stopped=False):
+        """Wait for what is being written; `stopped` in the folder tells whoever starts the run
+        again that it was asked to stop."""
+        self.written()
+        if stopped:
+            text = f"asked to by {Stop.asked or 'another rank'}\n"
+            write_atomic(self.out / "stopped", lambda to: to.write_text(text))
 
 
 # ---- health: sums over tokens, so that any number of ranks logs the same numbers

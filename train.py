@@ -36,6 +36,7 @@ from data import (
     next_pairs,
     open_chips,
     read_crops,
+    read_csv,
     render,
     sample_order,
     stream,
@@ -46,20 +47,24 @@ from model import OBJECTIVES, SIZES, Plan, draw_rectangle, ema_update, regularis
 from run import (
     Parser,
     Run,
+    Stop,
     between,
+    check_space,
     flags_of,
+    fresh,
     git_state,
     health,
     open_run,
     positive,
     precision_of,
+    read_checkpoint,
     read_config,
     script,
     start_ranks,
     token_sums,
     whole,
 )
-from weights import bands_of, fit_bands, load_encoder, save_encoder, weights_hash
+from weights import bands_of, fit_bands, load_encoder, read_tensors, weights_hash, write_tensors
 
 
 class Variant(NamedTuple):
@@ -87,8 +92,8 @@ VARIANTS = {
 
 # What may differ between a run and its continuation
 FREE_ON_RESUME = {
-    "out", "resume", "config", "trial", "device", "device_batch", "compile", "log_every",
-    "save_every", "stop_at", "probe_task", "probe_every",
+    "out", "resume", "override", "fresh", "config", "trial", "device", "device_batch", "compile",
+    "checkpoint_activations", "log_every", "save_every", "stop_at", "probe_task", "probe_every",
     "store",  # a moved store is the same: `chips` tells others
 }  # fmt: skip
 
@@ -97,6 +102,9 @@ AFFINITY_FLAGS = (
     "ratio", "affinity_weight", "affinity_index", "affinity_centre", "hr_teacher",
     "hr_teacher_heads", "pos",
 )  # fmt: skip
+
+# Steps in a row that are not finite before a run gives up; it is no worse for them
+PATIENCE = 10
 
 # Without --store and without pairs/: procedural scenes, and without a GPU a model that a CPU trains
 TRIAL = Path("out/scenes")
@@ -131,8 +139,15 @@ def build_parser():
                    "regulariser: no HR, the MR crop as it is")
     g.add_argument("--seed", type=int, default=0, help="weights, order, crops and masks")
     g.add_argument("--config", type=Path, metavar="RUN/config.json", help="repeat that run: its "
-                   "flags, but for --out, --resume and --stop-at; flags given beside it win")
-    g.add_argument("--resume", action=on_off, default=False, help="continue the run in --out")
+                   "flags, but for --out, --resume, --override, --fresh and --stop-at; flags "
+                   "given beside it win")
+    g.add_argument("--resume", nargs="?", choices=["auto", "must"], const="must", default="auto",
+                   help="auto: start, or continue the run of the same flags in --out; --resume "
+                   "alone: there must be one")
+    g.add_argument("--override", nargs="+", default=[], metavar="NAME", help="continue although "
+                   "these differ, named as config.json does: lr, steps, ...")
+    g.add_argument("--fresh", action="store_true", help="where --out holds a run, start a new one "
+                   "beside it, in OUT-2, OUT-3, ...")
     g.add_argument("--stop-at", type=positive, metavar="STEP", help="save and stop here, early")
 
     g = p.add_argument_group("images")
@@ -232,6 +247,9 @@ def build_parser():
                    "float16; float32 on the CPU")
     g.add_argument("--compile", action=on_off, default=False, help="torch.compile the objective "
                    "and the teacher's pass")
+    g.add_argument("--checkpoint-activations", action=on_off, default=False, help="compute the "
+                   "student's blocks again in the backward pass: the same losses in less memory, "
+                   "a third slower")
     g.add_argument("--log-every", type=positive, default=50, help="steps between log lines")
     g.add_argument("--save-every", type=positive, default=1000, help="steps between checkpoints")
     return p
@@ -306,7 +324,7 @@ def not_repeated(first, given):
             f"--objective {first.objective}: {first.config} is of {before['objective']}, whose "
             "settings mean other things there; give the flags without --config"
         )
-    leave = ["out", "resume", "stop_at", "config", "trial"]
+    leave = ["out", "resume", "override", "fresh", "stop_at", "config", "trial"]
     rule = OBJECTIVES[before["objective"]].defaults
     derived = rule.get("lr_per_image", 0) * before["global_batch"]
     if "--global-batch" in given and math.isclose(before["lr"], derived):
@@ -558,7 +576,8 @@ def build_optimizer(objective, lr, beta2):
         {"params": [p for n, p in named if objective.decays(n, p) == decays], "decays": decays}
         for decays in (True, False)
     ]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, beta2), fused=named[0][1].is_cuda)
+    # fused, it leaves weights, moments and its count of steps alone where it is told of a bad step
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, beta2), fused=True)
 
 
 def describe(args, chips, objective, ranks, total, precision):
@@ -600,6 +619,8 @@ def restore(path, saved, objective, optimizer, scaler):
         objective.load_state_dict(saved["objective"])
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
+        for group in optimizer.param_groups:
+            group["fused"] = True  # not so in a checkpoint of an older program's CPU run
         return int(saved["step"])
     except (LookupError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
@@ -652,6 +673,8 @@ def main(args):
     autocast = torch.autocast(device.type, getattr(torch, precision), enabled=enabled)
     device_batch, accumulation = micro_batches(args, ranks)
     draw_trial(args, ranks)
+    if args.fresh:
+        args.out = ranks.first(partial(fresh, args.out))
 
     # Chips, model, teacher. The same seed gives the same weights on every rank.
     variant = VARIANTS[args.variant]
@@ -682,25 +705,13 @@ def main(args):
     config["accumulation"] = accumulation
     if args.hr_teacher != "ema":
         config["hr_teacher_weights"] = weights_hash(teacher.tokens)
-    saved, start = open_run(args.out, args.resume, config, FREE_ON_RESUME), 0
-    if saved is not None:
-        start = restore(args.out / "ckpt.pt", saved, objective, optimizer, scaler)
+    start = enter(args, ranks, config, objective, optimizer, scaler)
     stop = max(start, min(total, args.stop_at or total))
-    ranks.wait()  # every rank has read the folder before it changes
     run = Run(args.out, ranks, start, stop, total, args.log_every, args.save_every)
     run.begin(config, start, edits)
+    encoder.checkpointed = args.checkpoint_activations
     if ranks.rank == 0:
-        trunk = sum(p.numel() for n, p in encoder.named_parameters() if not n.startswith("head."))
-        flagged = sum(int(s.flagged[s.split("train")].sum()) for s in chips.stores)
-        flagged = f", {flagged} flagged left out" if args.skip_flagged else ""
-        print(
-            f"{args.out}: {args.objective} {args.variant}, encoder of {trunk / 1e6:.1f} M "
-            f"parameters, grid {objective.grid[0]} x {objective.grid[1]} of {encoder.patch_size} "
-            f"px, {len(chips.ids)} chips, {chips.has_hr.sum()} with HR{flagged}, steps {start} to "
-            f"{total}, batch {args.global_batch} = {accumulation} x {ranks.world} ranks x "
-            f"{device_batch}, {precision}",
-            flush=True,
-        )
+        greet(args, chips, objective, f"{start} to {total}", accumulation, ranks.world, precision)
 
     model = objective
     if ranks.world > 1:
@@ -712,6 +723,7 @@ def main(args):
         model = torch.compile(model)
     seen = chips.bands[variant.teacher or "hr"]
     ready = partial(prepare, args, chips, objective, teacher, ranks, device_batch)
+    stops, stopping = Stop(ranks), False
 
     # The loop. `stream` reads the next step's chips and draws its masks while this one computes.
     for step, parts in zip(range(start, stop), stream(ready, start, stop, device), strict=True):
@@ -737,7 +749,8 @@ def main(args):
                 if args.vicreg:
                     loss_vicreg = regularise(tokens)
                 loss = loss_ssl + args.affinity_weight * loss_affinity + args.vicreg * loss_vicreg
-            scaler.scale(loss / accumulation).backward()
+            # times 1, or NaN: an infinite loss may have finite gradients, and they travel
+            scaler.scale(loss * (1 + 0 * loss.detach()) / accumulation).backward()
             losses += torch.stack([loss_ssl, loss_affinity, loss_vicreg]).detach() / accumulation
             if logs:
                 with autocast:
@@ -745,55 +758,155 @@ def main(args):
                 places = objective.grid[0] * objective.grid[1]
                 more = token_sums(tokens.detach(), index, places, target)
                 sums = [a + b for a, b in zip(sums, more, strict=True)] if sums else more
-        if logs or args.clip:
-            scaler.unscale_(optimizer)
-            norm = torch.nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
         if args.clip:
             torch.nn.utils.clip_grads_with_norm_(weights, args.clip, norm)
+        # A step that is not finite on some rank changes nothing on any. float16's gradients
+        # overflow now and then, which is for its scaler to see.
+        bad = stops.share(~(losses.sum() if scaler.is_enabled() else norm).isfinite())
+        optimizer.found_inf = (bad > 0).float()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
         # EMA after the step, so the teacher never saw a gradient of the batch it judges
-        ema_update(objective.teacher, encoder, rates.momentum)
+        ema_update(objective.teacher, encoder, rates.momentum, bad)
 
-        if logs:  # the only device syncs of the loop
+        if logs and not bad.item():  # the only device syncs of the loop
             losses /= ranks.world
             ssl, aff, vicreg = ranks.sum([losses, *sums])[0].tolist()
             value = ssl + args.affinity_weight * aff + args.vicreg * vicreg
-            check_finite(value, "the loss is", step, args.out)
             entry = {"loss": value, "ssl": ssl, "affinity": aff}
             entry |= {"vicreg": vicreg} if args.vicreg else {}
             entry |= health(*sums) | {"grad_norm": float(norm)} | rates._asdict()
             # rank 0 probes while the others wait in the next step's reduction
             run.log(step, entry, args.global_batch, probe if probes else None)
-        if run.saves(step):
-            size = torch.nn.utils.get_total_norm([p.detach() for p in weights])
-            check_finite(size.item(), "the update left weights of norm", step, args.out)
+        stopping = run.hear(stops, now=run.saves(step))
+        if run.in_a_row >= min(PATIENCE, stop - start):
+            raise ValueError(fault(args, chips, run.heard - 1, run.in_a_row, losses, rates.lr))
+        if run.saves(step) or stopping:
+            size = torch.nn.utils.get_total_norm([p.detach() for p in weights]).item()
+            if not math.isfinite(size):
+                raise ValueError(
+                    f"step {step + 1}: the update left weights of norm {size}; {args.out} keeps "
+                    "what was saved before; start again with a lower --lr"
+                )
             if ranks.rank == 0:
                 meta = facts | {"step": step + 1}
                 modules = {"objective": objective, "optimizer": optimizer, "scaler": scaler}
                 about = json.dumps({"config": encoder.config, "meta": meta})
-                run.save(step, modules, facts=about)
-                save_encoder(encoder, args.out / "encoder.safetensors", **meta)
+                run.save(step, modules, partial(export, args.out), facts=about)
+        if stopping:
+            stop = step + 1
+            break
 
-    if ranks.rank == 0 and stop < total:
-        print(f"{args.out}: stopped after step {stop} of {total}; --resume continues")
-    if ranks.rank == 0 and start == total:
+    if ranks.rank == 0:
+        run.close(stopping and stop < total)
+        leave(args, chips, objective, teacher, device, stop, start, total)
+
+
+def enter(args, ranks, config, objective, optimizer, scaler):
+    """Take the run directory, and load its checkpoint if it has one, on whatever machine a rank is;
+    returns the steps that are done."""
+    path = ranks.first(
+        lambda: open_run(args.out, config, FREE_ON_RESUME, args.override, args.resume == "must")
+    )
+    start = 0
+    if path is not None:
+        saved = read_checkpoint(path, ranks)
+        start = restore(path, saved, objective, optimizer, scaler)
+    weights = [w.nbytes for w in objective.state_dict().values()]
+    moments = [2 * p.nbytes for p in objective.parameters() if p.requires_grad]
+    ranks.first(lambda: check_space(args.out, sum(weights) + sum(moments)))
+    if path is not None and ranks.rank == 0 and not exported(args.out, saved):
+        export(args.out, saved)  # a kill came between the two
+    return start
+
+
+def export(out, saved):
+    """Write the student of a checkpoint, a dict, as encoder.safetensors."""
+    state = {
+        name.removeprefix("student."): value
+        for name, value in saved["objective"].items()
+        if name.startswith("student.") and not name.startswith("student.head.")
+    }
+    write_tensors(out / "encoder.safetensors", state, json.loads(saved["facts"]))
+
+
+def exported(out, saved):
+    """Whether encoder.safetensors is of a checkpoint, a dict, and whole."""
+    try:
+        return read_tensors(out / "encoder.safetensors")[1] == json.loads(saved["facts"])
+    except (ValueError, OSError):
+        return False
+
+
+def greet(args, chips, objective, steps, accumulation, world, precision):
+    """Say what is about to be trained."""
+    encoder, grid = objective.student, objective.grid
+    trunk = sum(p.numel() for n, p in encoder.named_parameters() if not n.startswith("head."))
+    flagged = sum(int(s.flagged[s.split("train")].sum()) for s in chips.stores)
+    flagged = f", {flagged} flagged left out" if args.skip_flagged else ""
+    device_batch = args.global_batch // accumulation // world
+    print(
+        f"{args.out}: {args.objective} {args.variant}, encoder of {trunk / 1e6:.1f} M parameters, "
+        f"grid {grid[0]} x {grid[1]} of {encoder.patch_size} px, {len(chips.ids)} chips, "
+        f"{chips.has_hr.sum()} with HR{flagged}, steps {steps}, batch {args.global_batch} = "
+        f"{accumulation} x {world} ranks x {device_batch}, {precision}",
+        flush=True,
+    )
+
+
+def leave(args, chips, objective, teacher, device, done, start, total):
+    """Say what the run has come to after `done` steps, with a picture where it is complete."""
+    if done < total:
+        print(f"{args.out}: stopped after step {done} of {total}; the same command goes on")
+        return
+    if start == total:
         print(f"{args.out}: all steps are done already; encoder.safetensors is there")
-    if ranks.rank == 0 and start < stop == total:
-        try:
-            draw_picture(args, chips, objective, teacher, device)
-            print(f"{args.out}: encoder.safetensors to share, tokens.png to look at")
-        except ImportError as error:
-            print(f"{args.out}: encoder.safetensors to share; no tokens.png without {error.name}")
+    picture, checkpoint = args.out / "tokens.png", args.out / "ckpt.pt"
+    if picture.is_file() and picture.stat().st_mtime >= checkpoint.stat().st_mtime:
+        return
+    try:
+        draw_picture(args, chips, objective, teacher, device)
+        print(f"{args.out}: encoder.safetensors to share, tokens.png to look at")
+    except Exception as error:  # a picture, whatever it trips over, is no reason to fail
+        missing = error.name if isinstance(error, ImportError) else None
+        reason = f" without {missing}" if missing else f": {error!r}"
+        print(f"{args.out}: encoder.safetensors to share; warning: no tokens.png{reason}")
 
 
-def check_finite(value, what, step, out):
-    if not np.isfinite(value):
-        raise ValueError(
-            f"step {step + 1}: {what} {value}; {out} keeps what was saved before; start again with "
-            f"a lower --lr, or with --precision bfloat16 or float32"
-        )
+def fault(args, chips, step, count, losses, lr):
+    """What to say of a run whose last `count` steps were not finite, up to `step`."""
+    terms = zip(("ssl", "affinity", "vicreg"), losses.tolist(), strict=True)
+    said = (
+        f"step {step + 1}: the loss or its gradients are not finite ("
+        + ", ".join(f"{name} {value:.4g}" for name, value in terms)
+        + f", lr {lr:.1e}), for {count} steps in a row, which changed nothing; "
+    )
+    bad = []
+    order = sample_order(args.seed, step, args.global_batch, len(chips.ids))
+    for number, chip in chips.ids[order].tolist():
+        store, path = chips.stores[number], args.store[number]
+        for sensor in ("mr", "hr") if store.has_hr[chip] else ("mr",):
+            mean, std = (np.array(store.meta[k][sensor])[:, None, None] for k in ("mean", "std"))
+            pixels = store.batch(np.array([chip]), {sensor})[sensor][0].double().numpy()
+            with np.errstate(all="ignore"):
+                if not (abs(pixels - mean) / std < 1e6).all():
+                    bad.append(f"{sensor.upper()} of chip {chip} of {path}{source(path, chip)}")
+    if bad:
+        what = "pixels that are not finite, or a million deviations off"
+        return f"{said}{what}: {', '.join(bad[:3])}; pack without them"
+    return f"{said}the pixels are as they should be: a lower --lr, or --precision float32, may help"
+
+
+def source(path, chip):
+    """Where a chip of a store was cut, for a reader; "" where its index does not say."""
+    for row in read_csv(path / "index.csv") if (path / "index.csv").is_file() else ():
+        if row["chip"] == str(chip) and row["mr_source"]:
+            hr = f" and {row['hr_source']}" if row["hr_source"] else ""
+            return f" ({row['mr_source']}{hr} at row {row['row']}, column {row['col']})"
+    return ""
 
 
 def load_probe(task, bands, encoder, grid):
@@ -808,4 +921,5 @@ def load_probe(task, bands, encoder, grid):
 
 
 if __name__ == "__main__":
-    script(main, parse_args, "the same command with --resume continues from the last checkpoint")
+    left = "the same command continues from the last checkpoint"
+    script(main, parse_args, left, stops=True)

@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
+from torch.utils.checkpoint import checkpoint
 
 # name: (width, depth, heads), as published for ViT
 SIZES = {
@@ -200,6 +201,7 @@ class ViT(nn.Module):
         )
         self.in_channels, self.patch_size, self.dim = in_channels, patch_size, dim
         self.class_token, self.pos, self.meta = class_token, pos, {}
+        self.checkpointed = False  # whether blocks are computed again in the backward pass
         self.patch_embed = nn.Module()
         self.patch_embed.proj = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
         self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio) for _ in range(depth))
@@ -253,7 +255,10 @@ class ViT(nn.Module):
         """As `forward`, with the class token, if there is one, in front: (B, 1 + K, D)."""
         tokens = self.embed(images, index, spacing)
         for block in self.blocks:
-            tokens = block(tokens)
+            if self.checkpointed and torch.is_grad_enabled():
+                tokens = checkpoint(block, tokens, use_reentrant=False)
+            else:
+                tokens = block(tokens)
         return self.norm(tokens)
 
     def levels(self, images, depths):

@@ -9,9 +9,9 @@ pickle, no code.
 import hashlib
 import json
 import math
-import os
 import pickle
 import re
+import shlex
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from safetensors.torch import save
 
 from imagery.bands import meanings
 from model import SIZES, ViT, position_table
+from run import load_sealed, write_atomic
 
 # (width, depth) of published ViTs -> attention heads, which no weight shows
 HEADS = {(dim, depth): heads for dim, depth, heads in SIZES.values()} | {(1408, 40): 16}
@@ -57,12 +58,35 @@ def to_timm(encoder, grid):
 
 def write_tensors(path, state, facts):
     """Write tensors by name and JSON-able facts to a safetensors file, atomically; the reverse of
-    `read_tensors`."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
+    `read_tensors`. Its metadata hold a digest of the whole file, taken with zeros in its place."""
+    metadata = {"crossscale": json.dumps(facts), "sha256": NO_DIGEST.decode()}
     # as bytes: safetensors' own writer lets nobody but the owner read the file
-    partial.write_bytes(save(state, metadata={"crossscale": json.dumps(facts)}))
-    os.replace(partial, path)
+    data = save(state, metadata=metadata)
+    # hidden in a string of the facts it would be behind a backslash
+    data = data.replace(KEY + NO_DIGEST, KEY + hashlib.sha256(data).hexdigest().encode(), 1)
+    write_atomic(Path(path), lambda to: to.write_bytes(data))
+
+
+KEY, NO_DIGEST = b'"sha256":"', b"0" * 64
+
+
+def check_digest(path):
+    """Raise ValueError if a safetensors file holds a digest that its bytes do not have. Files of
+    others have none, nor has what we once wrote; a damaged digest still leaves a trace."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        head = file.read(min(size, 100_000_000))  # the format's own limit
+        found = re.search(re.escape(KEY) + rb"([0-9a-f]{64})", head)
+        if found is None:
+            if re.search(rb'sha256":"|":"[0-9a-f]{64}"', head):
+                raise ValueError(f"{path}: damaged, its digest cannot be read; fetch it again")
+            return
+        digest = hashlib.sha256(size.to_bytes(8, "little"))
+        digest.update(head[: found.start(1)] + NO_DIGEST + head[found.end(1) :])
+        while piece := file.read(1 << 24):
+            digest.update(piece)
+    if digest.hexdigest().encode() != found[1]:
+        raise ValueError(f"{path}: damaged, its bytes do not fit its digest; fetch it again")
 
 
 def weights_hash(encoder):
@@ -75,10 +99,10 @@ def weights_hash(encoder):
 
 
 RESAVE = (
-    "python -c \"import torch; c = torch.load('{path}', map_location='cpu', weights_only=False); "
+    "import torch; c = torch.load({path!r}, map_location='cpu', weights_only=False); "
     "c = c.state_dict() if hasattr(c, 'state_dict') else c; "
     "torch.save({{k: v for k, v in c.items() if torch.is_tensor(v) or isinstance(v, dict) "
-    "and all(map(torch.is_tensor, v.values()))}}, '{weights}')\""
+    "and all(map(torch.is_tensor, v.values()))}}, {weights!r})"
 )
 
 
@@ -90,6 +114,7 @@ def read_tensors(path):
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such encoder; give a run directory or a weights file")
     if path.suffix == ".safetensors":
+        check_digest(path)
         try:
             with safe_open(path, framework="pt") as file:
                 facts = (file.metadata() or {}).get("crossscale")
@@ -110,19 +135,20 @@ def read_tensors(path):
             )
         return state, facts
     try:
-        return torch.load(path, map_location="cpu", weights_only=True), None
+        return load_sealed(path), None
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         if found is None:
             raise ValueError(f"{path}: not a readable torch checkpoint; fetch it again") from None
+        weights = path.with_name(path.stem + "-weights.pt")
+        command = RESAVE.format(path=str(path), weights=str(weights))
         raise ValueError(
             f"{path}: holds more than tensors (a {found[1]}), and reading that could run code; if "
-            f"you trust its source, re-save the weights alone: "
-            + RESAVE.format(path=path, weights=path.with_name(path.stem + "-weights.pt"))
+            f"you trust its source, re-save the weights alone: python -c {shlex.quote(command)}"
         ) from None
     except Exception as error:  # whatever a damaged or foreign file provokes, in one sentence
-        reason = str(error).splitlines()[0] if str(error) else "it ends too soon"
-        raise ValueError(f"{path}: not a readable torch checkpoint ({reason})") from None
+        reason = str(error).removeprefix(f"{path}: ").splitlines() or ["it ends too soon"]
+        raise ValueError(f"{path}: not a readable torch checkpoint ({reason[0]})") from None
 
 
 def find_encoder(tree, path):
@@ -248,8 +274,21 @@ def parse_encoder(tree, facts, path, heads=None, grid=None):
         else 4.0,
         class_token="cls_token" in state,
     )
+    claims = sum(weight.numel() * weight.element_size() for weight in state.values())
+    if claims > path.stat().st_size:  # a few bytes may claim to be seen as any number of them
+        raise ValueError(
+            f"{path}: {path.stat().st_size} bytes that claim to be {claims} of weights"
+        )
     if facts is not None:
-        config = facts["config"]
+        read_off, config = config, facts["config"]
+        for key in ("in_channels", "patch_size", "dim", "depth"):  # before anything is made of it
+            if config[key] != read_off[key]:
+                raise ValueError(
+                    f"{path}: weights of {key} {read_off[key]}, its metadata say {config[key]}; "
+                    "export it again"
+                )
+        if config["mlp_ratio"] > 64 or (config["pos"] == "learned" and table is None):
+            raise ValueError(f"{path}: its metadata do not fit its weights; export it again")
         if heads and heads != config["heads"]:
             raise ValueError(
                 f"{path}: says that it has {config['heads']} heads, not {heads}; leave them out"

@@ -17,7 +17,7 @@ ROOMS = {
     "affinity": "torch kernels",
     "vit": "torch einops",
     "model": "torch einops vit",
-    "weights": "torch einops numpy safetensors model",
+    "weights": "torch einops numpy safetensors model run",
     "data": "torch numpy",
     "figures": "torch einops matplotlib",
     "run": "torch matplotlib",

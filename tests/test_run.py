@@ -1,13 +1,21 @@
 """What scripts share: health figures, log lines, a run's folder, errors said once."""
 
+import os
+import resource
+import signal
+import subprocess
 import sys
+import zipfile
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT, refused
 
 import run
 from run import Ranks
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
 
 # ---- health
 
@@ -72,3 +80,121 @@ def test_only_the_first_rank_prints(capsys):
 def test_alone_a_rank_shares_with_nobody():
     ranks, x = Ranks(0, 1, torch.device("cpu")), torch.ones(2)
     assert ranks.gather("x") == ["x"] and ranks.share(x, 0) is x and ranks.sum([x])[0] is x
+
+
+# ---- files that are whole, or say that they are not
+
+
+def test_a_flipped_bit_of_a_checkpoint_is_always_seen(tmp_path):
+    path = tmp_path / "ckpt.pt"
+    state = {"a": torch.randn(10, 7), "step": 3}
+    run.save_sealed(state, path)
+    assert run.load_sealed(path)["a"].equal(state["a"])
+    assert torch.load(path, weights_only=True)["a"].equal(state["a"])  # any torch reads it
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with pytest.raises(Exception):  # noqa: B017, any: `read_checkpoint` makes it a sentence
+            run.load_sealed(path)
+    with refused(ValueError, path, "--fresh"):
+        run.read_checkpoint(path, ALONE)
+    torch.save(state, path)  # without a digest, as others write it
+    assert run.load_sealed(path)["step"] == 3
+
+
+def test_a_file_cannot_claim_to_be_larger_than_it_is(tmp_path):
+    path = tmp_path / "bomb.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/0", bytes(10**7))
+    with refused(ValueError, path, "10000000"):
+        run.load_sealed(path)
+
+
+def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path):
+    path = tmp_path / "ckpt.pt"
+    run.save_sealed({"step": 1}, path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with refused(OSError, path, "stays"):
+            run.save_sealed({"a": torch.zeros(100_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert run.load_sealed(path) == {"step": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
+    with refused(ValueError, tmp_path, "GB"):
+        run.check_space(tmp_path, 10**18)
+    run.check_space(tmp_path, 1)
+
+
+def test_a_link_at_a_temporary_name_is_not_followed(tmp_path):
+    (tmp_path / "mine").write_text("keep")
+    (tmp_path / "out.partial").symlink_to(tmp_path / "mine")
+    run.write_atomic(tmp_path / "out", lambda to: to.write_text("new"))
+    assert (tmp_path / "mine").read_text() == "keep" and (tmp_path / "out").read_text() == "new"
+
+
+# ---- the run directory
+
+
+def test_a_second_start_is_told_who_holds_the_run_until_that_dies(tmp_path):
+    code = f"import run, pathlib, time; run.hold(pathlib.Path({str(tmp_path)!r})); print(1); "
+    other = subprocess.Popen(
+        [sys.executable, "-u", "-c", code + "time.sleep(60)"],
+        cwd=ROOT, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert other.stdout.readline() == "1\n"
+        with refused(ValueError, tmp_path, f"process {other.pid} "):
+            run.hold(tmp_path)
+    finally:
+        other.kill()
+        other.wait()
+    run.hold(tmp_path)
+    # what a kill at this moment leaves may be started in
+    assert run.open_run(tmp_path, {}, ()) is None
+
+
+def test_fresh_runs_are_numbered(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    for name in ("run", "run-2", "run-3"):
+        assert run.fresh(out).name == name
+        run.fresh(out).mkdir()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # the same run, its workers again
+    assert run.fresh(out).name == "run-3"
+
+
+def test_other_flags_stop_with_a_table_and_may_be_overridden(tmp_path, capsys):
+    def config(**args):
+        return {"args": args, "steps": 10, "precision": "float32", "chips": "abc"}
+
+    config_now, then = config(lr=0.2, dim=16, out="b"), config(lr=0.1, dim=8, out="a")
+    with refused(ValueError, tmp_path, "--lr 0.1, now 0.2 (and 1 more)", "--override lr dim"):
+        run.compare(tmp_path, then, config_now, {"out"}, [])
+    run.compare(tmp_path, then, config_now, {"out"}, ["lr", "dim"])
+    assert "lr 0.2, 0.1 before" in capsys.readouterr().out
+    assert config_now["overrides"] == [{"lr": (0.1, 0.2), "dim": (8, 16)}]
+    with refused(ValueError, "--override width"):
+        run.compare(tmp_path, then, config_now, {"out"}, ["width"])
+    with pytest.raises(ValueError):
+        run.compare(tmp_path, then, config(lr=0.2, dim=16, out="b"), {"out"}, ["lr"])
+    table = capsys.readouterr().err
+    assert "there" in table and "dim" in table and "lr" not in table
+
+
+# ---- stopping
+
+
+def test_a_signal_is_heard_a_step_later(monkeypatch):
+    stops = run.Stop(ALONE)
+    with run.Stop.listening():
+        stops.share(torch.tensor(True))
+        assert stops.hear() == []
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert run.Stop.asked == "SIGUSR1"
+        assert stops.share(torch.tensor(False)).item() == 0
+        assert stops.hear() == [(False, True)]
+        assert stops.hear(now=True) == [(True, False)]
+    assert run.Stop.asked is None

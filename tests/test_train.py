@@ -106,7 +106,7 @@ def test_variants(store, tmp_path, objective, variant, capsys):
     assert config["encoder"] == encoder.config
     assert encoder.meta["variant"] == variant and encoder.meta["step"] == 2
     assert encoder.meta["seed"] == 0 and encoder.meta["store"] == [store.name]
-    files = {"config.json", "log.jsonl", "ckpt.pt", "encoder.safetensors", "tokens.png"}
+    files = {"config.json", "log.jsonl", "ckpt.pt", "encoder.safetensors", "tokens.png", "run.lock"}
     assert {p.name for p in out.iterdir()} - {"edits.diff"} == files
     assert (out / "edits.diff").exists() == config["dirty"]
     assert "step 00002/2 | loss" in capsys.readouterr().out
@@ -660,7 +660,7 @@ def test_config_repeats_a_run(store, tmp_path):
     after = json.loads((tmp_path / "b" / "config.json").read_text())["args"]
     assert {k for k in before if before[k] != after[k]} == {"out", "config"}
     # what is typed wins; what would do nothing is refused all the same
-    args = train.parse_args(["--config", str(config), "--tau", "0.1", "--no-resume"])
+    args = train.parse_args(["--config", str(config), "--tau", "0.1"])
     assert args.tau == 0.1 and args.visible == 10 and args.out == Path("out/latentmim-sa-s0")
     with refused(SystemExit, "--predictor-dim"):
         train.parse_args(["--config", str(config), "--predictor-dim", "8"])
@@ -1006,6 +1006,17 @@ class Calls(torch.overrides.TorchFunctionMode):
         return function(*args, **kwargs)
 
 
+class Unfused(torch.optim.AdamW):
+    """AdamW for device meta, which has no fused one."""
+
+    def __init__(self, *groups, **options):
+        super().__init__(*groups, **options | {"fused": False})
+
+    def step(self):
+        self.found_inf = None
+        super().step()
+
+
 def trace(store, tmp_path, monkeypatch, objective, **flags):
     """Three steps of train.main on device meta, where every read by the host raises: the faults."""
     args = parsed(store, objective, steps=9, stop_at=3, **flags)
@@ -1023,6 +1034,9 @@ def trace(store, tmp_path, monkeypatch, objective, **flags):
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
     for when in ("logs", "saves"):  # what syncs on purpose
         monkeypatch.setattr(runs.Run, when, lambda run, step: False)
+    monkeypatch.setattr(torch.optim, "AdamW", Unfused)
+    # a copy that nobody waits for, and the read a step later
+    monkeypatch.setattr(runs.Stop, "fetch", lambda stops, told: (torch.zeros(2), False))
     with watch, Calls(watch):
         train.main(args)
     assert watch.on
@@ -1229,12 +1243,11 @@ def test_run_directory_is_never_overwritten(store, tmp_path):
     rejects([tmp_path / "theirs"], store, tmp_path / "theirs")
     out = tmp_path / "run"
     run(store, out, steps=3, save_every=1, stop_at=2)
-    rejects([out, "--resume"], store, out, steps=3)
-    rejects([out, "--dim 16", "32"], store, out, steps=3, resume=True, dim=32)
+    rejects([out, "--dim 16", "32", "--fresh"], store, out, steps=3, dim=32)
     rejects([out, "--objective"], store, out, "latentmim", steps=3, resume=True)
     whole = (out / "ckpt.pt").read_bytes()
     (out / "ckpt.pt").write_bytes(whole[: len(whole) // 2])
-    rejects([out / "ckpt.pt", f"rename {out / 'ckpt.previous.pt'}"], store, out, steps=3,
+    rejects([out / "ckpt.pt", f"mv {out / 'ckpt.previous.pt'}"], store, out, steps=3,
             resume=True)  # fmt: skip
     os.replace(out / "ckpt.previous.pt", out / "ckpt.pt")
     run(store, out, steps=3, resume=True)  # the remedy works
@@ -1302,7 +1315,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(store, tmp_path):
     meta = json.loads((path / "meta.json").read_text())
     meta["std"]["mr"] = [1e-38] * 4
     (path / "meta.json").write_text(json.dumps(meta))
-    rejects(["step 1", "nan", "--lr"], path, tmp_path / "run")
+    rejects(["step 2", "nan", "2 steps in a row", f"of {path}"], path, tmp_path / "run")
     assert not (tmp_path / "run" / "ckpt.pt").exists()
 
 

@@ -1,7 +1,7 @@
 import copy
 import importlib.util
 import json
-import re
+import shlex
 import sys
 import types
 
@@ -222,7 +222,7 @@ def test_bad_encoder_files(tmp_path):
     for name in ("code", "flat"):
         with refused(ValueError, f"{tmp_path / name}.pth: ", "Settings") as error:
             load_encoder(tmp_path / f"{name}.pth")
-        exec(re.search(r'python -c "(.*)"', error.line)[1])  # the remedy works as printed
+        exec(shlex.split(error.line)[-1])  # the remedy works as printed
         same_tokens(load_encoder(tmp_path / f"{name}-weights.pt", heads=2), small())
 
     whole = (tmp_path / "code-weights.pt").read_bytes()
@@ -627,3 +627,32 @@ def test_missing_positions_are_said(tmp_path, capsys):
     torch.save(small().state_dict(), tmp_path / "bare.pt")
     load_encoder(tmp_path / "bare.pt", heads=2)
     assert "no position table: I-JEPA's sine-cosine positions assumed" in capsys.readouterr().out
+
+
+def test_a_flipped_bit_of_an_export_is_always_seen(tmp_path):
+    path = tmp_path / "encoder.safetensors"
+    save_encoder(ViT(dim=8, depth=1, heads=2, patch_size=2), path, bands=["B", "G", "R", "NIR"])
+    load_encoder(path)
+    whole = path.read_bytes()
+    head = 8 + int.from_bytes(whole[:8], "little")
+    for place in [*range(head), *range(head, len(whole), 37)]:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with refused(ValueError, path):
+            load_encoder(path)
+
+
+def test_metadata_cannot_ask_for_more_than_the_weights(tmp_path):
+    path = tmp_path / "encoder.safetensors"
+    encoder = ViT(dim=8, depth=1, heads=2, patch_size=2)
+    for name, value in (("depth", 10**6), ("dim", 10**6), ("mlp_ratio", 1e6)):
+        encoder.config[name], before = value, encoder.config[name]
+        save_encoder(encoder, path)
+        encoder.config[name] = before
+        with refused(ValueError, path):
+            load_encoder(path)
+    state = encoder.state_dict() | {"norm.weight": torch.ones(1).expand(10**12)}
+    torch.save(state, tmp_path / "few.pt")
+    with refused(ValueError, tmp_path / "few.pt", "claim"):
+        load_encoder(tmp_path / "few.pt", heads=2)
