@@ -220,7 +220,7 @@ def make(cell, size, out):
             return
         run, words = out / "runs" / cell.name, training(cell, size, out)
         if not (run / "encoder.safetensors").exists() or not finished(run):
-            call([*words, *["--resume"] * (run / "config.json").exists()], quiet=True)
+            call(words, quiet=True)  # goes on where it was stopped
         scores = {}
         if cell.row == "untrained" and size.ceiling:
             # the headroom: what a supervised model of MR images makes of the same labels
@@ -523,7 +523,7 @@ def track(idea, flags, out):
         if not (run / "encoder.safetensors").exists() or not finished(run):
             words = training(cell, size, out)
             words[0], words[words.index("--out") + 1] = idea / "train.py", run
-            call([*words, *["--resume"] * (run / "config.json").exists()], quiet=True)
+            call(words, quiet=True)  # goes on where it was stopped
         scores.append(100 * judge(run, out, run / "scores", RIDGE["ridge"])["miou"])
     path = HERE / "TRACK.md"
     lines = path.read_text().splitlines() if path.exists() else TRACK.splitlines()
