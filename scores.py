@@ -11,7 +11,7 @@ import tempfile
 
 import numpy as np
 
-from imagery import geotiff
+from imagery import raster
 from run import write_atomic
 from segment import read_rows
 
@@ -102,7 +102,7 @@ def write_maps(folder, task, tiles, predictions):
             )
         canvas = canvas[: file.height, : file.width]
         path = folder / f"{file.path.stem}.tif"
-        geotiff.write(path, canvas, file.transform, file.crs, nodata=UNPREDICTED)
+        raster.write(path, canvas, file.transform, file.crs, nodata=UNPREDICTED)
 
 
 def print_table(rows, classes):

@@ -36,7 +36,7 @@ import numpy as np
 import tifffile
 
 import datasets
-from imagery import geotiff
+from imagery import raster
 from imagery.bands import IGNORE, positions
 
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it logs of a file, `whole` raises
@@ -59,11 +59,13 @@ RGBN_ORDER = {4: [2, 1, 0, 3]}
 COPERNICUS = "Contains modified Copernicus Sentinel data"  # how it wants to be named
 DATE = re.compile(r"(?<!\d)((?:19|20)\d\d)([-_]?)([01]\d)\2([0-3]\d)(?!\d)")
 
-# An image and what is wanted of it. info: geotiff.Info, whose path may name a part, "x.pt#12".
+# An image and what is wanted of it. info: raster.Info, whose path may name a part, "x.pt#12".
 # bands: positions. nodata: value or None. read(window, bands) -> (bands, height, width), as
-# geotiff.read without the path. date: ISO text or "". offset: what its makers say is to be added
-# to its valid pixels (-1000 for Sentinel-2 from processing baseline 04.00 on); read adds nothing.
-Source = namedtuple("Source", "info bands nodata read date offset", defaults=("", 0))
+# raster.read without the path. date: ISO text or "". offset: what its makers say is to be added
+# to its valid pixels (-1000 for Sentinel-2 from processing baseline 04.00 on); read adds nothing,
+# and may return (pixels, valid), as raster.read does of a file with a mask. parts: [(Source, row,
+# col)] of an image that lies in several files.
+Source = namedtuple("Source", "info bands nodata read date offset parts", defaults=("", 0, ()))
 # One MR image and the HR images that may serve it, the best first, maybe none. split: "train",
 # "val", "test" or None; site: what must not be divided between splits, or None (then the ground
 # decides). Where no georeference is given the images show the same ground, edge to edge.
@@ -444,12 +446,12 @@ def read_float(path, count, bands=None):
 
     Raises ValueError for a file of another number of bands, as positions tell nothing there.
     """
-    about = geotiff.info(path)
+    about = raster.info(path)
     if about.bands != count:
         raise ValueError(
             f"{path}: {about.bands} bands, its publisher ships {count}; download it again"
         )
-    return geotiff.as_float(read_tiff(path, bands=bands), about.nodata)
+    return raster.as_float(read_tiff(path, bands=bands), about.nodata)
 
 
 # pairs
@@ -484,7 +486,7 @@ def open_tiffs(files, mr_orders, hr_orders, split, site):
         # publishers cut both to the same ground; a georeference that only one has, or another CRS,
         # cannot say it better
         if not (
-            mr.info.transform and hr.info.transform and geotiff.same_crs(mr.info.crs, hr.info.crs)
+            mr.info.transform and hr.info.transform and raster.same_ground(hr.info, mr.info.crs)
         ):
             mr, hr = (s._replace(info=replace(s.info, transform=None, crs=None)) for s in (mr, hr))
         yield Pair(mr, [hr], split, site)
@@ -492,7 +494,7 @@ def open_tiffs(files, mr_orders, hr_orders, split, site):
 
 def tiff_source(path, orders, date):
     """A Source of B, G, R, NIR, by the names in the file, else by orders: bands -> positions."""
-    info = geotiff.info(path)
+    info = raster.info(path)
     bands = positions(BGRN, info.band_names, sentinel=True)  # sets without it write no B2
     if min(bands) < 0:
         bands = orders.get(info.bands)
@@ -506,5 +508,5 @@ def tiff_source(path, orders, date):
 
 def array_source(path, shape, dtype, read, date=""):
     bands, height, width = shape
-    info = geotiff.Info(Path(path), width, height, bands, dtype, None, None, None, ())
+    info = raster.Info(Path(path), width, height, bands, dtype, None, None, None, ())
     return Source(info, list(range(bands)), None, read, date)

@@ -7,7 +7,7 @@ import numpy as np
 
 from datasets import common
 from datasets.folder import read_geotiff
-from imagery import geotiff, pack
+from imagery import pack, raster
 
 RNG = np.random.default_rng(0)
 EAST, NORTH = 400000.0, 5200000.0
@@ -38,21 +38,21 @@ def write_scene(path, gsd, shift, height, width, bands=2, crs=32631, **more):
     transform = (gsd, 0.0, EAST + shift[0], 0.0, -gsd, NORTH + shift[1])
     array = more.pop("array", None)
     array = landscape(transform, height, width, bands) if array is None else array
-    geotiff.write(path, array, transform, crs, **more)
+    raster.write(path, array, transform, crs, **more)
     return array
 
 
 def image(name, array, transform=None, nodata=None, **more):
     """A common.Source of an array (bands, rows, cols) in memory; more: date, offset."""
     bands, height, width = array.shape
-    crs = {"ProjectedCSTypeGeoKey": 32631} if transform else None
+    crs = "EPSG:32631" if transform else None
     about = (Path(name), width, height, bands, array.dtype, nodata, transform, crs, ())
 
     def read(window, bands):
         row, col, height, width = window
         return array[bands, row : row + height, col : col + width]
 
-    return common.Source(geotiff.Info(*about), list(range(bands)), nodata, read, **more)
+    return common.Source(raster.Info(*about), list(range(bands)), nodata, read, **more)
 
 
 def pair(folder, hr_gsd=5.0, mr_shift=(0, 0), hr_shift=(0, 0), side=64, hr_side=None, **more):
