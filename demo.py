@@ -20,7 +20,7 @@ import torch
 from einops import rearrange
 
 from figures import composite, save_figure, token_colours
-from imagery import geotiff
+from imagery import raster
 from run import positive
 from weights import load_encoder
 
@@ -111,8 +111,8 @@ def draw(out, names, side=2 * SIDE):
     # the window of each scene with the most predicted ground and classes in it
     rows = []
     for scene in scenes:
-        label = geotiff.read(out / "task" / "masks" / scene)[0]
-        known = geotiff.read(out / "maps_mr" / scene)[0] != 255
+        label = raster.read(out / "task" / "masks" / scene)[0]
+        known = raster.read(out / "maps_mr" / scene)[0] != 255
         spots = [(r, c) for r in range(0, label.shape[0] - side + 1, side)
                  for c in range(0, label.shape[1] - side + 1, side)]  # fmt: skip
         row, col = max(
@@ -124,12 +124,12 @@ def draw(out, names, side=2 * SIDE):
         )
         window = (row, col, side, side)
         read = {
-            "mr": geotiff.read(out / "task" / "mr" / scene, window),
-            "hr": geotiff.read(out / "task" / "hr" / scene, tuple(2 * w for w in window)),
+            "mr": raster.read(out / "task" / "mr" / scene, window),
+            "hr": raster.read(out / "task" / "hr" / scene, tuple(2 * w for w in window)),
             "label": label[row : row + side, col : col + side],
         }
         for name in names:
-            read[f"{name}: prediction"] = geotiff.read(out / f"maps_{name}" / scene, window)[0]
+            read[f"{name}: prediction"] = raster.read(out / f"maps_{name}" / scene, window)[0]
         rows.append(read)
 
     bands = ["B", "G", "R", "NIR"]
