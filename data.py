@@ -34,7 +34,7 @@ WINDOW = "hr_row hr_col hr_height hr_width".split()
 INDEX = (
     "chip hr mr_source hr_source row col hr_row hr_col hr_height hr_width mr_date hr_date crs "
     "a b c d e f split valid"
-).split()  # crs, a to f: where the MR chip lies, as geotiff.Info says it of an image
+).split()  # crs, a to f: where the MR chip lies, as raster.Info says it of an image
 SPLITS = "train val test".split()
 
 

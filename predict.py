@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from datasets.folder import find_files
 from figures import class_colours, composite, save_figure
-from imagery import geotiff
+from imagery import raster
 from imagery.bands import meanings, positions
 from model import ViT
 from run import positive
@@ -196,7 +196,7 @@ def gsd_warning(about, model):
     trained, found = model.meta.get("gsd"), about.gsd
     if not trained or not found:
         return None
-    geographic = (about.crs or {}).get("GTModelTypeGeoKey") == 2
+    geographic = raster.is_geographic(about.crs)
     if geographic and trained > 0.01:
         # degrees, but the model's are metres: as of a square with the pixel's area
         latitude = math.radians((about.bounds[1] + about.bounds[3]) / 2)
@@ -218,12 +218,12 @@ def survey(path, bands, scale, offset):
     Returns mean and std (bands,) of its valid pixels in the model's units, NaN if it has none, and
     a small picture (bands, h, w) float32, NaN in holes.
     """
-    about = geotiff.info(path)
+    about = raster.info(path)
     step = -(-max(about.height, about.width) // PREVIEW)
     row, parts = 0, []
-    for part in geotiff.read_rows(path, bands):
-        start = -row % step
-        parts.append(pixels_of(part[:, start::step, ::step], about.nodata, scale, offset))
+    for part, valid in raster.read_rows(path, bands, masked=True):
+        some = slice(-row % step, None, step), slice(None, None, step)
+        parts.append(pixels_of(part[:, *some], valid[some], scale, offset))
         row += part.shape[1]
     picture = np.concatenate(parts, axis=1)
     seen = picture[:, ~np.isnan(picture).any(0)].astype(np.float64)
@@ -232,9 +232,11 @@ def survey(path, bands, scale, offset):
     return seen.mean(1), seen.std(1), picture
 
 
-def pixels_of(part, nodata, scale, offset):
-    """File values (bands, rows, cols) -> float32 in the model's units, NaN where one is missing."""
-    return (geotiff.as_float(part, nodata) + offset) * scale
+def pixels_of(part, valid, scale, offset):
+    """File values (bands, rows, cols) -> float32 in the model's units, NaN where one is missing or
+    the pixel is not valid (rows, cols)."""
+    pixels = np.where(valid, part, np.float32("nan")).astype(np.float32, copy=False)
+    return (np.where(np.isfinite(pixels), pixels, np.float32("nan")) + offset) * scale
 
 
 def scale_warning(path, mean, std, model):
@@ -333,7 +335,7 @@ def predict(
     scene: path. bands: positions, in the model's order. mean, std: (bands,), in its units. overlap:
     px, default `Model.overlap`, for tokens 7/8 of a window.
     """
-    about, tile = geotiff.info(scene), model.tile
+    about, tile = raster.info(scene), model.tile
     device = next(model.encoder.parameters()).device
     if overlap is None:
         # tokens carry their place in the window, which averages out over eight places a side
@@ -347,12 +349,13 @@ def predict(
     blend = Blend(channels, side, down, across, device)
 
     mean, std = (torch.tensor(x).float().to(device)[:, None, None] for x in (mean, std))
-    parts = geotiff.read_rows(scene, bands)
+    parts = raster.read_rows(scene, bands, masked=True)
+    parts = (pixels_of(*part, scale, offset) for part in parts)
     parts = window_rows(parts, about.height, cols[-1] + tile, rows, tile)
     label = f"{about.path.name}, {'tokens' if tokens else 'classes'}"
     with tqdm(total=len(rows) * len(cols), desc=label, unit=" windows") as bar:
         for row, part in enumerate(parts):
-            strip = torch.from_numpy(pixels_of(part, about.nodata, scale, offset)).to(device)
+            strip = torch.from_numpy(part).to(device)
             valid = ~strip.isnan().all(0)
             # what is missing is the mean, as in training
             strip = ((strip - mean) / std).nan_to_num(0.0)
@@ -407,7 +410,7 @@ def map_scene(scene, model, bands, mean, std, picture, paths, args):
 
     picture: of `survey`. paths: kind -> path, of `output_paths`.
     """
-    start, about, classes = time.perf_counter(), geotiff.info(scene), model.classes
+    start, about, classes = time.perf_counter(), raster.info(scene), model.classes
     size, place, crs = (about.height, about.width), about.transform, about.crs
     side = model.tile / model.grid  # px of the scene that a token covers
     token_size = [-(-n * model.grid // model.tile) for n in size]
@@ -422,7 +425,7 @@ def map_scene(scene, model, bands, mean, std, picture, paths, args):
     options = dict(overlap=args.overlap, batch=args.batch, scale=args.scale, offset=args.offset)
     with ExitStack() as stack:
         write = {
-            kind: stack.enter_context(geotiff.writer(paths[kind], *layout))
+            kind: stack.enter_context(raster.writer(paths[kind], *layout))
             for kind, layout in layouts.items()
             if kind in paths
         }
@@ -510,7 +513,7 @@ def run(args):
     outputs = output_paths(scenes, args.out, model, args)
     chosen = {}
     for scene in scenes:
-        about = geotiff.info(scene)
+        about = raster.info(scene)
         chosen[scene], how = choose_bands(about, model, args.bands)
         print(f"{scene}: bands {','.join(map(str, chosen[scene]))} ({how})")
         warn(gsd_warning(about, model))

@@ -39,7 +39,7 @@ import torch
 from einops import rearrange
 
 import figures
-from imagery import geotiff
+from imagery import raster
 from run import Parser, duration, git_state, positive, write_atomic
 
 HERE = Path(__file__).parent
@@ -413,16 +413,14 @@ def draw_scene(out, size, objective="ijepa"):
         path = drawn / f"features_{row}.tif"
         call(["predict.py", "--model", run, "--features", "--image-size", 64, "--overwrite",
               out / "task" / sensor / scene, path], quiet=True)  # fmt: skip
-        values = torch.from_numpy(geotiff.read(path))
+        values = torch.from_numpy(raster.read(path))
         tokens[row] = torch.nn.functional.avg_pool2d(values, side).permute(1, 2, 0)
         if row != "hr":
             path = drawn / f"map_{row}.tif"
             call(["predict.py", "--model", run / "scores" / "ridge", "--png", "--overwrite",
                   out / "task" / "mr" / scene, path], quiet=True)  # fmt: skip
-            maps[row] = geotiff.read(path)[0]
-    mr, hr, label = (
-        geotiff.read(out / "task" / folder / scene) for folder in ("mr", "hr", "masks")
-    )
+            maps[row] = raster.read(path)[0]
+    mr, hr, label = (raster.read(out / "task" / folder / scene) for folder in ("mr", "hr", "masks"))
     classes = (out / "task" / "classes.txt").read_text().split("\n")[:-1]
     grid = tokens["mr"].shape[:2]
     # the quarter of the scene around its middle, so that rows can be seen

@@ -65,8 +65,10 @@ DATE = re.compile(r"(?<!\d)((?:19|20)\d\d)([-_]?)([01]\d)\2([0-3]\d)(?!\d)")
 # An image and what is wanted of it. info: raster.Info, whose path may name a part, "x.pt#12".
 # bands: positions. nodata: value or None. read(window, bands) -> (bands, height, width), as
 # raster.read without the path. date: ISO text or "". offset: what its makers say is to be added
-# to its valid pixels (-1000 for Sentinel-2 from processing baseline 04.00 on); read adds nothing.
-Source = namedtuple("Source", "info bands nodata read date offset", defaults=("", 0))
+# to its valid pixels (-1000 for Sentinel-2 from processing baseline 04.00 on); read adds nothing,
+# and may return (pixels, valid), as raster.read does of a file with a mask. parts: [(Source, row,
+# col)] of an image that lies in several files.
+Source = namedtuple("Source", "info bands nodata read date offset parts", defaults=("", 0, ()))
 # One MR image and the HR images that may serve it, the best first, maybe none. split: "train",
 # "val", "test" or None; site: what must not be divided between splits, or None (then the ground
 # decides). Where no georeference is given the images show the same ground, edge to edge.

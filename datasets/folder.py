@@ -3,10 +3,12 @@
 import difflib
 import functools
 import glob
+import itertools
 import math
 import re
 import xml.etree.ElementTree as ET
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +18,31 @@ from datasets.common import BGRN, Listing, Pair, Source, Unit, date_of, days_bet
 from imagery import raster
 from imagery.bands import SAME_BAND, meanings, positions
 
-RASTERS = (".tif", ".tiff", ".jp2")
+RASTERS = (".tif", ".tiff", ".jp2")  # of a folder; a file may be any of raster.DRIVERS
 BAND_FILE = re.compile(
     r"(?P<scene>.*?)[_.-]?(?<![A-Za-z0-9])(?P<band>B(0?[1-9]|1[0-2]|8A)|blue|green|red|nir)"
     r"(_\d\dm)?",
+    re.IGNORECASE,
+)
+# what producers put beside the bands: quality, clouds, pictures
+COMPANION = re.compile(
+    r"(?:^|[_.-])(SCL|TCI|PVI|AOT|WVP|CLM|CLD|SNW|QA|QA_\w+|BQA|F?mask|udm2?|thumbnail|preview|overview"
+    r"|browse|ql)(?:_\d\dm|_clip)?$",
     re.IGNORECASE,
 )
 OFFSET_TAGS = {"BOA_ADD_OFFSET", "RADIO_ADD_OFFSET"}
 
 
 def read_geotiff(
-    mr, hr=None, *, mr_bands=None, hr_bands=None, band_names=None, hr_band_names=None, nodata=None
+    mr,
+    hr=None,
+    *,
+    mr_bands=None,
+    hr_bands=None,
+    band_names=None,
+    hr_band_names=None,
+    nodata=None,
+    warp="cubic",
 ):
     """Any GeoTIFFs, and JPEG 2000 where rasterio is installed, paired by their georeference.
 
@@ -62,7 +78,7 @@ def read_geotiff(
         order = sorted(range(len(hr_names)), key=lambda k: place(hr_names[k]))
         hr_names = [hr_names[k] for k in order]
         hr_sources = [s._replace(bands=[s.bands[k] for k in order]) for s in hr_sources]
-        pairs = pair_up(mr_sources, hr_sources, mr, hr)
+        pairs = pair_up(mr_sources, hr_sources, mr, hr, warp)
     units = []
     for source, hrs in pairs:
         # all but read, whose text is another in each run
@@ -84,8 +100,16 @@ def find_files(where, flag):
         files = [path]
     else:
         files = map(Path, glob.glob(str(where), recursive=True))
-    files = [p for p in files if p.suffix.lower() in RASTERS and p.is_file()]
+    kinds = RASTERS if path.is_dir() else raster.DRIVERS
+    files = [p for p in files if p.suffix.lower() in kinds and p.is_file()]
     files = [p for p in files if not in_safe(p) or ("IMG_DATA" in p.parts and band_of(p)[1])]
+    beside = [file for file in files if COMPANION.search(file.stem)]
+    if beside and len(files) > 1:
+        kinds = sorted({COMPANION.search(file.stem)[1] for file in beside})
+        raster.say_once(
+            f"{flag} {where}: {len(beside)} companion files left alone ({', '.join(kinds)})"
+        )
+        files = [file for file in files if file not in {*beside}]
     if not files:
         raise FileNotFoundError(
             f"{flag} {where}: no .tif or .tiff found; give a folder, a file or a quoted glob of "
@@ -149,10 +173,15 @@ def describe(path, files=None):
     return replace(first, path=path, bands=len(files), band_names=tuple(files))
 
 
-def read_scene(files, window=None, bands=None):
-    """Read bands that lie in a file each; as raster.read."""
+def read_raster(path, window=None, bands=None, grid=None):
+    return raster.read(path, window, bands, masked=True, grid=grid)
+
+
+def read_scene(files, window=None, bands=None, grid=None):
+    """Read bands that lie in a file each: (pixels, valid), as raster.read."""
     bands = range(len(files)) if bands is None else bands
-    return np.concatenate([raster.read(files[band], window) for band in bands])
+    pixels, valid = zip(*(read_raster(files[b], window, None, grid) for b in bands), strict=True)
+    return np.concatenate(pixels), np.any(valid, 0)
 
 
 def safe_offset(path):
@@ -221,8 +250,47 @@ def open_sources(where, sensor, wanted, names, nodata):
                 "convert one with gdal_translate -ot, or pack them apart"
             )
         nodata_of = nodata if info.nodata is None else info.nodata
-        sources.append(Source(info, bands, nodata_of, read, date_of(path.name), offset))
-    return sources, names
+        date = date_in(path) or info.date
+        sources.append(Source(info, bands, nodata_of, read, date, offset))
+    return one_unit(sources, flag), names
+
+
+def date_in(path):
+    """ISO date that a path tells: of its name, also as HLS writes it (2009230T), else of the next
+    folder that is called by one; "" without."""
+    for name in [path.name, *(folder.name for folder in path.parents[:3])]:
+        if date := date_of(re.sub(r"(?<!\d)(\d{8})\d{6}(?!\d)", r"\1", name)):
+            return date
+        if day := re.search(r"(?<!\d)((?:19|20)\d\d)([0-3]\d\d)(?=T)", name):
+            return str(datetime.strptime(day[0], "%Y%j").date()) if 0 < int(day[2]) < 367 else ""
+    return ""
+
+
+def one_unit(sources, flag):
+    """Sources whose pixels mean the same: where files differ in their scale and offset, the first's
+    are what the others are brought to."""
+    scalings = {s.info.scaling for s in sources}
+    if len(scalings) < 2:
+        return sources
+    first, made = sources[0], []
+    one = first.info.scaling or ((1.0, 0.0),) * first.info.bands
+    for s in sources:
+        here = s.info.scaling or ((1.0, 0.0),) * s.info.bands
+        pairs = [(here[b], one[a]) for a, b in zip(first.bands, s.bands, strict=True)]
+        gain = {round(own[0] / base[0], 12) for own, base in pairs}
+        shift = {round((own[1] - base[1]) / base[0], 6) for own, base in pairs}
+        if gain != {1.0} or len(shift) > 1:
+            raise ValueError(
+                f"{s.info.path}: its scale is {here[0]}, that of {first.info.path} {one[0]}; bring "
+                "them to one with gdal_translate -unscale, or pack them apart"
+            )
+        made.append(s._replace(offset=s.offset + shift.pop()))
+    moved = sum(s.offset != old.offset for s, old in zip(made, sources, strict=True))
+    print(
+        f"{flag[: -len('-bands')]}: {moved} of {len(made)} files have another offset in their tags "
+        f"than {first.info.path}; their pixels are brought to its unit"
+    )
+    return made
 
 
 def names_of(source):
@@ -298,7 +366,7 @@ def check_band_order(flags, given, flag_given="--band-names"):
             )
 
 
-def pair_up(mr_sources, hr_sources, mr, hr):
+def pair_up(mr_sources, hr_sources, mr, hr, warp):
     """Find the HR files that may serve each MR file: [(mr, [hr, ...])], the best first.
 
     By ground where files are georeferenced, the nearest date first where names tell it, then the
@@ -316,14 +384,7 @@ def pair_up(mr_sources, hr_sources, mr, hr):
             "gdal_translate -a_srs -a_ullr, or pack them apart"
         )
     else:
-        left, bottom, right, top = np.array([hr.info.bounds for hr in hr_sources]).T
-        pairs = []
-        for m in mr_sources:
-            west, south, east, north = m.info.bounds
-            meets = (left < east) & (right > west) & (bottom < north) & (top > south)
-            hrs = [hr_sources[i] for i in np.flatnonzero(meets)]
-            hrs = [hr for hr in hrs if raster.same_ground(hr.info, m.info.crs)]
-            pairs.append((m, sorted(hrs, key=functools.partial(unlike, m))))
+        pairs = by_ground(mr_sources, hr_sources, warp)
     if any(hrs for _, hrs in pairs):
         return pairs
 
@@ -333,17 +394,133 @@ def pair_up(mr_sources, hr_sources, mr, hr):
             f"no HR file is named as an MR file is ({mr.path} and {hr.path}, for instance); "
             "without georeference the two of a pair need the same name"
         )
-    mr_crs = {s.info.crs for s in mr_sources}
-    hr_of = {s.info.crs: s.info for s in hr_sources}
-    if not any(raster.same_ground(hr, crs) for hr in hr_of.values() for crs in mr_crs):
-        raise ValueError(
-            f"{hr.path}: CRS {raster.crs_name(hr.crs)}, but {mr.path} has "
-            f"{raster.crs_name(mr.crs)}; warp the HR files with gdalwarp -t_srs"
-        )
     raise ValueError(
-        f"{hr.path}: bounds {hr.bounds} do not overlap {mr.bounds} of {mr.path}, nor does any "
-        "other pair; give folders of the same ground"
+        f"{hr.path}: no HR file is on the ground of {mr.path} in {raster.crs_name(mr.crs)}, nor "
+        f"of any other MR file; it lies {away(mr, hr)}; give folders of the same ground"
     )
+
+
+def by_ground(mr_sources, hr_sources, warp):
+    """[(mr, [hr, ...])] of the HR images that share ground with each MR image, the best first:
+    those nearest in time, each file alone and then, for chips that none covers alone, all of one
+    date together. HR of another projection or axes is warped to MR's, unless the two agree."""
+    pairs, boxes, said = [], {}, {}
+    for m in mr_sources:
+        if m.info.crs not in boxes:
+            boxes[m.info.crs] = np.array([bounds_in(hr.info, m.info.crs) for hr in hr_sources])
+        left, bottom, right, top = boxes[m.info.crs].T
+        west, south, east, north = m.info.bounds
+        meets = (left < east) & (right > west) & (bottom < north) & (top > south)
+        hrs = [on_axes_of(m.info, hr_sources[i], warp, said) for i in np.flatnonzero(meets)]
+        hrs = sorted((hr for hr in hrs if hr), key=functools.partial(unlike, m))
+        together = []
+        for _, some in itertools.groupby(hrs, lambda hr: (hr.date, hr.offset)):
+            some = list(some)
+            together += some + mosaics(some)
+        pairs.append((m, together))
+    for (crs, to, how), count in said.items():
+        print(f"HR in {crs}, MR in {to} ({count} pairs of files): {how}")
+    return pairs
+
+
+def bounds_in(info, crs):
+    """Bounds of an image in another CRS; NaN where it does not reach."""
+    if info.crs == crs or not info.crs or not crs:
+        return info.bounds if info.crs == crs else (math.nan,) * 4
+    try:
+        x, y = raster.project(info.crs, crs, *raster.corners(info, 21))
+    except ValueError:
+        return (math.nan,) * 4
+    box = x.min(), y.min(), x.max(), y.max()
+    return box if np.isfinite(box).all() else (math.nan,) * 4
+
+
+def on_axes_of(mr, hr, warp, said):
+    """The HR Source in the CRS and on the axes of an MR image; None if they share no ground.
+
+    said: {(crs, crs, what was done): files}, to which this one is added.
+    """
+    info, names = hr.info, (raster.crs_name(hr.info.crs), raster.crs_name(mr.crs))
+    how = ""
+    if info.crs != mr.crs and raster.same_ground(info, mr.crs):
+        how = "the same ground to a hundredth of a pixel, so its pixels are used as they are"
+        info = replace(info, crs=mr.crs)
+    if info.crs == mr.crs:
+        a, b, _, d, e, _ = mr.transform
+        c, f = info.transform[:2], info.transform[3:5]
+        turn = np.linalg.solve([c, f], [[a, b], [d, e]])
+        skew = np.abs(turn - np.diag(turn.diagonal())).max() * max(mr.height, mr.width)
+        if skew <= 0.1 and turn.diagonal().min() > 0:
+            if how:
+                said[(*names, how)] = said.get((*names, how), 0) + 1
+            return hr._replace(info=info)
+    grid = raster.warp_grid(info, mr, warp)
+    if grid is None:
+        return None
+    how = f"warped to MR's axes ({warp})"
+    said[(*names, how)] = said.get((*names, how), 0) + 1
+    info = replace(
+        info, crs=grid.crs, transform=grid.transform, height=grid.height, width=grid.width
+    )
+    return hr._replace(info=info, read=functools.partial(hr.read, grid=grid))
+
+
+def mosaics(sources):
+    """[a Source of all of these on one pixel grid], [] unless there are two at least."""
+    first = sources[0].info
+    a, b, c, d, e, f = first.transform
+    parts = []
+    for s in sources:
+        t = s.info.transform
+        col, row = np.linalg.solve([[a, b], [d, e]], [t[2] - c, t[5] - f])
+        alike = np.allclose(np.delete(t, [2, 5]), (a, b, d, e), rtol=1e-6, atol=abs(a) * 1e-6)
+        if alike and max(abs(row - round(row)), abs(col - round(col))) < 0.02:
+            parts.append((s, round(row), round(col)))
+    if len(parts) < 2 or len({s.info.bounds for s, *_ in parts}) == 1:
+        return []
+    top, left = (min(part[k] for part in parts) for k in (1, 2))
+    parts = [(s, row - top, col - left) for s, row, col in parts]
+    height = max(row + s.info.height for s, row, _ in parts)
+    width = max(col + s.info.width for s, _, col in parts)
+    place = (a, b, c + a * left + b * top, d, e, f + d * left + e * top)
+    info = replace(first, transform=place, height=height, width=width)
+    bands = list(range(len(sources[0].bands)))
+    read = functools.partial(read_mosaic, parts)
+    return [sources[0]._replace(info=info, bands=bands, nodata=None, read=read, parts=parts)]
+
+
+def read_mosaic(parts, window, bands):
+    """Read several images of one pixel grid as one: (pixels, valid); where two show the same ground
+    the first that is valid there counts. parts: [(Source, row, col)]."""
+    top, left, height, width = window
+    pixels = np.zeros((len(bands), height, width), parts[0][0].info.dtype)
+    valid = np.zeros((height, width), bool)
+    for s, row, col in parts:
+        low = np.maximum([top, left], [row, col])
+        high = np.minimum([top + height, left + width], [row + s.info.height, col + s.info.width])
+        if (high <= low).any():
+            continue
+        here = tuple(
+            slice(a, b) for a, b in zip(low - [top, left], high - [top, left], strict=True)
+        )
+        size = high - low
+        own = (low - [row, col]).tolist() + size.tolist()
+        found, there = raster.masked(s.read(own, [s.bands[b] for b in bands]), s.nodata)
+        fresh = there & ~valid[here]
+        pixels[:, *here] = np.where(fresh, found, pixels[:, *here])
+        valid[here] |= there
+    return pixels, valid
+
+
+def away(mr, hr):
+    """Where an HR image lies from an MR image, in words."""
+    box = bounds_in(hr, mr.crs)
+    where = f"in {raster.crs_name(hr.crs)}"
+    if not np.isfinite(box).all() or raster.is_geographic(mr.crs):
+        return f"{where}, {hr.bounds}"
+    west, south, east, north = mr.bounds
+    gap = math.hypot(max(0, box[0] - east, west - box[2]), max(0, box[1] - north, south - box[3]))
+    return f"{where}, {gap / 1000:,.1f} km away" if gap else f"{where}, beside it"
 
 
 def same_name(mr_sources, hr_sources, mr, hr):

@@ -98,7 +98,14 @@ def load_folder(
     listed = None if splits is None else read_splits(splits)
     pairs = pair_files(images, masks, listed)
     names = None if classes is None else read_classes(classes)
-    files, nodata = zip(*(check_pair(image, mask, bands) for image, mask in pairs), strict=True)
+    warped = []
+    checked = [check_pair(image, mask, bands, warped) for image, mask in pairs]
+    files, nodata, grids = zip(*checked, strict=True)
+    if warped:
+        print(
+            f"{warped[0]}: on another grid than its image; "
+            f"{len(warped)} of {len(pairs)} masks are warped to their images' (nearest)"
+        )
     for file in files[1:]:
         if bands is None and file.bands != files[0].bands:
             raise ValueError(
@@ -114,7 +121,7 @@ def load_folder(
     parts = []
     for position, file in enumerate(tqdm(files, "images and masks", unit="file")):
         image = read_image(file, bands)
-        label = read_mask(pairs[position][1], names, (*ignored, nodata[position]))
+        label = read_mask(pairs[position][1], names, (*ignored, nodata[position]), grids[position])
         label[np.isnan(image[0])] = IGNORE
         image, label = cut(image, tile, np.nan), cut(label[None], tile, IGNORE)[:, 0]
         origin = np.insert(corners(file, tile), 0, position, axis=1)
@@ -456,42 +463,45 @@ def read_classes(path):
     return names
 
 
-def check_pair(image, mask, bands):
-    """Compare the headers of one image and its mask -> (the image's raster.Info, mask nodata)."""
+def check_pair(image, mask, bands, warped):
+    """Compare the headers of one image and its mask -> (the image's raster.Info, mask nodata, the
+    raster.Grid of the image if the mask has another, and then it is appended to `warped`)."""
     file, label = raster.info(image), raster.info(mask)
-    if (file.height, file.width) != (label.height, label.width):
-        raise ValueError(
-            f"{mask}: {label.height} x {label.width} pixels, its image has {file.height} x "
-            f"{file.width}; resample the mask to the image's grid (nearest neighbour)"
-        )
     if label.bands != 1:
         raise ValueError(
             f"{mask}: {label.bands} bands; a mask has one band of class ids, so check --masks"
         )
-    if np.dtype(label.dtype).kind not in "biu":
+    if label.dtype.kind not in "iuf":
+        raise ValueError(f"{mask}: values of type {label.dtype}; a mask holds class ids")
+    apart = grids_apart(file, label)
+    if apart > 0.01 and not (file.crs and label.crs):
         raise ValueError(
-            f"{mask}: values of type {label.dtype}; a mask holds integer class ids, so save it as "
-            "uint8 or int16"
+            f"{mask}: its grid lies up to {apart:.3g} px off its image's, {label.height} x "
+            f"{label.width} pixels over {file.height} x {file.width}, and no CRS tells how the two "
+            "lie; resample the mask to the image's grid, or add the georeference"
         )
-    if file.transform and label.transform:
-        if file.crs and label.crs and not raster.same_ground(file, label.crs):
-            raise ValueError(
-                f"{mask}: its CRS is {raster.crs_name(label.crs)}, its image's "
-                f"{raster.crs_name(file.crs)}; resample the mask to the image's grid"
-            )
-        apart = np.abs(np.subtract(file.transform, label.transform)).reshape(2, 3)
-        apart = (apart @ [file.width, file.height, 1]).max() / file.gsd
-        if apart > 0.01:
-            raise ValueError(
-                f"{mask}: its grid lies up to {apart:.3g} px off its image's; resample the mask "
-                "to the image's grid, or correct the georeference"
-            )
+    grid = None
+    if apart > 0.01:
+        how = (file.height, file.width)
+        grid = raster.Grid(file.crs, file.transform, *how, "nearest")
+        warped.append(mask)
     if bands is not None and not all(0 <= band < file.bands for band in bands):
         raise ValueError(
             f"{image}: --bands {','.join(map(str, bands))} asks for more than its {file.bands} "
             f"bands; use positions 0 to {file.bands - 1}"
         )
-    return file, label.nodata
+    return file, label.nodata, grid
+
+
+def grids_apart(file, label):
+    """Pixels by which the grid of a mask lies off its image's, at most; inf for another CRS."""
+    if not (file.transform and label.transform):
+        same = (file.height, file.width) == (label.height, label.width)
+        return 0.0 if same else math.inf
+    if file.crs and label.crs and not raster.same_ground(label, file.crs):
+        return math.inf
+    at = [np.array(raster.corners(about)) for about in (file, label)]
+    return np.abs(at[0] - at[1]).max() / file.gsd
 
 
 def some(ids):
@@ -500,21 +510,30 @@ def some(ids):
 
 def read_image(file, bands):
     """Read one image (bands, rows, cols) float32, NaN in all bands of a pixel without data."""
-    image = raster.read(file.path, bands=bands)
-    valid = raster.valid_pixels(image, file.nodata)
+    image, valid = raster.masked(raster.read(file.path, bands=bands, masked=True), None)
     image = image.astype(np.float32)
     image[:, ~valid] = np.nan
     return image
 
 
-def read_mask(path, classes, ignored):
-    """Read one mask as int16 class ids (rows, cols), IGNORE where it holds one of `ignored`.
+def read_mask(path, classes, ignored, grid=None):
+    """Read one mask as int16 class ids (rows, cols), IGNORE where it holds one of `ignored` or
+    has no data.
 
     classes: the names, or None. ignored: numbers or None. Raises ValueError for ids that no class
     has.
     """
-    mask = raster.read(path)[0].astype(np.int64)
-    ignored = np.logical_or.reduce([mask == value for value in ignored])
+    mask, valid = raster.read(path, masked=True, grid=grid)
+    if mask.dtype.kind == "f":
+        valid &= np.isfinite(mask[0])
+        mask = np.where(valid, mask, 0)
+        if (mask != mask.round()).any():
+            raise ValueError(
+                f"{path}: values of type {mask.dtype} such as {mask[mask != mask.round()][0]:g}; a "
+                "mask holds whole numbers, the class ids"
+            )
+    mask = mask[0].astype(np.int64)
+    ignored = np.logical_or.reduce([mask == value for value in ignored]) | ~valid
     ids = np.unique(mask[~ignored])
     count = UNNAMED_CLASSES if classes is None else len(classes)
     alien = ids[(ids < 0) | (ids >= count)]
@@ -555,7 +574,7 @@ def draw_splits(files, origin, tile, block, val, test, seed):
     covers ground of another split, which happens where images overlap off each other's grid.
     Raises ValueError if there are fewer groups than splits need.
     """
-    same = [f.transform and raster.same_ground(f, files[0].crs) for f in files]
+    same = [f.transform and f.crs == files[0].crs for f in files]
     if all(same):
         bounds = ground(files, origin, tile)
         side = block * tile * files[0].gsd

@@ -9,11 +9,11 @@ beside it has to be a TIFF, and the sources of a VRT lie in the VRT's folder. Pa
 /vsi are the user's own wish. Nothing here is shared between threads: each read opens its file.
 """
 
-import functools
 import logging
 import math
 import os
 import shlex
+import uuid
 import warnings
 import xml.etree.ElementTree as ET
 from collections import namedtuple
@@ -43,7 +43,7 @@ DRIVERS = {
 }
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # classic and BigTIFF, both byte orders
 TILE = 256  # px a side of the tiles written
-ROWS = 1024  # rows of an image that are read at a time, about
+ROWS = 256  # rows of an image that are read at a time, about
 # sidecar files are looked for one by one: to list a folder of a million files takes minutes
 ENV = {"GDAL_DISABLE_READDIR_ON_OPEN": "TRUE", "GDAL_CACHEMAX": 2**28, "GDAL_NUM_THREADS": "1"}
 FIT = 0.1  # px within which ground control points have to lie on one affine transform
@@ -119,9 +119,9 @@ def read(path, window=None, bands=None, *, masked=False, grid=None):
     window: (row, col, height, width) in pixels, the whole image when None. bands: list of band
     indices, in the order wanted. grid: Grid to warp to, in whose pixels the window then is.
     Returns (bands, height, width) of the file's dtype, and if `masked` also which pixels are valid
-    (height, width) bool: not all at nodata, all finite, masked by no alpha or mask, and of a warp
-    with ground under them. Raises as `info` does, and ValueError for a window or band outside of
-    the file or for data that cannot be decoded.
+    (height, width) bool: with a band that is finite and one that is not nodata, hidden by no alpha
+    or mask, and of a warp with ground under them. Raises as `info` does, and ValueError for a
+    window or band outside of the file or for data that cannot be decoded.
     """
     with _open(path, grid) as file:
         return file.read(window, bands, masked)
@@ -161,11 +161,7 @@ def _open(path, grid=None):
                     yield _File(path, vrt, alpha)
     except (RasterioError, CPLE_BaseError) as error:
         why = str(error.__cause__ or error).replace("\n", " ")
-        if path.suffix.lower() == ".img" and "not recognized" in why:
-            why += "; .img is read as ENVI, with its .hdr beside"
-        raise ValueError(
-            f"{path}: damaged, or no {driver} ({why}); fetch the file again"
-        ) from error
+        raise ValueError(f"{path}: damaged {driver} ({why}); fetch the file again") from error
 
 
 def _refuse_foreign(path, driver):
@@ -220,29 +216,48 @@ def _warped(path, file, grid):
     about = _File(path, file)
     if about.flip:
         raise ValueError(f"{path}: south-up, and to be warped; turn it with gdalwarp first")
-    if ColorInterp.alpha in file.colorinterp and not about.alpha:
-        raise ValueError(
-            f"{path}: its alpha band is an image; say so before it is warped, with gdal_edit.py "
-            "-colorinterp_4 undefined"
-        )
     options = {} if about.alpha else {"add_alpha": True}
     if about.about.nodata is not None:
         options["src_nodata"] = options["nodata"] = about.about.nodata
     if not about.about.crs:
         raise ValueError(f"{path}: no CRS, so it cannot be warped")
-    with WarpedVRT(
-        file,
-        src_crs=about.about.crs,
-        src_transform=rasterio.Affine(*about.about.transform),
-        crs=grid.crs,
-        transform=rasterio.Affine(*grid.transform),
-        width=grid.width,
-        height=grid.height,
-        resampling=Resampling[grid.resampling],
-        tolerance=0.01,  # px; GDAL's 0.125 would be seen at a pixel ratio of 2
-        **options,
-    ) as vrt:
+    with (
+        _without_alpha(file, about.alpha) as source,
+        WarpedVRT(
+            source,
+            src_crs=about.about.crs,
+            src_transform=rasterio.Affine(*about.about.transform),
+            crs=grid.crs,
+            transform=rasterio.Affine(*grid.transform),
+            width=grid.width,
+            height=grid.height,
+            resampling=Resampling[grid.resampling],
+            tolerance=0.01,  # px; GDAL's 0.125 would be seen at a pixel ratio of 2
+            **options,
+        ) as vrt,
+    ):
         yield vrt, about.alpha or vrt.count
+
+
+@contextmanager
+def _without_alpha(file, alpha):
+    """The file, or where GDAL takes an image of it for a mask, a VRT of it in memory that says
+    better: the warp would blend by it."""
+    if alpha or ColorInterp.alpha not in file.colorinterp:
+        yield file
+        return
+    name = f"/vsimem/{uuid.uuid4()}.vrt"
+    rasterio.shutil.copy(file, name, driver="VRT")
+    try:
+        with rasterio.open(name, "r+") as source:
+            source.colorinterp = [
+                ColorInterp.undefined if kind is ColorInterp.alpha else kind
+                for kind in file.colorinterp
+            ]
+        with rasterio.open(name) as source:
+            yield source
+    finally:
+        rasterio.shutil.delete(name)
 
 
 class _File:
@@ -311,34 +326,54 @@ class _File:
             pixels = pixels[:, ::-1]
         if not masked:
             return pixels
-        valid = valid_pixels(pixels[: len(bands)], about.nodata)
+        chosen = pixels[: len(bands)]
+        valid = (
+            np.isfinite(chosen).any(0)
+            if chosen.dtype.kind == "f"
+            else np.ones((height, width), bool)
+        )
+        if about.nodata is not None:
+            valid &= (chosen != about.nodata).any(0)
         if self.alpha:
             valid &= pixels[-1] != 0
         elif self.mask:
             inside = self.file.dataset_mask(window=window) != 0
             valid &= inside[::-1] if self.flip else inside
-        return pixels[: len(bands)], valid
+        return chosen, valid
 
 
 def _alpha(path, file):
     """The number of the band that masks the others, None without one.
 
-    Aerial images with NIR call it alpha, since that is what TIFF calls a fourth band; a mask has
-    few values, and most pixels at one of two.
+    Aerial images with NIR call it alpha, as TIFF calls any fourth band: a band with a name of its
+    own is an image, and so is one whose values vary. What a mask shows has one value mostly.
     """
     for number, kind in enumerate(file.colorinterp, 1):
-        if kind is ColorInterp.alpha and file.count > 1:
+        if kind is not ColorInterp.alpha or file.count < 2:
+            continue
+        name = (file.descriptions[number - 1] or "alpha").lower()
+        if "alpha" in name or "mask" in name:
             shape = tuple(min(512, side) for side in (file.height, file.width))
             sample = file.read(number, out_shape=shape)
-            if np.sort(np.unique(sample, return_counts=True)[1])[-2:].sum() >= sample.size / 2:
+            top, full = sample.max(), {1, 255, np.iinfo(np.uint16).max}
+            if top == 0 or (top in full and (sample == top).sum() >= (sample > 0).sum() / 2):
                 return number
-            _say_once(f"{path}: band {number}, called alpha, varies like an image; used as one")
+            say_once(
+                f"{path}: band {number}, called alpha, varies like an image and is used as one; "
+                "in other files alike",
+                path.parent,
+            )
     return None
 
 
-@functools.cache
-def _say_once(sentence):
-    print(f"warning: {sentence}")
+SAID = set()
+
+
+def say_once(sentence, about=None):
+    """Print a warning; of one thing (default: the sentence) only the first."""
+    if (about or sentence) not in SAID:
+        SAID.add(about or sentence)
+        print(f"warning: {sentence}")
 
 
 def _georeference(path, file):
@@ -460,6 +495,13 @@ def valid_pixels(array, nodata):
     if nodata is not None:
         valid &= (array != nodata).any(-3)
     return valid
+
+
+def masked(found, nodata):
+    """(pixels, valid) of what a reader gives: pixels alone, or with what their mask says. Valid is
+    what the mask shows and `valid_pixels` finds; nodata: float or None."""
+    pixels, shown = found if isinstance(found, tuple) else (found, True)
+    return pixels, shown & valid_pixels(pixels, nodata)
 
 
 def as_float(array, nodata):

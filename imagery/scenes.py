@@ -41,7 +41,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from imagery import geotiff
+from imagery import raster
 
 GROUND, HR, MR = 2.5, 5.0, 10.0  # metres per pixel: drawing, the two sensors
 BANDS = ("B", "G", "R", "NIR")
@@ -294,7 +294,7 @@ def write_scenes(out, scenes, size, seed, kind="landscape"):
                 ("mr", mr, MR, bands),
                 ("masks", label, MR, ("class",)),
             ):
-                geotiff.write(
+                raster.write(
                     new / folder / f"scene_{k:03d}.tif",
                     array,
                     transform=(gsd, 0, x, 0, -gsd, y),

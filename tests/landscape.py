@@ -7,7 +7,7 @@ import numpy as np
 
 from datasets import common
 from datasets.folder import read_geotiff
-from imagery import geotiff, pack, raster
+from imagery import pack, raster
 
 RNG = np.random.default_rng(0)
 EAST, NORTH = 400000.0, 5200000.0
@@ -38,7 +38,7 @@ def write_scene(path, gsd, shift, height, width, bands=2, crs=32631, **more):
     transform = (gsd, 0.0, EAST + shift[0], 0.0, -gsd, NORTH + shift[1])
     array = more.pop("array", None)
     array = landscape(transform, height, width, bands) if array is None else array
-    geotiff.write(path, array, transform, crs, **more)
+    raster.write(path, array, transform, crs, **more)
     return array
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from imagery import geotiff
+from imagery import raster
 
 SPLITS = ("train", "val", "test")
 PLACE = (10.0, 0.0, 500000.0, 0.0, -10.0, 5000000.0), 32633
@@ -44,14 +44,14 @@ def mados(root, rng):
                 band[rng.random(band.shape) < 0.05] = np.nan
                 folder = root / "MADOS" / scene / str(metres)
                 folder.mkdir(parents=True, exist_ok=True)
-                geotiff.write(folder / f"{scene}_L2R_rhorc_{wave}_{crop}.tif", band)
+                raster.write(folder / f"{scene}_L2R_rhorc_{wave}_{crop}.tif", band)
                 stack.append(np.kron(band, np.ones((metres // 10, metres // 10), np.float32)))
             mask = rng.integers(1, 16, (24, 24)) * (rng.random((24, 24)) < 0.1)
             mask[:8, 8:16] = 0  # a tile without a label
             for kind in ("cl", "conf", "rep"):
                 wrong = mask if kind == "cl" else mask * 0 + 3
                 name = f"{scene}_L2R_{kind}_{crop}.tif"
-                geotiff.write(root / "MADOS" / scene / "10" / name, wrong.astype(np.uint8))
+                raster.write(root / "MADOS" / scene / "10" / name, wrong.astype(np.uint8))
             truth[f"{scene}_{crop}"] = split, np.stack(stack), mask
     write_lists(root / "MADOS/splits", truth, "{}_X.txt")
     return truth
@@ -70,9 +70,9 @@ def marida(root, rng):
             mask = rng.integers(0, 16, (20, 20)).astype(np.float32)
             folder, stem = root / f"MARIDA/patches/S2_{scene}", f"S2_{scene}_{crop}"
             folder.mkdir(parents=True, exist_ok=True)
-            geotiff.write(folder / f"{stem}.tif", image, *PLACE)
-            geotiff.write(folder / f"{stem}_cl.tif", mask, *PLACE)
-            geotiff.write(folder / f"{stem}_conf.tif", mask * 0 + 1, *PLACE)
+            raster.write(folder / f"{stem}.tif", image, *PLACE)
+            raster.write(folder / f"{stem}_cl.tif", mask, *PLACE)
+            raster.write(folder / f"{stem}_conf.tif", mask * 0 + 1, *PLACE)
             truth[f"{scene}_{crop}"] = split, image, mask
     write_lists(root / "MARIDA/splits", truth, "{}_X.txt")
     return truth
@@ -172,9 +172,9 @@ def sen1floods11(root, rng):
         image[3, 2, 2] = 0  # a dark pixel
         image[:, 4, :3] = 0  # no data
         mask = rng.integers(-1, 2, (20, 20)).astype(np.int16)
-        geotiff.write(chips / f"S2Hand/{name}_S2Hand.tif", image, *place, nodata=0)
-        geotiff.write(chips / f"S1Hand/{name}_S1Hand.tif", image[:2].astype(np.float32), *place)
-        geotiff.write(chips / f"LabelHand/{name}_LabelHand.tif", mask, *place)
+        raster.write(chips / f"S2Hand/{name}_S2Hand.tif", image, *place, nodata=0)
+        raster.write(chips / f"S1Hand/{name}_S1Hand.tif", image[:2].astype(np.float32), *place)
+        raster.write(chips / f"LabelHand/{name}_LabelHand.tif", mask, *place)
         with (lists / f"flood_{split.replace('val', 'valid')}_data.csv").open("a") as file:
             file.write(f"{name}_S1Hand.tif,{name}_LabelHand.tif\n")
         image = image.astype(np.float32)

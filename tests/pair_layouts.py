@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import torch
 
-from imagery import geotiff
+from imagery import raster
 
 RNG = np.random.default_rng(0)
 
@@ -27,7 +27,7 @@ def tif(path, array, gsd=None, east=300_000.0, crs=32631, **options):
     path.parent.mkdir(parents=True, exist_ok=True)
     if gsd:
         options |= {"transform": place(gsd, east), "crs": crs}
-    geotiff.write(path, array, **options)
+    raster.write(path, array, **options)
     return array
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from imagery import geotiff  # noqa: E402  (the root is on the path only now when run by hand)
+from imagery import raster  # noqa: E402  (the root is on the path only now when run by hand)
 
 SETTINGS = {
     "ukis": ["--bands", "0,1,2,3", "--tile", "64", "--block", "2"],
@@ -56,8 +56,8 @@ def write_task(out, images, mask, transform, crs):
     for folder in ("images", "masks"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     for name, image in images.items():
-        geotiff.write(out / "images" / f"{name}.tif", image, transform, crs)
-        geotiff.write(out / "masks" / f"{name}.tif", mask, transform, crs)
+        raster.write(out / "images" / f"{name}.tif", image, transform, crs)
+        raster.write(out / "masks" / f"{name}.tif", mask, transform, crs)
 
 
 if __name__ == "__main__":

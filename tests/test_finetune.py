@@ -21,7 +21,7 @@ from safetensors import safe_open
 
 import finetune
 import segment
-from imagery import geotiff, raster
+from imagery import raster
 from imagery.bands import IGNORE
 from model import ViT
 from scores import append_row
@@ -71,8 +71,8 @@ def write_scenes(folder, shuffled=False, count=6, side=64):
             mask = rng.permutation(plots.ravel()).reshape(plots.shape).repeat(16, 0).repeat(16, 1)
         place = (10.0, 0.0, 1000.0 * i, 0.0, -10.0, 0.0)
         image = image.clip(0).astype(np.uint16)
-        geotiff.write(folder / "images" / f"s{i}.tif", image, place, 32633)
-        geotiff.write(folder / "masks" / f"s{i}.tif", mask.astype(np.uint8), place, 32633)
+        raster.write(folder / "images" / f"s{i}.tif", image, place, 32633)
+        raster.write(folder / "masks" / f"s{i}.tif", mask.astype(np.uint8), place, 32633)
     (folder / "classes.txt").write_text("field\nforest\nsoil\n")
     for split, numbers in (("train", (0, 1, 2)), ("val", (3,)), ("test", (4, 5))):
         (folder / f"{split}.txt").write_text("".join(f"s{k}\n" for k in numbers))
@@ -432,8 +432,8 @@ def relabelled(scenes, folder, *numbers, change=lambda k, mask: (mask + 1) % 3):
     shutil.copytree(scenes, folder)
     for k in numbers:
         path = folder / "masks" / f"s{k}.tif"
-        file, mask = geotiff.info(path), change(k, geotiff.read(path)[0])
-        geotiff.write(path, mask.astype(np.uint8), file.transform, file.crs)
+        file, mask = raster.info(path), change(k, raster.read(path)[0])
+        raster.write(path, mask.astype(np.uint8), file.transform, file.crs)
     return folder
 
 
@@ -520,7 +520,7 @@ def test_the_saved_seed_is_the_best_on_validation_labels(scenes, encoder, tmp_pa
     model = load_segmenter(tmp_path / "first")
 
     def change(k, mask):
-        image = torch.from_numpy(geotiff.read(scenes / "images" / f"s{k}.tif").astype(np.float32))
+        image = torch.from_numpy(raster.read(scenes / "images" / f"s{k}.tif").astype(np.float32))
         mean, std = (torch.tensor(model.meta[key])[:, None, None] for key in ("mean", "std"))
         tiles = rearrange((image - mean) / std, "c (i p) (j q) -> (i j) c p q", p=16, q=16)
         with torch.no_grad():
@@ -620,8 +620,8 @@ def test_bands_by_name(scenes, encoder, tmp_path):
     with refused(SystemExit, "--bands R,SWIR", "s0.tif", "NIR,R"):
         run(named, encoder, tmp_path / "out", "--bands", "R,SWIR")
     path = named / "images" / "s3.tif"
-    about = geotiff.info(path)
-    geotiff.write(path, geotiff.read(path), about.transform, about.crs, band_names=("R", "NIR"))
+    about = raster.info(path)
+    raster.write(path, raster.read(path), about.transform, about.crs, band_names=("R", "NIR"))
     with refused(SystemExit, "s3.tif", "R,NIR", "(0, 1)"):
         run(named, encoder, tmp_path / "out", "--bands", "R,NIR")
 
@@ -720,7 +720,7 @@ def test_list_tasks(capsys):
 
 def test_statistics(scenes, encoder, tmp_path):
     (task,) = run(scenes, encoder, tmp_path, "--epochs", "1")
-    train = np.concatenate([geotiff.read(scenes / "images" / f"s{i}.tif") for i in (0, 1, 2)], 1)
+    train = np.concatenate([raster.read(scenes / "images" / f"s{i}.tif") for i in (0, 1, 2)], 1)
     assert task["mean"] == pytest.approx(train.mean((1, 2)).tolist(), rel=1e-5)
     assert task["std"] == pytest.approx(train.std((1, 2)).tolist(), rel=1e-5)
     (own,) = run(scenes, encoder, tmp_path, "--epochs", "1", "--stats", "encoder")
@@ -738,8 +738,8 @@ def test_maps_keep_the_georeference_and_are_what_was_scored(scenes, encoder, tmp
         of_image = raster.info(scenes / "images" / name)
         assert (of_map.transform, of_map.crs) == (of_image.transform, of_image.crs)
         assert of_map.nodata == 255 and of_map.dtype == np.uint8
-        prediction = geotiff.read(tmp_path / "maps" / name)
-        mask = geotiff.read(scenes / "masks" / name)
+        prediction = raster.read(tmp_path / "maps" / name)
+        mask = raster.read(scenes / "masks" / name)
         matrix = matrix + confusion_matrix(torch.tensor(prediction), torch.tensor(mask), 3)
     assert mean_iou(matrix)[0] == pytest.approx(row["miou"])
 
@@ -749,20 +749,20 @@ def test_maps_leave_out_nodata_and_the_ground_of_other_splits(scenes, encoder, t
     for name in ("images", "masks"):
         (holes / name).mkdir(parents=True)
     for i in range(6):
-        about = geotiff.info(scenes / "images" / f"s{i}.tif")
-        image, mask = (geotiff.read(scenes / n / f"s{i}.tif") for n in ("images", "masks"))
+        about = raster.info(scenes / "images" / f"s{i}.tif")
+        image, mask = (raster.read(scenes / n / f"s{i}.tif") for n in ("images", "masks"))
         image[:, 5:9, 30:40] = 0
         for name, array in (("images", image), ("masks", mask)):
             nodata = 0 if name == "images" else None
             path = holes / name / f"s{i}.tif"
-            geotiff.write(path, array, about.transform, about.crs, nodata=nodata)
+            raster.write(path, array, about.transform, about.crs, nodata=nodata)
     finetune.main([
         "--encoder", str(encoder), "--images", str(holes / "images"), "--masks",
         str(holes / "masks"), "--tile", "16", "--block", "1", "--image-size", "16", "--epochs", "1",
         "--device", "cpu", "--out", str(tmp_path / "out"), "--maps", str(tmp_path / "maps"),
     ])  # fmt: skip
     row = json.loads((tmp_path / "out" / "results.jsonl").read_text())
-    maps = [geotiff.read(path)[0] for path in (tmp_path / "maps").iterdir()]
+    maps = [raster.read(path)[0] for path in (tmp_path / "maps").iterdir()]
     assert all((each[5:9, 30:40] == 255).all() for each in maps)
     predicted = sum((each != 255).sum() for each in maps)
     assert row["tiles"]["test"] * 256 - len(maps) * 40 <= predicted < row["tiles"]["test"] * 256
@@ -816,8 +816,8 @@ def write_named(scenes, folder, *names):
     """The scenes with band names, as a folder of their own."""
     shutil.copytree(scenes, folder)
     for path in (folder / "images").iterdir():
-        about = geotiff.info(path)
-        geotiff.write(path, geotiff.read(path), about.transform, about.crs, band_names=names)
+        about = raster.info(path)
+        raster.write(path, raster.read(path), about.transform, about.crs, band_names=names)
     return folder
 
 
@@ -853,8 +853,8 @@ def test_bands_in_another_order_are_refused(scenes, encoder, tmp_path):
 def test_nodata_of_masks_is_said(scenes, encoder, tmp_path, capsys):
     masks = shutil.copytree(scenes, tmp_path / "task") / "masks"
     for path in masks.iterdir():
-        about = geotiff.info(path)
-        geotiff.write(path, geotiff.read(path), about.transform, about.crs, nodata=2)
+        about = raster.info(path)
+        raster.write(path, raster.read(path), about.transform, about.crs, nodata=2)
     run(tmp_path / "task", encoder, tmp_path / "out", "--epochs", "1")
     assert capsys.readouterr().out.count("mask value 2 is nodata and ignored") == 1
 
@@ -917,8 +917,8 @@ def test_real_scenes_are_probed(real, tmp_path, name, write, source):
     row = json.loads((tmp_path / "out" / "results.jsonl").read_text())
     assert row["accuracy"] > 0.5
     for path in (tmp_path / "maps").iterdir():
-        image = geotiff.info(task / "images" / path.name)
-        assert geotiff.info(path).transform == image.transform
+        image = raster.info(task / "images" / path.name)
+        assert raster.info(path).transform == image.transform
 
 
 # ---- ranks, and what a kill leaves -------------------------------------------------------------
@@ -984,7 +984,7 @@ def test_two_ranks_are_one(patchy, encoder, tmp_path, flags, drawn):
         said = torchrun(ranks, words_of(patchy, name, out, *flags, "--maps", maps))
         assert said.count("class                        IoU") == 1  # one rank speaks
         rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-        found.append((rows, {p.name: geotiff.read(p) for p in maps.iterdir()}))
+        found.append((rows, {p.name: raster.read(p) for p in maps.iterdir()}))
         assert not [*out.glob("ckpt*"), *out.glob("*.partial")]
         assert {row["ranks"] for row in rows} == {ranks}
     (one, maps), (two, others) = found

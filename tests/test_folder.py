@@ -19,12 +19,13 @@ def pairs_of(listing):
 
 
 def pixels_of(source):
-    return source.read(None, source.bands)
+    return raster.masked(source.read(None, source.bands), None)[0]
 
 
 def same(source, array):
     """Whole and in part, the source gives these bands, of which its info says the truth."""
     whole, part = pixels_of(source), source.read((1, 2, 5, 7), source.bands)
+    part, _ = raster.masked(part, None)
     assert whole.dtype == array.dtype == source.info.dtype
     assert (len(whole), source.info.height, source.info.width) == array.shape
     return np.array_equal(whole, array) and np.array_equal(part, array[:, 1:6, 2:9])
@@ -84,7 +85,6 @@ def test_a_damaged_product_description(tmp_path):
 
 
 def test_jp2_messages(tmp_path):
-    pytest.importorskip("rasterio")
     (tmp_path / "a.jp2").write_bytes(b"not an image")
     with refused(ValueError, "a.jp2"):
         read_geotiff(tmp_path)

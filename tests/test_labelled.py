@@ -14,7 +14,7 @@ from conftest import refused
 from datasets import common, geobench, tasks
 from datasets.common import sets
 from datasets.tasks import SPLITS, load_task
-from imagery import geotiff
+from imagery import raster
 from imagery.bands import IGNORE
 
 TASKS = sets("TASKS")
@@ -495,7 +495,7 @@ def test_odd_datasets_are_named(write, dataset, array):
 def test_images_of_another_number_of_bands_are_named(write, name, pattern, shape):
     root, _ = write(name)
     path = find(root, pattern)
-    geotiff.write(path, np.zeros(shape, np.float32))
+    raster.write(path, np.zeros(shape, np.float32))
     with refused(ValueError, path, f"{shape[0]} bands"):
         load_task(name, root, tile=TILE)
 
@@ -504,7 +504,7 @@ def test_alien_labels_are_named(write, name):
     root, _ = write(name)
     if name in ("mados", "marida"):
         value, path = 17, find(root, "*_cl*.tif")
-        geotiff.write(path, np.full(geotiff.read(path)[0].shape, value, np.uint8))
+        raster.write(path, np.full(raster.read(path)[0].shape, value, np.uint8))
     elif name.startswith("m-"):
         value, path = 17, find(root, "*.hdf5")
         with h5py.File(path, "r+") as file:
@@ -514,7 +514,7 @@ def test_alien_labels_are_named(write, name):
         np.save(path, np.full((3, 16, 16), value, np.uint8))
     elif name == "sen1floods11":
         value, path = 7, find(root, "Ghana*_LabelHand.tif")
-        geotiff.write(path, np.full((20, 20), value, np.int16))
+        raster.write(path, np.full((20, 20), value, np.int16))
     else:
         value, path = 4, find(root, "mask/image_0.npz")
         np.savez(path, np.full((12, 12), value, np.uint8))
@@ -657,12 +657,12 @@ def test_wrong_options(write, name, options, mentions):
 
 def test_images_that_do_not_fit_their_masks(write):
     root, _ = write("mados")
-    geotiff.write(find(root, "*_rhorc_704_1.tif"), np.zeros((7, 7), np.float32))
+    raster.write(find(root, "*_rhorc_704_1.tif"), np.zeros((7, 7), np.float32))
     with refused(ValueError, "704_1.tif", "7 x 7", "24 x 24"):
         load_task("mados", root, tile=24, bands=["B05"])
     root, _ = write("marida")
     path = find(root, "S2_1-12-19_48MYU_0.tif")
-    geotiff.write(path, np.zeros((11, 19, 20), np.float32))
+    raster.write(path, np.zeros((11, 19, 20), np.float32))
     with refused(ValueError, "MYU_0.tif", "19 x 20", "20 x 20"):
         load_task("marida", root, tile=TILE)
 
@@ -694,8 +694,8 @@ def own(tmp_path):
         (tmp_path / folder).mkdir()
     for stem, split in zip("abc", SPLITS, strict=True):
         image = rng.integers(1, 99, (3, 16, 16)).astype(np.uint16)
-        geotiff.write(tmp_path / f"mr/{stem}.tif", image, band_names=("B04", "B03", "NIR"))
-        geotiff.write(tmp_path / f"masks/{stem}.tif", rng.integers(0, 2, (16, 16)).astype(np.uint8))
+        raster.write(tmp_path / f"mr/{stem}.tif", image, band_names=("B04", "B03", "NIR"))
+        raster.write(tmp_path / f"masks/{stem}.tif", rng.integers(0, 2, (16, 16)).astype(np.uint8))
         (tmp_path / f"splits/{split}.txt").write_text(stem)
     (tmp_path / "classes.txt").write_text("x\ny\n")
     return tmp_path
@@ -713,7 +713,7 @@ def test_own_folder(own):
     with refused(ValueError, "--bands B8A", "a.tif", "B04,B03,NIR"):
         load_task("geotiff", own, bands=["B8A"])
     for path in (own / "mr").iterdir():
-        geotiff.write(path, geotiff.read(path))
+        raster.write(path, raster.read(path))
     with refused(ValueError, "a.tif", " R "):
         load_task("geotiff", own, bands=["R"])
     assert load_task("geotiff", own, tile=8, bands=[2]).bands == ("",)
@@ -764,8 +764,8 @@ def test_real_sen1floods11_chip(real, tmp_path):
                 shutil.copy(source, chips / f"{layer}/{name}_{layer}.tif")
         (lists / f"flood_{split}_data.csv").write_text(f"{name}_S1Hand.tif,{name}_LabelHand.tif\n")
     task = load_task("sen1floods11", tmp_path)
-    image = geotiff.read(chips / "S2Hand/Spain_7370579_S2Hand.tif", bands=[1, 2, 3, 7])
-    label = geotiff.read(chips / "LabelHand/Spain_7370579_LabelHand.tif")[0]
+    image = raster.read(chips / "S2Hand/Spain_7370579_S2Hand.tif", bands=[1, 2, 3, 7])
+    label = raster.read(chips / "LabelHand/Spain_7370579_LabelHand.tif")[0]
     train = task.split == "train"
     for _, row, col in task.origin[train]:
         (k,) = np.flatnonzero(train & (task.origin[:, 1:] == [row, col]).all(1))

@@ -150,11 +150,28 @@ def test_masks_of_all_kinds_are_alike(tmp_path, kind):
 
 def test_an_alpha_that_varies_is_an_image(tmp_path, capsys):
     array = pixels(4, dtype=np.uint8)
+    array[:, :, :80] = 0  # the rest of a sheet at the rim of a country
     path = save(tmp_path / "x.tif", array, kinds=RGBA)
     assert raster.info(path).bands == 4
     found, valid = raster.read(path, masked=True)
     assert (found == array).all() and valid.all()
     assert capsys.readouterr().out.count("called alpha, varies like an image") == 1
+    with rasterio.open(path, "r+") as file:
+        file.write(np.full((70, 90), 255, np.uint8), 4)
+    assert raster.info(path).bands == 3
+    with rasterio.open(path, "r+") as file:
+        file.set_band_description(4, "NIR")  # saturated
+    assert raster.info(path).bands == 4
+    assert capsys.readouterr().out == ""
+
+
+def test_an_image_that_is_called_alpha_is_warped_as_an_image(tmp_path):
+    array = pixels(4, dtype=np.uint8)
+    path = save(tmp_path / "x.tif", array, kinds=RGBA)
+    grid = raster.Grid("EPSG:32631", (10, 0, T[2] + 100, 0, -10, T[5]), 60, 90, "cubic")
+    found, valid = raster.read(path, masked=True, grid=grid)
+    assert (found[:, :, :80] == array[:, :60, 10:]).all()
+    assert valid[:, :80].all() and not valid[:, 80:].any()
 
 
 def test_south_up_is_turned(tmp_path):

@@ -14,7 +14,7 @@ from stores import write_store
 from test_train import log_of, run, weights_of
 
 import finetune
-from imagery import geotiff
+from imagery import raster
 from imagery.bands import IGNORE
 from imagery.scenes import write_scenes
 from model import ViT
@@ -650,8 +650,8 @@ def test_a_probe_on_the_way_shows_validation_scores_and_moves_no_weight(tmp_path
             names = [f"scene_{k:03d}" for k in numbers]
             (task / "splits" / f"{split}.txt").write_text("\n".join(names))
             for path in (task / "masks" / f"{name}.tif" for name in names if split == other):
-                file, mask = geotiff.info(path), (geotiff.read(path)[0] + 1) % 8
-                geotiff.write(path, mask.astype(np.uint8), file.transform, file.crs)
+                file, mask = raster.info(path), (raster.read(path)[0] + 1) % 8
+                raster.write(path, mask.astype(np.uint8), file.transform, file.crs)
         run(store, task / "out", steps=3, probe_task=["geotiff", task], probe_every=2)
         logged[other] = [entry.get("probe_miou") for entry in log_of(task / "out")]
         weights.append(weights_of(task / "out"))

@@ -5,7 +5,7 @@ from real_tasks import write_eolearn, write_ukis
 
 from datasets import tasks
 from datasets.tasks import load_folder
-from imagery import geotiff
+from imagery import raster
 from imagery.bands import IGNORE
 
 UTM = 32633
@@ -23,8 +23,8 @@ def folder(tmp_path):
                 path.mkdir(exist_ok=True)
             transform = place and (10.0, 0.0, place[0], 0.0, -10.0, place[1])
             crs = crs if place else None
-            geotiff.write(self.images / f"{stem}.tif", image, transform, crs, **options)
-            geotiff.write(self.masks / f"{stem}.tif", mask, transform, crs)
+            raster.write(self.images / f"{stem}.tif", image, transform, crs, **options)
+            raster.write(self.masks / f"{stem}.tif", mask, transform, crs)
 
         def lists(self, **splits):
             for split, stems in splits.items():
@@ -85,7 +85,7 @@ def test_tiles_hold_every_pixel_once(three):
 
 def test_splits_from_lists_leave_out_the_unlisted(three):
     rng = np.random.default_rng(1)
-    geotiff.write(three.images / "d.tif", pixels(rng, 8, 8))  # unlisted, so it needs no mask
+    raster.write(three.images / "d.tif", pixels(rng, 8, 8))  # unlisted, so it needs no mask
     task = three.load(splits=three.splits)
     stems = np.array([f.path.stem for f in task.files])[task.origin[:, 0]]
     assert {*zip(stems, task.split, strict=True)} == {("a", "train"), ("b", "val"), ("c", "test")}
@@ -133,7 +133,7 @@ def test_nodata_of_a_mask_is_ignored(three):
     wanted = three.load(splits=three.splits)
     for stem, (_, mask) in three.written.items():
         mask[2:4, 5] = 255
-        geotiff.write(three.masks / f"{stem}.tif", mask, nodata=255)
+        raster.write(three.masks / f"{stem}.tif", mask, nodata=255)
     task = three.load(splits=three.splits)
     assert task.nodata == (255,) and wanted.nodata == () and task.classes == wanted.classes
     first = (task.origin[:, 1:] == 0).all(1)
@@ -146,7 +146,7 @@ def test_nodata_of_a_mask_is_ignored(three):
 def test_without_names_the_ids_that_occur_are_the_classes(three, ids):
     for stem in "abc":
         mask = np.resize(ids, (19, 13)).astype(np.uint8)
-        geotiff.write(three.masks / f"{stem}.tif", mask)
+        raster.write(three.masks / f"{stem}.tif", mask)
     task = three.load(splits=three.splits)
     assert task.classes == tuple(map(str, ids))
     assert np.array_equal(task.labels[0, 0, : len(ids)], np.arange(len(ids)))
@@ -160,7 +160,7 @@ def test_what_is_ignored_is_no_class(three, declared, named):
     for stem, (_, mask) in three.written.items():
         ids = np.where(mask == 1, 2, np.where(mask == 0, 1, 3)).astype(np.uint8)
         ids[2], ids[3] = 0, 255
-        geotiff.write(three.masks / f"{stem}.tif", ids, nodata=declared)
+        raster.write(three.masks / f"{stem}.tif", ids, nodata=declared)
     classes = three.classes("unlabelled", "a", "b", "c") if named else None
     ignored = (0, 255) if declared is None else 255
     task = three.load(splits=three.splits, ignore_index=ignored, classes=classes)
@@ -184,7 +184,7 @@ def test_a_mask_of_one_bit_has_two_classes(three):
 
 
 def test_a_value_that_one_mask_declares_as_nodata_and_another_labels_is_a_class(three):
-    geotiff.write(three.masks / "a.tif", three.written["a"][1], nodata=0)
+    raster.write(three.masks / "a.tif", three.written["a"][1], nodata=0)
     assert three.load(splits=three.splits).classes == ("0", "1", "2")
     names = three.classes("x", "y", "z")
     assert three.load(splits=three.splits, classes=names).classes == ("x", "y", "z")
@@ -192,9 +192,9 @@ def test_a_value_that_one_mask_declares_as_nodata_and_another_labels_is_a_class(
 
 def test_a_rounded_georeference_is_the_same_grid(three):
     for stem, (image, mask) in three.written.items():
-        geotiff.write(three.images / f"{stem}.tif", image, (10.0, 0, 0, 0, -10.0, 5e6), UTM)
+        raster.write(three.images / f"{stem}.tif", image, (10.0, 0, 0, 0, -10.0, 5e6), UTM)
         place = (10.001, 0, 0.04, 0, -10.0, 5e6 + 0.05)
-        geotiff.write(three.masks / f"{stem}.tif", mask, place, UTM)
+        raster.write(three.masks / f"{stem}.tif", mask, place, UTM)
     assert len(three.load(splits=three.splits).images) == 18
 
 
@@ -316,48 +316,33 @@ def spoil_truncated(f):
 def spoil_ids(f):
     mask = f.written["b"][1].copy()
     mask[0, 0], mask[0, 1] = 9, 255
-    geotiff.write(f.masks / "b.tif", mask)
+    raster.write(f.masks / "b.tif", mask)
 
 
 def spoil_negative(f):
-    geotiff.write(f.masks / "b.tif", f.written["b"][1].astype(np.int16) - 1)
+    raster.write(f.masks / "b.tif", f.written["b"][1].astype(np.int16) - 1)
 
 
 def spoil_fill_value(f):
-    geotiff.write(f.masks / "b.tif", f.written["b"][1].astype(np.uint16) + 65533)
+    raster.write(f.masks / "b.tif", f.written["b"][1].astype(np.uint16) + 65533)
 
 
 def spoil_size(f):
-    geotiff.write(f.masks / "b.tif", f.written["b"][1][:-1])
+    raster.write(f.masks / "b.tif", f.written["b"][1][:-1])
 
 
 def spoil_float(f):
-    geotiff.write(f.masks / "b.tif", f.written["b"][1].astype(np.float32))
+    raster.write(f.masks / "b.tif", f.written["b"][1] + np.float32(0.5))
 
 
 def spoil_mask_bands(f):
-    geotiff.write(f.masks / "b.tif", np.stack([f.written["b"][1]] * 3))
-
-
-def spoil_place(f):
-    for folder, data, x in ((f.images, 0, 0.0), (f.masks, 1, 10.0)):
-        geotiff.write(folder / "b.tif", f.written["b"][data], (10.0, 0, x, 0, -10.0, 0), UTM)
-
-
-def spoil_pixel_size(f):
-    geotiff.write(f.images / "b.tif", f.written["b"][0], (10.0, 0, 0, 0, -10.0, 0), UTM)
-    geotiff.write(f.masks / "b.tif", f.written["b"][1], (10.1, 0, 0, 0, -10.0, 0), UTM)
-
-
-def spoil_crs(f):
-    geotiff.write(f.images / "b.tif", f.written["b"][0], (10.0, 0, 0, 0, -10.0, 0), UTM)
-    geotiff.write(f.masks / "b.tif", f.written["b"][1], (10.0, 0, 0, 0, -10.0, 0), UTM + 1)
+    raster.write(f.masks / "b.tif", np.stack([f.written["b"][1]] * 3))
 
 
 def spoil_fill(f):
     mask = f.written["b"][1].copy()
     mask[3:5] = 255
-    geotiff.write(f.masks / "b.tif", mask)
+    raster.write(f.masks / "b.tif", mask)
 
 
 def spoil_missing(f):
@@ -369,25 +354,25 @@ def spoil_missing_image(f):
 
 
 def spoil_bands(f):
-    geotiff.write(f.images / "b.tif", np.stack([f.written["b"][1]] * 3))
+    raster.write(f.images / "b.tif", np.stack([f.written["b"][1]] * 3))
 
 
 def spoil_twins(f):
-    geotiff.write(f.images / "b.tiff", f.written["b"][0])
+    raster.write(f.images / "b.tiff", f.written["b"][0])
 
 
 def spoil_labels(f):
-    geotiff.write(f.masks / "b.tif", np.full((19, 13), 2, np.uint8))
+    raster.write(f.masks / "b.tif", np.full((19, 13), 2, np.uint8))
 
 
 def spoil_all_labels(f):
     for stem in "abc":
-        geotiff.write(f.masks / f"{stem}.tif", np.full((19, 13), 2, np.uint8))
+        raster.write(f.masks / f"{stem}.tif", np.full((19, 13), 2, np.uint8))
 
 
 def spoil_all_but_one_class(f):
     for stem, (_, mask) in f.written.items():
-        geotiff.write(f.masks / f"{stem}.tif", np.where(mask == 1, 255, 0).astype(np.uint8))
+        raster.write(f.masks / f"{stem}.tif", np.where(mask == 1, 255, 0).astype(np.uint8))
 
 
 def spoil_nothing(f):
@@ -405,9 +390,6 @@ def spoil_nothing(f):
         (spoil_size, {}, ["masks/b.tif", "18 x 13", "19 x 13"]),
         (spoil_float, {}, ["masks/b.tif", "float32"]),
         (spoil_mask_bands, {}, ["masks/b.tif", "3 bands"]),
-        (spoil_place, {}, ["masks/b.tif", "1 px"]),
-        (spoil_pixel_size, {}, ["masks/b.tif", "0.13 px"]),
-        (spoil_crs, {}, ["masks/b.tif", "EPSG:32634", "EPSG:32633"]),
         (spoil_fill, {}, ["masks/b.tif", "255", "--classes"]),
         (spoil_nothing, {"tile": 20}, ["--tile 20", "19 px"]),
         (spoil_missing, {}, ["images/b.tif", "masks"]),
@@ -501,3 +483,41 @@ def test_eolearn_land_cover_of_odd_size(real, tmp_path):
     of = {}
     for (_, row, col), split in zip(task.origin, task.split, strict=True):
         assert of.setdefault((row, col), split) == split
+
+
+def test_masks_on_another_grid_or_crs_are_warped(tmp_path, capsys):
+    """Squares of two classes, drawn at 5 m in a larger frame, and by their ground in UTM 34."""
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+    rows, cols = np.indices((32, 32))
+    labels = (rows // 8 + cols // 8) % 2
+    image = np.random.default_rng(0).integers(1, 9, (2, 32, 32)).astype(np.uint8)
+    place = (10.0, 0.0, 500000.0, 0.0, -10.0, 4000000.0)
+    finer = np.pad(np.kron(labels, np.ones((2, 2), int)), 4, constant_values=7)
+    about = raster.Info("x", 32, 32, 1, None, None, place, "EPSG:32633", ())
+    x, y = raster.project("EPSG:32633", "EPSG:32634", *raster.corners(about))
+    west, north = float(x.min()) - 20, float(y.max()) + 20
+    size = int(max(np.ptp(x), np.ptp(y))) + 40
+    east, south = np.meshgrid(west + np.arange(size) + 0.5, north - np.arange(size) - 0.5)
+    x, y = raster.project("EPSG:32634", "EPSG:32633", east.ravel(), south.ravel())
+    row, col = ((4000000 - y) // 10).astype(int), ((x - 500000) // 10).astype(int)
+    inside = (np.minimum(row, col) >= 0) & (np.maximum(row, col) < 32)
+    there = np.where(inside, labels[row.clip(0, 31), col.clip(0, 31)], 7).reshape(size, size)
+    masks = {
+        "a": (labels, place, 32633),
+        "b": (finer, (5.0, 0, 499980.0, 0, -5.0, 4000020.0), 32633),
+        "c": (there, (1.0, 0, west, 0, -1.0, north), 32634),
+    }
+    for name, (mask, at, crs) in masks.items():
+        raster.write(tmp_path / f"images/{name}.tif", image, place, 32633)
+        raster.write(tmp_path / f"masks/{name}.tif", mask.astype(np.uint8), at, crs)
+    (tmp_path / "lists").mkdir()
+    for split, name in zip(("train", "val", "test"), masks, strict=True):
+        (tmp_path / f"lists/{split}.txt").write_text(name)
+    task = tasks.load_folder(
+        tmp_path / "images", tmp_path / "masks", tile=32, splits=tmp_path / "lists"
+    )
+    assert "2 of 3 masks are warped to their images' (nearest)" in capsys.readouterr().out
+    assert task.labels.shape == (3, 32, 32)
+    assert (task.labels[:2] == labels).all()
+    assert (task.labels[2] == labels).mean() > 0.99  # 1 m pixels at the borders of squares
