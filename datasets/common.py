@@ -23,13 +23,15 @@ import pkgutil
 import re
 import struct
 import threading
+import xml.etree.ElementTree as ET
 import zipfile
 import zlib
 from collections import namedtuple
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from xml.sax.saxutils import unescape
 
 import h5py
 import numpy as np
@@ -41,6 +43,7 @@ from imagery.bands import IGNORE, positions
 
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it logs of a file, `whole` raises
 HEADERS = threading.Lock()  # of numpy's files; read_numpy says why
+GDAL_METADATA, GDAL_NODATA = 42112, 42113  # tags
 COMPRESSED = 2**17  # pixels shrink to no less than 1 in this, whatever the codec
 
 SPLITS = ("train", "val", "test")
@@ -410,35 +413,80 @@ def open_hdf5(path):
         yield file
 
 
-def read_tiff(path, window=None, bands=None):
-    """Pixels (bands, rows, cols) of the first image of a TIFF, in native byte order.
-
-    window: (row, col, height, width), bands: positions; the chips of sets are small, so all is
-    decoded. Raises ValueError in one sentence.
-    """
+@contextmanager
+def open_tiff(path):
+    """Yield the pages that hold the bands of a TIFF's first image, and its raster.Info."""
     with whole(path, "TIFF"), tifffile.TiffFile(path) as tif:
-        series = tif.series[0]
-        ends = [np.add(page.dataoffsets, page.databytecounts).max() for page in series.pages]
-        if max(ends) > tif.filehandle.size:  # what is cut off would read as 0
-            raise ValueError(f"pixels up to byte {max(ends)}, it ends at {tif.filehandle.size}")
-        # a damaged width would ask for all the memory there is
-        if series.nbytes > COMPRESSED * tif.filehandle.size:
-            raise ValueError(f"pixels of shape {series.shape} in {tif.filehandle.size} bytes")
-        pixels = series.asarray()
-        if series.axes.endswith("S") and pixels.ndim == 3:
-            pixels = np.moveaxis(pixels, -1, 0)
-        elif pixels.ndim == 2:
-            pixels = pixels[None]
-        pixels = check_array(pixels, (None, None, None))
-        pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
-    return read_array(pixels, window, bands)
+        first, size = tif.pages.first, tif.filehandle.size
+        # tifffile drops the tags whose values lie beyond the end, a georeference among them
+        tif.filehandle.seek(first.offset)
+        (tags,) = struct.unpack(tif.tiff.tagnoformat, tif.filehandle.read(tif.tiff.tagnosize))
+        if len(first.tags) < tags:
+            raise ValueError(f"{tags - len(first.tags)} of {tags} tags are cut off")
+        like = first.shape, first.dtype, 0  # further full-size pages of one band are bands
+        more = tif.pages[1:] if first.samplesperpixel == 1 else []
+        pages = [first, *(p for p in more if (p.shape, p.dtype, p.subfiletype) == like)]
+        end = max(np.add(page.dataoffsets, page.databytecounts).max() for page in pages)
+        if end > size:  # what is cut off would read as 0
+            raise ValueError(f"pixels up to byte {end}, it ends at {size}")
+        if first.nbytes > COMPRESSED * size:  # would ask for all the memory there is
+            raise ValueError(f"pixels of shape {first.shape} in {size} bytes")
+        yield pages, describe(Path(path), first, first.samplesperpixel * len(pages))
+
+
+def describe(path, page, bands):
+    """raster.Info of an image by the tags of a page. Of its ground only a transform without turn
+    in a CRS of a code: whatever else a publisher has, its pairs show the same ground."""
+    nodata, names, transform, crs = None, {}, None, None
+    with suppress(ValueError):  # what is no number declares nothing
+        nodata = float(page.tags.valueof(GDAL_NODATA, "none"))
+    with suppress(ET.ParseError):
+        items = ET.fromstring(page.tags.valueof(GDAL_METADATA, "<none/>")).iter("Item")
+        # GDAL escapes what it puts into XML once more
+        items = [(i.get("sample"), unescape(i.text or ""), i.get("role")) for i in items]
+        names = {band: name for band, name, role in items if role == "description"}
+    names = tuple(names.get(str(band), "") for band in range(bands)) if any(names.values()) else ()
+    tags = page.geotiff_tags or {}
+    code = int(tags.get("ProjectedCSTypeGeoKey", tags.get("GeographicTypeGeoKey", 0)))
+    if "ModelPixelScale" in tags and "ModelTiepoint" in tags and 0 < code < 32767:
+        width, height = np.abs(tags["ModelPixelScale"][:2]).tolist()
+        col, row, _, x, y, _ = tags["ModelTiepoint"][:6]
+        point = 0.5 if int(tags.get("GTRasterTypeGeoKey", 1)) == 2 else 0.0  # centres are tied
+        transform = (
+            width,
+            0.0,
+            x - (col + point) * width,
+            0.0,
+            -height,
+            y + (row + point) * height,
+        )
+        crs = f"EPSG:{code}"
+    size = page.imagewidth, page.imagelength, bands, page.dtype.newbyteorder("=")
+    return raster.Info(path, *size, nodata, transform, crs, names)
+
+
+def decode_tiff(path):
+    """Pixels (bands, rows, cols) of the first image of a TIFF, in native byte order, and its Info.
+    Raises ValueError in one sentence."""
+    with open_tiff(path) as (pages, info):
+        pixels = [page.asarray(maxworkers=1) for page in pages]  # threads read whole files
+        pixels = np.moveaxis(pixels[0], -1, 0) if pages[0].axes == "YXS" else np.stack(pixels)
+        pixels = check_array(pixels.reshape(-1, *pixels.shape[-2:]), (None, None, None))
+        return pixels.astype(info.dtype, copy=False), info
+
+
+def read_tiff(path, window=None, bands=None):
+    """Pixels of a TIFF; window: (row, col, height, width), bands: positions, all when None. The
+    chips of sets are small, so all is decoded."""
+    return read_array(decode_tiff(path)[0], window, bands)
 
 
 def read_array(image, window=None, bands=None):
     """As `read_tiff` of an array (bands, height, width)."""
     row, col, height, width = window or (0, 0, *image.shape[1:])
     image = image[:, row : row + height, col : col + width]
-    return image.copy() if bands is None else image[bands]
+    bands = range(len(image)) if bands is None else bands
+    return np.stack([image[band] for band in bands])  # faster than image[bands] of pixels by pixel
 
 
 def read_float(path, count, bands=None):
@@ -446,12 +494,12 @@ def read_float(path, count, bands=None):
 
     Raises ValueError for a file of another number of bands, as positions tell nothing there.
     """
-    about = raster.info(path)
-    if about.bands != count:
+    pixels, info = decode_tiff(path)
+    if len(pixels) != count:
         raise ValueError(
-            f"{path}: {about.bands} bands, its publisher ships {count}; download it again"
+            f"{path}: {len(pixels)} bands, its publisher ships {count}; download it again"
         )
-    return raster.as_float(read_tiff(path, bands=bands), about.nodata)
+    return raster.as_float(read_array(pixels, bands=bands), info.nodata)
 
 
 # pairs
@@ -485,16 +533,15 @@ def open_tiffs(files, mr_orders, hr_orders, split, site):
         hr = tiff_source(Path(hr_path), hr_orders, hr_date)
         # publishers cut both to the same ground; a georeference that only one has, or another CRS,
         # cannot say it better
-        if not (
-            mr.info.transform and hr.info.transform and raster.same_ground(hr.info, mr.info.crs)
-        ):
+        if not (mr.info.transform and hr.info.transform and mr.info.crs == hr.info.crs):
             mr, hr = (s._replace(info=replace(s.info, transform=None, crs=None)) for s in (mr, hr))
         yield Pair(mr, [hr], split, site)
 
 
 def tiff_source(path, orders, date):
     """A Source of B, G, R, NIR, by the names in the file, else by orders: bands -> positions."""
-    info = raster.info(path)
+    with open_tiff(path) as (_, info):
+        pass
     bands = positions(BGRN, info.band_names, sentinel=True)  # sets without it write no B2
     if min(bands) < 0:
         bands = orders.get(info.bands)

@@ -224,7 +224,7 @@ def open_sources(where, sensor, wanted, names, nodata):
                 f"{path}: {flag} {','.join(wanted)} asked for, the file has {count} bands "
                 f"({','.join(has) if any(has) else 'without names'}); use indices from 0"
             )
-        read, offset = functools.partial(read_raster, path), 0
+        read, offset = functools.partial(raster.read, path), 0
         if files:  # only the chosen are opened: the others may have another pixel size
             files = {has[band]: files[has[band]] for band in bands}
             bands, info = list(range(len(files))), describe(path, files)

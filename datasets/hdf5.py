@@ -23,8 +23,7 @@ def read(root, *, mr_dataset=None, hr_dataset=None, band_names=common.BGRN, spli
     files = [file for file, _ in common.walk(root, (".h5", ".hdf5"))] if folder else [str(root)]
     if len(files) != 1:
         raise common.missing(root, f"one .h5 or .hdf5 file expected, {len(files)} found")
-    path = files[0]
-    with common.open_hdf5(path) as file:
+    with common.open_hdf5(path := files[0]) as file:
         has = {name: item for name, item in file.items() if isinstance(item, h5py.Dataset)}
         mr, hr = next((names for names in KNOWN if {*names} <= {*has}), ("sentinel2", "venus"))
         names = {"mr": mr_dataset or mr, "hr": hr_dataset or hr}
@@ -33,7 +32,7 @@ def read(root, *, mr_dataset=None, hr_dataset=None, band_names=common.BGRN, spli
             found = f"{rows} rows in {names['mr']}, {other} in {names['hr']}"
             raise ValueError(f"{path}: {found}; row i of both should be a pair")
         shapes = {sensor: (len(band_names), *has[name].shape[2:]) for sensor, name in names.items()}
-        # native byte order, as torch needs
+        # native, as torch needs
         dtypes = {sensor: has[name].dtype.newbyteorder("=") for sensor, name in names.items()}
         ids = has["sample_ids"][:].ravel() if "sample_ids" in has else []
         ids = [i.decode() if isinstance(i, bytes) else str(i) for i in ids]
@@ -42,11 +41,10 @@ def read(root, *, mr_dataset=None, hr_dataset=None, band_names=common.BGRN, spli
     sites = [rapidai4eo.tile_of(i) for i in ids] or [None] * rows
     step = SLICE_BYTES // sum(math.prod(shapes[s]) * dtypes[s].itemsize for s in shapes) or 1
     units = []
-    for start in range(0, rows, step):
-        part = slice(start, min(start + step, rows))
+    for part in (slice(k, min(k + step, rows)) for k in range(0, rows, step)):
         about = path, names, part, shapes, dtypes, split and split[part], sites[part]
-        units.append(common.unit(f"{path}#{start}", open_rows, *about))
-    left = split.count(None) if split else 0
+        units.append(common.unit(f"{path}#{part.start}", open_rows, *about))
+    left = (split or []).count(None)
     skipped = [(path, f"{left} rows in no split")] if left else []
     chip, sources = min(shapes["mr"][1:]), KNOWN.get((*names.values(),), ())
     return common.listing(units, chip, sources, skipped, band_names)
@@ -63,8 +61,7 @@ def check_dataset(path, has, sensor, name, bands):
     if len(shape) != 4 or shape[1] < bands or not all(shape) or dtype.kind not in "iuf":
         raise ValueError(
             f"{path}: dataset {name} is {dtype} of {shape}, numbers of (rows, {bands} bands or "
-            f"more, height, width) expected; choose another with --{sensor}-dataset, or fewer "
-            "--band-names"
+            f"more, height, width) expected; choose another --{sensor}-dataset, fewer --band-names"
         )
     return shape[0]
 

@@ -17,14 +17,14 @@ import sys
 import tempfile
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from einops import rearrange
 from tqdm import tqdm
 
-from datasets.common import BGRN, SPLITS, find_bands, find_folder, read_lines, sets
+from datasets.common import BGRN, SPLITS, find_bands, find_folder, join_lists, read_lines, sets
 from imagery import raster
 from imagery.bands import IGNORE
 
@@ -44,7 +44,8 @@ class Task:
         the image has no data, while published sets keep their publishers' labels there.
     split: (N,) "train", "val" or "test".
     origin: (N, 3) int64: position in `files`, row and column of the tile's first pixel.
-    files: raster.Info of each image. classes: the class names, in the order of their ids.
+    files: raster.Info of each image, of published sets without their ground. classes: the class
+        names, in the order of their ids.
     split_by: in words, what kept the splits apart. nodata: the values that the masks declare as
         nodata, which are IGNORE in the labels.
     name: the set. bands: the name of each band, "" where unknown. positions: which
@@ -223,7 +224,8 @@ def load_task(name, root, *, bands=None, tile=None, dates=None, pastis_classes=1
             )
         label = cut(class_ids(raw, ids, path)[None], side, IGNORE)[:, 0]
         keep = (label != IGNORE).any((1, 2))
-        return label[keep], keep, describe(path, raw.shape, about.bands)
+        info = raster.Info(path, *raw.shape[::-1], len(about.bands), *[None] * 4, about.bands)
+        return label[keep], keep, info
 
     parts = in_threads(read_labels, samples, f"{name}, labels")
     sides = sorted({label.shape[-1] for label, _, _ in parts})
@@ -327,15 +329,6 @@ def corners(file, tile):
     return np.indices((-(-file.height // tile), -(-file.width // tile))).reshape(2, -1).T * tile
 
 
-def describe(path, shape, bands):
-    """raster.Info of a sample with a mask of `shape`; its place where its file is a GeoTIFF."""
-    rows, cols = shape
-    if path.suffix == ".tif":
-        file = raster.info(path)
-        return replace(file, height=rows, width=cols, bands=len(bands), band_names=bands)
-    return raster.Info(path, cols, rows, len(bands), None, None, None, None, bands)
-
-
 def in_threads(function, items, what):
     """[function(item) for item in items] by threads, with a bar; the first error ends it."""
     with ThreadPoolExecutor() as pool:
@@ -436,22 +429,17 @@ def read_splits(folder):
     A .tif or .tiff extension is taken off. Raises FileNotFoundError for a missing or empty list,
     ValueError for a name in two lists.
     """
-    listed = {}
+    lists = {}
     for split in SPLITS:
         path = Path(folder) / f"{split}.txt"
         lines = read_lines(path) if path.is_file() else []
-        stems = [line.removesuffix(".tif").removesuffix(".tiff") for line in lines]
-        if not any(stems):
+        lists[split] = [line.removesuffix(".tif").removesuffix(".tiff") for line in lines]
+        if not any(lists[split]):
             raise FileNotFoundError(
                 f"{path}: no list of file names there; --splits needs train.txt, val.txt and "
                 "test.txt, one name per line"
             )
-        for stem in filter(None, stems):
-            if listed.setdefault(stem, split) != split:
-                raise ValueError(
-                    f"{path}: {stem} is in {listed[stem]}.txt too; keep it in one split only"
-                )
-    return listed
+    return join_lists(lists, folder)
 
 
 def read_classes(path):

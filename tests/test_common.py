@@ -1,11 +1,13 @@
 """datasets/common.py: a file dropped into the folder is a set; pixels of TIFFs of any layout."""
 
+import dataclasses
 import sys
 
 import layouts
 import numpy as np
 import pair_layouts
 import pytest
+import rasterio
 import tifffile
 from conftest import ROOT, refused
 
@@ -13,6 +15,7 @@ import data
 import datasets
 import finetune
 from datasets import common, tasks
+from imagery import raster
 
 
 @pytest.fixture
@@ -67,9 +70,33 @@ def test_two_files_of_one_name_are_told(drop):
         common.sets("PAIRS")
 
 
+def test_every_set_is_a_small_file():
+    """As the files of datasets/ are found, whatever they are called."""
+    for file in (ROOT / "datasets").glob("*.py"):
+        text = file.read_text("utf-8")
+        if "\nPAIRS = " in text or "\nTASKS = " in text:
+            assert text.count("\n") <= 120 or file.stem == "folder", file
+
+
 def test_every_labelled_set_says_whose_it_is():
     for about in common.sets("TASKS").values():
         assert about.licence and about.url and about.size and about.open.__module__
+
+
+@pytest.mark.parametrize(
+    "name, date",
+    [
+        ("naip_m_4709963_se_14_1_20180716", "2018-07-16"),
+        ("T31TCJ_20220301T105859_B02", "2022-03-01"),
+        ("2019-07-25_x", "2019-07-25"),
+        ("20189999_2020_01_31", "2020-01-31"),
+        ("m_20180231", ""),
+        ("120180716", ""),
+        ("2018-0716", ""),
+    ],
+)
+def test_dates_in_names(name, date):
+    assert common.date_of(name) == date
 
 
 # ---- pixels -----------------------------------------------------------------------------------
@@ -101,9 +128,58 @@ def test_pixels_of_a_tiff_of_any_layout(tmp_path, dtype, layout):
     assert np.array_equal(common.read_tiff(path, (2, 3, 5, 7), [4, 0]), pixels[[4, 0], 2:7, 3:10])
 
 
+def test_what_a_tiff_says_of_itself_is_what_gdal_reads(tmp_path):
+    """One with all there is to say, one whose points are centres, one in degrees, one of nothing;
+    a turned one, and one in a CRS without a code, are taken as of no ground."""
+    utm, degrees = (10.0, 0.0, 3e5, 0.0, -10.0, 5e6), (1e-4, 0.0, 8.5, 0.0, -1e-4, 47.25)
+    turned = (8.0, 6.0, 3e5, 6.0, -8.0, 5e6)
+    lcc = "+proj=lcc +lat_1=44 +lat_2=49 +lat_0=46.5 +lon_0=3 +x_0=7 +y_0=66 +ellps=GRS80"
+    for name, place, crs, tags, grounded in [
+        ("all", utm, 32631, {"nodata": 7}, True),
+        ("point", utm, 26914, {"AREA_OR_POINT": "Point"}, True),
+        ("degrees", degrees, 4326, {}, True),
+        ("bare", None, None, {}, True),
+        ("turned", turned, 32631, {}, False),
+        ("own", utm, lcc, {}, False),
+    ]:
+        path = tmp_path / f"{name}.tif"
+        about = dict(driver="GTiff", width=5, height=4, count=2, dtype="uint16")
+        if place:
+            about |= dict(
+                transform=rasterio.Affine(*place), crs=rasterio.crs.CRS.from_user_input(crs)
+            )
+        with rasterio.open(path, "w", **about, nodata=tags.pop("nodata", None)) as file:
+            file.update_tags(**tags)
+            if name == "all":
+                file.descriptions = "Blue", "Grün & Rot"
+        with common.open_tiff(path) as (_, info):
+            pass
+        known = raster.info(path)
+        if not grounded:
+            assert (info.transform, info.crs) == (None, None) and known.transform
+            known = dataclasses.replace(known, transform=None, crs=None)
+        assert info == known
+
+
 def test_one_band_has_three_axes(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", np.arange(12, dtype="uint8").reshape(3, 4))
     assert common.read_tiff(tmp_path / "a.tif").shape == (1, 3, 4)
+
+
+@pytest.mark.parametrize("declared, missing", [(None, 1), ("7", 2), ("nan", 1), ("unknown", 1)])
+def test_pixels_as_floats_are_missing_where_all_chosen_bands_are_nodata(
+    tmp_path, declared, missing
+):
+    pixels = np.ones((3, 4, 4), np.float32)
+    pixels[:, 0, 0], pixels[:, 1, 1], pixels[0, 2, 2] = np.inf, 7, 7
+    tags = [] if declared is None else [(42113, 2, 0, declared, True)]
+    about = {"planarconfig": "separate", "photometric": "minisblack", "extratags": tags}
+    tifffile.imwrite(tmp_path / "a.tif", pixels, metadata=None, **about)
+    found = common.read_float(tmp_path / "a.tif", 3, [2, 1])
+    assert found.dtype == np.float32 and np.isnan(found).sum(axis=(1, 2)).tolist() == [missing] * 2
+    assert np.array_equal(found[:, 2], pixels[[2, 1], 2])
+    with refused(ValueError, "a.tif", "3 bands", "ships 4"):
+        common.read_float(tmp_path / "a.tif", 4)
 
 
 def test_a_tiff_that_is_cut_off_or_claims_too_much_is_refused(tmp_path):

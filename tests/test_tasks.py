@@ -423,7 +423,7 @@ def test_bad_input_is_told_in_one_sentence(three, spoil, options, mentions):
 
 def test_bad_lists(three):
     both = three.lists(train=["a", "b"])
-    with refused(ValueError, "val.txt", "b", "train.txt"):
+    with refused(ValueError, both, "b is listed for train and for val"):
         three.load(splits=both)
     empty = three.lists(train=["a"], test=[""])
     with refused(FileNotFoundError, "test.txt"):
