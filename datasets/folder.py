@@ -54,6 +54,7 @@ def read_geotiff(
     hr_band_names: what the chosen bands are called, else as in the files. Where both sensors name
     their bands HR gives those that MR has, by what the names mean, and all of its own where MR has
     none of them or hr_bands chooses; else theirs are the same, in the same order.
+    warp: how HR of another projection is resampled, "cubic", "bilinear" or "nearest".
     Returns Listing, a unit per MR image. Raises FileNotFoundError or ValueError as its parts do.
     """
     if hr is None and (Path(mr) / "mr").is_dir():

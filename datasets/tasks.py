@@ -474,7 +474,8 @@ def check_pair(image, mask, bands, warped):
     if label.dtype.kind not in "iuf":
         raise ValueError(f"{mask}: values of type {label.dtype}; a mask holds class ids")
     apart = grids_apart(file, label)
-    if apart > 0.01 and not (file.crs and label.crs):
+    placed = file.crs and label.crs and file.transform and label.transform
+    if apart > 0.01 and not placed:
         raise ValueError(
             f"{mask}: its grid lies up to {apart:.3g} px off its image's, {label.height} x "
             f"{label.width} pixels over {file.height} x {file.width}, and no CRS tells how the two "
@@ -494,10 +495,11 @@ def check_pair(image, mask, bands, warped):
 
 
 def grids_apart(file, label):
-    """Pixels by which the grid of a mask lies off its image's, at most; inf for another CRS."""
+    """Most pixels by which the grid of a mask lies off its image's; inf of another CRS or size."""
+    if (file.height, file.width) != (label.height, label.width):
+        return math.inf
     if not (file.transform and label.transform):
-        same = (file.height, file.width) == (label.height, label.width)
-        return 0.0 if same else math.inf
+        return 0.0
     if file.crs and label.crs and not raster.same_ground(label, file.crs):
         return math.inf
     at = [np.array(raster.corners(about)) for about in (file, label)]

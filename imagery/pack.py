@@ -101,6 +101,8 @@ def add_flags(parser, formats):
                    "first HR file; as MR's where either names none)")
     g.add_argument("--nodata", type=float,
                    help="value of missing pixels in files that declare none (default: none)")
+    g.add_argument("--warp", choices=["cubic", "bilinear", "nearest"],
+                   help="how HR of another projection than MR's is resampled (default: cubic)")
     g.add_argument("--offset", type=float, metavar="DN",
                    help="added to MR pixels, of unsigned ones to no less than 0; -1000 for "
                    "Sentinel-2 from processing baseline 04.00 on (default: what SAFE folders say)")

@@ -493,7 +493,8 @@ def test_masks_on_another_grid_or_crs_are_warped(tmp_path, capsys):
     labels = (rows // 8 + cols // 8) % 2
     image = np.random.default_rng(0).integers(1, 9, (2, 32, 32)).astype(np.uint8)
     place = (10.0, 0.0, 500000.0, 0.0, -10.0, 4000000.0)
-    finer = np.pad(np.kron(labels, np.ones((2, 2), int)), 4, constant_values=7)
+    half = np.kron(labels, np.ones((2, 2), int))
+    finer = np.pad(half, 4, constant_values=7)
     about = raster.Info("x", 32, 32, 1, None, None, place, "EPSG:32633", ())
     x, y = raster.project("EPSG:32633", "EPSG:32634", *raster.corners(about))
     west, north = float(x.min()) - 20, float(y.max()) + 20
@@ -504,7 +505,7 @@ def test_masks_on_another_grid_or_crs_are_warped(tmp_path, capsys):
     inside = (np.minimum(row, col) >= 0) & (np.maximum(row, col) < 32)
     there = np.where(inside, labels[row.clip(0, 31), col.clip(0, 31)], 7).reshape(size, size)
     masks = {
-        "a": (labels, place, 32633),
+        "a": (half, (5.0, 0, 500000.0, 0, -5.0, 4000000.0), 32633),
         "b": (finer, (5.0, 0, 499980.0, 0, -5.0, 4000020.0), 32633),
         "c": (there, (1.0, 0, west, 0, -1.0, north), 32634),
     }
@@ -517,7 +518,7 @@ def test_masks_on_another_grid_or_crs_are_warped(tmp_path, capsys):
     task = tasks.load_folder(
         tmp_path / "images", tmp_path / "masks", tile=32, splits=tmp_path / "lists"
     )
-    assert "2 of 3 masks are warped to their images' (nearest)" in capsys.readouterr().out
+    assert "3 of 3 masks are warped to their images' (nearest)" in capsys.readouterr().out
     assert task.labels.shape == (3, 32, 32)
     assert (task.labels[:2] == labels).all()
     assert (task.labels[2] == labels).mean() > 0.99  # 1 m pixels at the borders of squares
