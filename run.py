@@ -503,7 +503,7 @@ def read_config(path):
         config["args"].keys(), config["steps"], config["precision"], config["chips"]
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; give the config.json of a run") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(
             f"{path}: damaged, or not of a run; start a new run, from its weights with --init"
         ) from None

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Two nodes of 8 GPUs under Slurm, for as many allocations as the run takes:
-#     sbatch runs/slurm.sh runs/rapidai4eo_ijepa.sh
+#     sbatch runs/slurm.sh --store stores/rapidai4eo --objective ijepa --variant sa
 # The same line starts the run, and continues it where the last allocation was taken away. Only the
 # first rank's machine needs the folder of --out; all of them need --store.
 #SBATCH --job-name=crossscale
@@ -21,8 +21,10 @@ head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun --kill-on-bad-exit=1 torchrun --nnodes="$SLURM_NNODES" --nproc_per_node=8 --max-restarts=3 \
     --rdzv-backend=c10d --rdzv-endpoint="$head:29500" --rdzv-id="$SLURM_JOB_ID" \
     --signals-to-handle=SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout=120 \
-    train.py --out "$out" "$@"
+    train.py --out "$out" "$@" || code=$?  # torchrun itself ends with an error on a signal
 
 if [ -e "$out/stopped" ]; then
     scontrol requeue "$SLURM_JOB_ID"
+    exit 0
 fi
+exit "${code:-0}"

@@ -4,6 +4,8 @@ import math
 import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import traceback
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, refused
@@ -1342,3 +1345,156 @@ def test_store_is_smooth_and_paired(store):
     batch = Store(store).batch(np.arange(4))
     pooled = F.avg_pool2d(batch["hr"].float(), 2)
     torch.testing.assert_close(pooled, batch["mr"].float(), atol=1.0, rtol=0)
+
+
+# ---- trust: nothing lost, nothing silent
+
+
+def asked_to_stop_in(monkeypatch, step):
+    """Someone asks for the end while that step, from 0, is computed."""
+    rates = model.IJEPA.rates
+
+    def ask(objective, at, *values):
+        if at == step:
+            runs.Stop.ask("SIGTERM")
+        return rates(objective, at, *values)
+
+    monkeypatch.setattr(model.IJEPA, "rates", ask)
+
+
+def test_a_run_that_is_asked_to_stop_goes_on_bit_for_bit(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs.Stop, "asked", None)  # and so it is again behind this test
+    run(store, tmp_path / "whole", steps=5)
+    with monkeypatch.context() as patch:
+        asked_to_stop_in(patch, 1)
+        run(store, tmp_path / "run", steps=5)
+    runs.Stop.ask(None)
+    assert (tmp_path / "run" / "stopped").read_text() == "asked to by SIGTERM\n"
+    # all ranks know of it a step later
+    assert torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["step"] == 3
+    run(store, tmp_path / "run", steps=5)
+    assert not (tmp_path / "run" / "stopped").exists()
+    same_weights(weights_of(tmp_path / "whole"), weights_of(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("fault", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing(store, tmp_path, monkeypatch, fault, capsys):
+    saved, rates, now = {}, model.IJEPA.rates, []
+    save = runs.save_checkpoint
+
+    def keep(path, state):
+        saved[state["step"]] = state
+        save(path, state)
+
+    monkeypatch.setattr(runs, "save_checkpoint", keep)
+    monkeypatch.setattr(model.IJEPA, "rates", lambda o, s, *v: now.append(s) or rates(o, s, *v))
+    affinity_of = train.affinity_of
+
+    def planted(*values):
+        loss = affinity_of(*values)
+        if now[-1] != 1:
+            return loss
+        # an infinite loss with finite gradients; a finite one with infinite gradients
+        return loss + math.inf if fault == "loss" else loss + (0 * loss).sqrt()
+
+    monkeypatch.setattr(train, "affinity_of", planted)
+    run(store, tmp_path / "run", steps=3, save_every=1)
+    for part in ("objective", "optimizer"):
+        one, two, three = (tree_leaves(saved[step][part]) for step in (1, 2, 3))
+        tensors = [k for k, x in enumerate(one) if torch.is_tensor(x)]
+        assert all(one[k].equal(two[k]) for k in tensors)
+        assert not all(one[k].equal(three[k]) for k in tensors)
+    log = log_of(tmp_path / "run")
+    assert [e["step"] for e in log] == [1, 3] and log[1]["skipped"] == 1
+    assert "step 2: skipped" in capsys.readouterr().out
+
+
+def test_the_encoder_and_the_picture_are_made_again_where_they_are_not_the_checkpoints(
+    store, tmp_path
+):
+    out = tmp_path / "run"
+    run(store, out, steps=3, save_every=1)
+    whole = (out / "encoder.safetensors").read_bytes()
+    for damage in (lambda p: p.unlink(), lambda p: p.write_bytes(whole[:-1] + b"?")):
+        damage(out / "encoder.safetensors")
+        (out / "tokens.png").unlink()
+        run(store, out, steps=3)
+        made = safetensors.torch.load_file(out / "encoder.safetensors")
+        same_weights(made, safetensors.torch.load(whole))
+        assert (out / "tokens.png").is_file()
+
+
+def test_a_picture_that_fails_is_a_warning(store, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "draw_picture", lambda *a: 1 / 0)
+    run(store, tmp_path / "run")
+    assert "warning: no tokens.png" in capsys.readouterr().out
+
+
+def test_checkpointed_activations_change_no_loss(store, tmp_path):
+    run(store, tmp_path / "a")
+    run(store, tmp_path / "b", checkpoint_activations=True)
+    same_weights(weights_of(tmp_path / "a"), weights_of(tmp_path / "b"))
+
+
+def test_the_same_line_goes_on_and_another_one_does_not(store, tmp_path):
+    out = tmp_path / "run"
+    run(store, out, steps=4, stop_at=2)
+    rejects([out, "--lr 0.001, now 0.002", "--override"], store, out, steps=4, lr=2e-3)
+    run(store, out, steps=4, lr=2e-3, override=["lr", "start_lr", "final_lr"], stop_at=3)
+    assert json.loads((out / "config.json").read_text())["overrides"][0]["lr"] == [0.001, 0.002]
+    run(store, out, steps=4, lr=2e-3)
+    assert [e["step"] for e in log_of(out)] == [1, 2, 3, 4]
+    run(store, out, steps=2, fresh=True)
+    assert [e["step"] for e in log_of(tmp_path / "run-2")] == [1, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_signals_end_all_ranks_with_0_and_the_same_line_goes_on(store, tmp_path, name):
+    flags = dict(steps=400, log_every=100)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"]  # fmt: skip
+    words = [sys.executable, *launcher, str(ROOT / "train.py")]
+    words += command(store, tmp_path / "run", **flags)
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while "step 00001" not in process.stdout.readline():
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(getattr(signal, name))
+    said = process.communicate(timeout=60)  # its ranks hold the pipes: none of them is left
+    assert (tmp_path / "run" / "stopped").is_file(), said
+    step = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["step"]
+    assert 1 < step < 400
+    done = spawn(command(store, tmp_path / "run", **flags, stop_at=step + 2), 2)
+    assert done.returncode == 0, done.stderr
+    assert f"steps {step} to 400" in done.stdout
+
+
+@pytest.mark.slow
+def test_two_nodes_that_share_no_disk_stop_and_go_on(store, tmp_path):
+    """Two agents over loopback; only the first has the run's folder. One dies, both start again."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def start(node, **flags):
+        launcher = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
+                    f"--node-rank={node}", "--master-addr=127.0.0.1",
+                    f"--master-port={port}"]  # fmt: skip
+        words = command(store, tmp_path / f"node{node}" / "run", **flags)
+        return subprocess.Popen([sys.executable, *launcher, str(ROOT / "train.py"), *words],
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                start_new_session=True)  # fmt: skip
+
+    def end(nodes):
+        return [node.communicate(timeout=120) for node in nodes], [n.returncode for n in nodes]
+
+    said, codes = end([start(node, steps=6, save_every=2, stop_at=4) for node in (0, 1)])
+    assert codes == [0, 0], said
+    said, codes = end([start(node, steps=6, save_every=2) for node in (0, 1)])
+    assert codes == [0, 0], said
+    assert not (tmp_path / "node1").exists()  # only the first rank writes
+    run(store, tmp_path / "whole", steps=6)
+    for a, b in zip(log_of(tmp_path / "whole"), log_of(tmp_path / "node0" / "run"), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+    said, codes = end([start(node, steps=6, lr=0.5) for node in (0, 1)])  # refused on both
+    assert 0 not in codes and all("--override" in err for _, err in said), said
