@@ -79,7 +79,7 @@ def test_readme_names_what_is_there():
     assert sorted(f for f in flags if f not in helps) == []
 
 
-@pytest.mark.parametrize("run", sorted(p.name for p in (ROOT / "runs").glob("*.sh")))
+@pytest.mark.parametrize("run", sorted(p.name for p in (ROOT / "runs").glob("*_*.sh")))
 def test_published_runs_are_commands_of_train(run):
     import train
 
