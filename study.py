@@ -393,7 +393,7 @@ def publish(out, name, report):
         shutil.copy(picture, folder / picture.name)
     for page in (HERE / "README.md", HERE / "RESULTS.md"):
         block = re.compile(f"(?<=<!-- {name} -->\n).*?(?=<!-- end -->)", re.DOTALL)
-        text = block.sub(lambda _: report, page.read_text())
+        text = block.sub(lambda _: report, page.read_text(), count=1)
         write_atomic(page, lambda to, text=text: to.write_text(text))
 
 

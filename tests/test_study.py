@@ -280,6 +280,18 @@ def test_pages_quote_what_the_cells_say(page):
         assert block == study.table(map(json.loads, cells)), name
 
 
+def test_publishing_fills_a_block_and_leaves_the_others(out, monkeypatch):
+    page = "a\n<!-- demo -->\n<!-- end -->\nb\n<!-- laptop -->\nold\n<!-- end -->\n"
+    for name in ("README.md", "RESULTS.md"):
+        (out / name).write_text(page)
+    (out / "scores.png").write_text("picture")
+    monkeypatch.setattr(study, "HERE", out)
+    for report in ("one\n", "two\n"):
+        study.publish(out, "demo", report)
+        assert (out / "README.md").read_text() == page.replace("demo -->\n", f"demo -->\n{report}")
+    assert (out / "results" / "demo" / "scores.png").exists()
+
+
 @pytest.mark.slow
 def test_a_study_from_nothing_to_its_pictures(tmp_path):
     """The smallest size, twice: the second run makes nothing again and says the same."""
