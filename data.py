@@ -51,6 +51,8 @@ class Store:
 
     def __init__(self, path, hr_share=1.0, seed=0):
         path = Path(path)
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such folder; make a store with data.py pack")
         if not (path / "meta.json").is_file():
             raise FileNotFoundError(
                 f"{path}: not a store, it has no meta.json; make one with data.py pack"

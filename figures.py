@@ -183,8 +183,8 @@ def draw_curves(path, runs):
 
 
 def draw_scores(path, scores, zero):
-    """mIoU of every row, a dot a seed and a bar at their mean -> PNG. scores: {row: {seed: mIoU in
-    0..1}}. zero: the mIoU of the untrained encoder, a line."""
+    """mIoU of every row, a dot a seed and a bar at the mean of several -> PNG. scores: {row: {seed:
+    mIoU in 0..1}}. zero: the mIoU of the untrained encoder, a line."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 0.42 * len(scores) + 1.1), layout="constrained")
@@ -192,11 +192,12 @@ def draw_scores(path, scores, zero):
     for k, values in enumerate(scores.values()):
         points = 100 * torch.tensor(list(values.values()))
         axis.plot(points, [k] * len(points), "o", color=CYCLE[4], ms=5, alpha=0.6)
-        axis.plot([points.mean()] * 2, [k - 0.3, k + 0.3], color="black", lw=2)
+        if len(points) > 1:
+            axis.plot([points.mean()] * 2, [k - 0.3, k + 0.3], color="black", lw=2)
     axis.axvline(100 * zero, color="grey", ls=":", lw=1)
     axis.set_yticks(range(len(scores)), list(scores))
     axis.invert_yaxis()
-    axis.set_xlabel("mIoU of a ridge probe on MR images, % (dotted: untrained)")
+    axis.set_xlabel("mIoU of a ridge probe on MR images, %: a dot a seed (dotted: untrained)")
     save_figure(figure, path)
 
 

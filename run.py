@@ -160,11 +160,13 @@ class Stop:
     """
 
     asked = None  # the signal's name, once there was one
+    since = 0.0  # when it came, seconds of time.monotonic
 
     @classmethod
     @contextlib.contextmanager
     def listening(cls):
-        """Within, a signal only says that it came; it is the loop that stops."""
+        """Within, a signal only says that it came; it is the loop that stops. A second Ctrl-C ends
+        the process where it is: a step may take minutes."""
         numbers, cls.asked = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1), None
         before = {n: signal.signal(n, lambda n, _: cls.ask(signal.Signals(n).name))
                   for n in numbers}  # fmt: skip
@@ -177,7 +179,14 @@ class Stop:
 
     @classmethod
     def ask(cls, name):
-        cls.asked = name
+        now = time.monotonic()
+        # torchrun sends its workers the Ctrl-C that the terminal has sent them, too
+        if name == "SIGINT" and cls.asked and now - cls.since > 1:
+            raise KeyboardInterrupt
+        if not cls.asked:
+            said = f"{name}: stopping after this step; Ctrl-C again stops at once"
+            print(said, file=sys.stderr, flush=True)
+            cls.asked, cls.since = name, now
 
     def __init__(self, ranks):
         self.ranks, self.told = ranks, []

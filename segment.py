@@ -245,7 +245,10 @@ def best_model(folder):
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{results}: not the rows of finetune.py ({error!r})") from None
     if not tasks:
-        raise FileNotFoundError(f"{results}: names no model; run finetune.py with --save-model")
+        raise FileNotFoundError(
+            f"{results}: names no model (knn and --remove-place have none); "
+            "run finetune.py with another --protocol, and with --save-model"
+        )
     if len(tasks) > 1:
         bests = (
             f"{path} for {task} ({len(classes)} classes: {', '.join(map(str, classes))[:60]})"

@@ -214,6 +214,9 @@ def whole_store(tmp_path_factory):
 
 
 def test_no_store(tmp_path):
+    with refused(FileNotFoundError, f"{tmp_path / 'none'}: ", "no such folder"):
+        data.Store(tmp_path / "none")
+    (tmp_path / "none").mkdir()
     with refused(FileNotFoundError, f"{tmp_path / 'none'}: ", "meta.json"):
         data.Store(tmp_path / "none")
 

@@ -198,3 +198,15 @@ def test_a_signal_is_heard_a_step_later(monkeypatch):
         assert stops.hear() == [(False, True)]
         assert stops.hear(now=True) == [(True, False)]
     assert run.Stop.asked is None
+
+
+def test_ctrl_c_says_what_it_does_and_a_second_one_ends_at_once(monkeypatch, capsys):
+    clock = iter([10.0, 10.1, 12.0])
+    monkeypatch.setattr(run.time, "monotonic", lambda: next(clock))
+    with run.Stop.listening():
+        signal.raise_signal(signal.SIGINT)
+        assert "stopping after this step" in capsys.readouterr().err
+        signal.raise_signal(signal.SIGINT)  # torchrun's copy of the same one
+        assert run.Stop.asked == "SIGINT" and capsys.readouterr().err == ""
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)

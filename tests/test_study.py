@@ -211,6 +211,17 @@ def test_the_ceiling_stands_in_the_untrained_row_alone(out, monkeypatch):
     assert "| untrained | 1 | 50.0 | 50.0 |" in rows[4] and "| mr | 1 |  | 50.0 |" in rows[5]
 
 
+def test_a_few_steps_claim_nothing():
+    cells = [facts("mr") | {"steps": 4}, facts("sa", 0, 0.5) | {"steps": 4}]
+    assert "4 steps say nothing" in study.table(cells) and "adds" not in study.table(cells)
+    assert "adds +20.0" in study.table([cell | {"steps": 400} for cell in cells])
+
+
+def test_an_idea_without_a_train_py_is_refused(tmp_path):
+    with refused(ValueError, "--idea", "train.py"):
+        study.main(["--idea", str(tmp_path), "--out", str(tmp_path / "out")])
+
+
 def test_collected_rows_are_means_over_pretraining_seeds(tmp_path, capsys):
     for seed, values in ((0, (0.2, 0.4)), (1, (0.5,))):
         folder = tmp_path / f"s{seed}"
