@@ -340,8 +340,9 @@ def claim(scores):
     seeds = sorted(scores["sa"].keys() & scores[best].keys())
     gain, low, high, least = interval([scores["sa"][s] - scores[best][s] for s in seeds])
     said = f"HR of the right ground adds {100 * gain:+.1f} points to the best control ({best})"
-    if len(seeds) == 1:
-        return said + ": one seed of pretraining, so a sign, not a result."
+    if len(seeds) < 3:
+        count = {1: "one seed", 2: "two seeds"}[len(seeds)]
+        return f"{said}: {count} of pretraining, so a sign, not a result."
     verdict = "" if low > 0 else "; the interval holds 0, so nothing is shown"
     return (f"{said}, 95 % interval {100 * low:+.1f} to {100 * high:+.1f} over {len(seeds)} seeds; "
             f"the design finds {100 * least:.1f} points in 4 of 5 cases{verdict}.")  # fmt: skip
@@ -384,9 +385,14 @@ def table(cells):
             cells = [row + sick, str(len(seeds)), *values, *health]
             lines.append("| " + " | ".join(cells) + " |")
         facts = next(iter(next(iter(rows.values())).values()))
-        lines += ["", f"mIoU in % of frozen encoders on MR images of ground held out, ± deviation "
-                  f"over pretraining seeds; {facts['device']}, torch {facts['torch']}, commit "
-                  f"{facts['commit']}.", ""]  # fmt: skip
+        foot = (
+            "mIoU in % of frozen encoders on MR images of ground held out, ± deviation over "
+            "pretraining seeds (`hr`, the teacher, too, though it was trained on HR). place: share of "
+            "the tokens' variance that their place explains; rank: directions that they use; cos: "
+            "mean cosine of two; core-min: minutes on one thread, of a machine that did other things, "
+            f"too. {facts['device']}, torch {facts['torch']}, commit {facts['commit']}."
+        )
+        lines += ["", foot, ""]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -181,11 +181,17 @@ def test_the_smallest_difference_is_found_in_four_of_five_studies():
 
 
 def test_a_claim_is_sa_minus_its_best_control():
-    scores = {"mr": {0: 0.30, 1: 0.30}, "sa-interp": {0: 0.35, 1: 0.33}, "sa": {0: 0.50, 1: 0.48}}
+    scores = {
+        "mr": {0: 0.30, 1: 0.30, 2: 0.3},
+        "sa-interp": {0: 0.35, 1: 0.33, 2: 0.34},
+        "sa": {0: 0.50, 1: 0.48, 2: 0.49},
+    }
     said = study.claim(scores)
-    assert "+15.0 points" in said and "sa-interp" in said and "2 seeds" in said
+    assert "+15.0 points" in said and "sa-interp" in said and "3 seeds" in said
     assert "nothing is shown" not in said
-    assert "nothing is shown" in study.claim(scores | {"sa": {0: 0.30, 1: 0.36}})
+    assert "nothing is shown" in study.claim(scores | {"sa": {0: 0.30, 1: 0.36, 2: 0.35}})
+    two = study.claim({row: {0: seeds[0], 1: seeds[1]} for row, seeds in scores.items()})
+    assert "two seeds" in two and "interval" not in two
     one = study.claim({"mr": {0: 0.3}, "sa": {0: 0.5, 1: 0.5}})
     assert "one seed" in one and "+20.0" in one
     assert "No claim" in study.claim({"sa": {0: 0.5}})
