@@ -387,10 +387,11 @@ def table(cells):
         facts = next(iter(next(iter(rows.values())).values()))
         foot = (
             "mIoU in % of frozen encoders on MR images of ground held out, ± deviation over "
-            "pretraining seeds (`hr`, the teacher, too, though it was trained on HR). place: share of "
-            "the tokens' variance that their place explains; rank: directions that they use; cos: "
-            "mean cosine of two; core-min: minutes on one thread, of a machine that did other things, "
-            f"too. {facts['device']}, torch {facts['torch']}, commit {facts['commit']}."
+            "pretraining seeds (`hr`, the teacher, too, though it was trained on HR). place: "
+            "share of the tokens' variance that their place explains; rank: directions that "
+            "they use; cos: mean cosine of two; core-min: minutes on one thread, of a machine "
+            "that did other things, too. "
+            f"{facts['device']}, torch {facts['torch']}, commit {facts['commit']}."
         )
         lines += ["", foot, ""]
     return "\n".join(lines).rstrip() + "\n"
@@ -459,7 +460,7 @@ def draw_scene(out, size, objective="ijepa"):
     for row, value in maps.items():
         miou = json.loads((out / "cells" / f"{Cell(objective, row, 0).name}.json").read_text())
         miou = miou["scores"]["ridge"]["miou"]
-        named[f"{titles[row]}\nmIoU {100 * miou:.0f} % of all test scenes"] = value
+        named[f"{titles[row]}\nmIoU {100 * miou:.0f} %"] = value
     for title, ids in named.items():
         columns[title] = [cut(torch.from_numpy(palette[ids]), grid, part)]
     figures.draw_panels(out / "maps.png", columns, legend=[*zip(classes, colours, strict=True)])
