@@ -307,19 +307,3 @@ def test_publishing_fills_a_block_and_leaves_the_others(out, monkeypatch):
         study.publish(out, "demo", report)
         assert (out / "README.md").read_text() == page.replace("demo -->\n", f"demo -->\n{report}")
     assert (out / "results" / "demo" / "scores.png").exists()
-
-
-@pytest.mark.slow
-def test_a_study_from_nothing_to_its_pictures(tmp_path):
-    """The smallest size, twice: the second run makes nothing again and says the same."""
-    words = [sys.executable, "study.py", "--size", "minute", "--out", str(tmp_path / "study")]
-    said = []
-    for _ in range(2):
-        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        said.append(done.stdout)
-    assert "train.py" in said[0] and "train.py" not in said[1]
-    for name in ("affinity", "maps", "curves_ijepa", "scores_ijepa"):
-        assert (tmp_path / "study" / f"{name}.png").stat().st_size > 10_000
-    rows = (tmp_path / "study" / "table.md").read_text().splitlines()
-    assert sum(line.startswith("| ") for line in rows) == 1 + len(study.COMPARED)
