@@ -227,8 +227,9 @@ def script(main, parse_args, interrupted, stops=False):
     """
     name = Path(sys.argv[0]).name
     try:
+        args = parse_args()  # a rank that waits in `fail` is to end at torchrun's SIGTERM
         with Stop.listening() if stops else contextlib.nullcontext():
-            main(parse_args())
+            main(args)
             if dist.is_initialized():
                 # All ranks leave together, and at once: everything is written, and taking a process
                 # group apart has hung (DDP waits under Python's lock for gloo's threads) and
