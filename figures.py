@@ -107,6 +107,14 @@ def class_colours(names):
     return colours
 
 
+def paint(ids, colours):
+    """A class map as a picture: (h, w) uint8 -> (h, w, 3) uint8, white where no class is; arrays.
+    colours: of `class_colours`."""
+    table = torch.full((256, 3), 255, dtype=torch.uint8)
+    table[: len(colours)] = torch.tensor(colours, dtype=torch.uint8)
+    return table[torch.as_tensor(ids).long()].numpy()
+
+
 # ---- pictures of a study
 
 
@@ -121,8 +129,8 @@ def similarity(tokens, row, col):
 def draw_panels(path, columns, marks=(), legend=()):
     """Pictures side by side, a column each -> PNG.
 
-    columns: {title: a list of (h, w, 3) pictures in 0..1 or (h, w) similarities in -1..1, one a
-    row, of the same ground}. marks: for each row (x, y) in 0..1, drawn as a ring in every panel.
+    columns: {title: a list of (h, w, 3) pictures as matplotlib takes them, or (h, w) similarities
+    in -1..1, one a row, of the same ground}. marks: for each row (x, y) in 0..1, drawn as a ring in every panel.
     legend: [(name, (red, green, blue) of 0..255)].
     """
     from matplotlib.figure import Figure

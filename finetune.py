@@ -646,16 +646,18 @@ def evaluate(args, ranks):
         tiles = tiles.keep(segmenter, kept_splits(args), args.global_batch, ranks)
     # all ranks fine-tune one seed together; of a frozen encoder each takes another seed
     team, width = (ranks._replace(rank=0, world=1), ranks.world) if frozen else (ranks, 1)
+
+    def checkpoint(seed):
+        return args.out / f"ckpt_{args.protocol}_{run}_seed{seed}.pt"
+
     for turn in chunks(todo, width):
         own, found = turn[ranks.rank : ranks.rank + 1] if frozen else turn, None
         for seed in own:
-            path = args.out / f"ckpt_{args.protocol}_{run}_seed{seed}.pt"
-            found = judge_seed(args, template, tiles, seed, team, dtype, path)
+            found = judge_seed(args, template, tiles, seed, team, dtype, checkpoint(seed))
         for each in ranks.gather(found) if frozen else [found]:
             if each and ranks.rank == 0:
                 write_seed(args, template, tiles, facts, each, rows, model)
-                path = args.out / f"ckpt_{args.protocol}_{run}_seed{each['seed']}.pt"
-                path.unlink(missing_ok=True)
+                checkpoint(each["seed"]).unlink(missing_ok=True)
 
     if ranks.rank == 0:
         print_table([rows[seed] for seed in seeds], classes)

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from datasets.folder import find_files
-from figures import class_colours, composite, save_figure
+from figures import class_colours, composite, paint, save_figure
 from imagery import raster
 from imagery.bands import meanings, positions
 from model import ViT
@@ -467,11 +467,9 @@ def draw_map(path, picture, bands, ids, classes, colours, counts):
     pixels = torch.from_numpy(np.nan_to_num(picture)[None])
     scene = composite(pixels, bands or [""] * len(picture))[0].numpy()
     scene[np.isnan(picture).all(0)] = 1
-    table = np.full((256, 3), 255, np.uint8)
-    table[: len(colours)] = colours
     height, width = ids.shape
     figure = Figure(figsize=(12, 1 + min(6 * height / width, 60)), layout="constrained")
-    for axis, image in zip(figure.subplots(1, 2), (scene, table[ids]), strict=True):
+    for axis, image in zip(figure.subplots(1, 2), (scene, paint(ids, colours)), strict=True):
         axis.imshow(image, interpolation="nearest")
         axis.axis("off")
     total = max(1, counts[:NO_CLASS].sum())

@@ -40,7 +40,7 @@ from einops import rearrange
 
 import figures
 from imagery import raster
-from run import Parser, duration, git_state, positive, write_atomic
+from run import Parser, duration, git_state, positive, script, write_atomic
 
 HERE = Path(__file__).parent
 
@@ -219,8 +219,7 @@ def make(cell, size, out):
         if path.exists():
             return
         run, words = out / "runs" / cell.name, training(cell, size, out)
-        if not (run / "encoder.safetensors").exists() or not finished(run):
-            call(words, quiet=True)  # goes on where it was stopped
+        train(run, words)
         scores = {}
         if cell.row == "untrained" and size.ceiling:
             # the headroom: what a supervised model of MR images makes of the same labels
@@ -257,9 +256,13 @@ def log_of(run):
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
-def finished(run):
-    """Whether a run has come to its last step; `cells` alone say whether it was judged."""
-    return log_of(run)[-1]["step"] == json.loads((run / "config.json").read_text())["steps"]
+def train(run, words):
+    """Bring a run to its last step, from where it was stopped; nothing if it is there."""
+    if (run / "encoder.safetensors").exists():
+        steps = json.loads((run / "config.json").read_text())["steps"]
+        if log_of(run)[-1]["step"] == steps:
+            return
+    call(words, quiet=True)
 
 
 def make_all(cells, size, out, jobs):
@@ -397,12 +400,12 @@ def table(cells):
     return "\n".join(lines).rstrip() + "\n"
 
 
-def publish(out, name, report):
+def publish(out, name, cells, report):
     """Keep a study's figures and pictures in results/, and its table in README.md and RESULTS.md
     where they say <!-- name --> ... <!-- end -->."""
     folder = HERE / "results" / name
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "cells.jsonl").write_text("".join(json.dumps(c) + "\n" for c in read_cells(out)))
+    (folder / "cells.jsonl").write_text("".join(json.dumps(c) + "\n" for c in cells))
     for picture in out.glob("*.png"):
         shutil.copy(picture, folder / picture.name)
     for page in (HERE / "README.md", HERE / "RESULTS.md"):
@@ -414,7 +417,7 @@ def publish(out, name, report):
 # ---- pictures
 
 
-def draw_scene(out, size, objective="ijepa"):
+def draw_scene(out, size, objective, scores):
     """affinity.png: on a scene held out, the similarity of three tokens to all others, for the
     student before and after and for its HR teacher; maps.png: what a probe makes of each."""
     runs = {row: out / "runs" / Cell(objective, row, 0).name
@@ -453,16 +456,12 @@ def draw_scene(out, size, objective="ijepa"):
     places = [((j + 0.5) / w, (i + 0.5) / h) for i, j in marks]
     figures.draw_panels(out / "affinity.png", columns, places)
     colours = figures.class_colours(classes)
-    palette = np.zeros((256, 3), np.float32) + 1
-    palette[: len(colours)] = np.array(colours) / 255
     columns = {name: [view] for name, view in views.items()}
     named = {"labels": label[0]}
     for row, value in maps.items():
-        miou = json.loads((out / "cells" / f"{Cell(objective, row, 0).name}.json").read_text())
-        miou = miou["scores"]["ridge"]["miou"]
-        named[f"{titles[row]}\nmIoU {100 * miou:.0f} %"] = value
+        named[f"{titles[row]}\nmIoU {100 * scores[row][0]:.0f} %"] = value
     for title, ids in named.items():
-        columns[title] = [cut(torch.from_numpy(palette[ids]), grid, part)]
+        columns[title] = [cut(figures.paint(ids, colours), grid, part)]
     figures.draw_panels(out / "maps.png", columns, legend=[*zip(classes, colours, strict=True)])
 
 
@@ -491,9 +490,9 @@ def tokens_to_show(label, grid, count=3):
     return [found[kind] for kind in sorted(found)][:count]
 
 
-def draw(out, size):
-    """All pictures of a study from what is there."""
-    for objective, rows in by_row(read_cells(out)).items():
+def draw(out, size, cells):
+    """All pictures of a study from the facts of its cells, and its runs."""
+    for objective, rows in by_row(cells).items():
         logs = {row: [log_of(out / "runs" / Cell(objective, row, seed).name) for seed in seeds]
                 for row, seeds in rows.items() if row != "untrained"}  # fmt: skip
         figures.draw_curves(out / f"curves_{objective}.png", logs)
@@ -503,7 +502,7 @@ def draw(out, size):
             figures.draw_scores(out / f"scores_{objective}.png", scores, zero)
             figures.draw_gains(out / f"gains_{objective}.png", *gains(scores))
         if {"untrained", "mr", "sa", "hr"} <= {row for row in rows if 0 in rows[row]}:
-            draw_scene(out, size, objective)
+            draw_scene(out, size, objective, scores)
 
 
 def gains(scores):
@@ -536,10 +535,9 @@ def track(idea, flags, out):
         run = out / "runs" / f"idea-{name}-s{seed}"
         if "{hr}" in ROWS["idea"]:
             make(Cell("ijepa", "hr", seed), size, out)
-        if not (run / "encoder.safetensors").exists() or not finished(run):
-            words = training(cell, size, out)
-            words[0], words[words.index("--out") + 1] = idea / "train.py", run
-            call(words, quiet=True)  # goes on where it was stopped
+        words = training(cell, size, out)
+        words[0], words[words.index("--out") + 1] = idea / "train.py", run
+        train(run, words)
         scores.append(100 * judge(run, out, run / "scores", RIDGE["ridge"])["miou"])
     path = HERE / "TRACK.md"
     lines = path.read_text().splitlines() if path.exists() else TRACK.splitlines()
@@ -629,8 +627,7 @@ def collect(folders):
         print("| " + " | ".join(map(str, key)) + f" | {len(means)} | {mean_and_spread(means)} |")
 
 
-def main(argv=None):
-    args = parse_args(argv)
+def main(args):
     if args.collect:
         return collect(args.collect)
     # commands are said as one types them in this folder
@@ -641,35 +638,27 @@ def main(argv=None):
     os.chdir(HERE)
     if args.size == "paper":
         return print(PAPER, end="")
+    (args.out / "cells").mkdir(parents=True, exist_ok=True)
     if args.idea:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "cells").mkdir(exist_ok=True)
         return track(args.idea, args.flags, args.out)
     size, start = SIZES[args.size], time.perf_counter()
     if args.seeds:
         size = size._replace(seeds=args.seeds)
     if args.objective:
         size = size._replace(objectives=(args.objective,))
-    (args.out / "cells").mkdir(parents=True, exist_ok=True)
     if not args.table:
         draw_ground(args.out, size)
         make_all(cells_of(size), size, args.out, args.jobs)
-    draw(args.out, size)
-    report = table(read_cells(args.out))
+    cells = read_cells(args.out)
+    draw(args.out, size, cells)
+    report = table(cells)
     write_atomic(args.out / "table.md", lambda to: to.write_text(report))
     print("\n" + report)
     if args.publish:
-        publish(args.out, args.size, report)
+        publish(args.out, args.size, cells, report)
     print(f"{args.out}: table.md, affinity.png, maps.png, curves and scores "
           f"({duration(time.perf_counter() - start)})")  # fmt: skip
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"study.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("study.py: stopped; the same command goes on from there", file=sys.stderr)
-        sys.exit(130)
+    script(main, parse_args, "the same command goes on from there")

@@ -69,3 +69,16 @@ def real():
         return path
 
     return find
+
+
+def gradient_norms(monkeypatch):
+    """A list that gains the norm of all gradients whenever AdamW takes a step."""
+    norms, step = [], torch.optim.AdamW.step
+
+    def spy(self, *args, **options):
+        grads = [p.grad for group in self.param_groups for p in group["params"]]
+        norms.append(torch.nn.utils.get_total_norm([g for g in grads if g is not None]).item())
+        return step(self, *args, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    return norms

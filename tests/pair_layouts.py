@@ -182,3 +182,25 @@ def jp2(path, array, gsd):
         YCBCR420="NO",
     ) as file:
         file.write(array)
+
+
+# what a Listing gives of a layout
+
+BGRN = ["B", "G", "R", "NIR"]
+
+
+def pairs_of(listing):
+    return [pair for unit in listing.units for pair in unit.open()]
+
+
+def pixels_of(source):
+    return raster.masked(source.read(None, source.bands), None)[0]
+
+
+def same(source, array):
+    """Whole and in part, the source gives these bands, of which its info says the truth."""
+    whole, part = pixels_of(source), source.read((1, 2, 5, 7), source.bands)
+    part, _ = raster.masked(part, None)
+    assert whole.dtype == array.dtype == source.info.dtype
+    assert (len(whole), source.info.height, source.info.width) == array.shape
+    return np.array_equal(whole, array) and np.array_equal(part, array[:, 1:6, 2:9])

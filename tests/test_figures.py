@@ -12,6 +12,7 @@ from figures import (
     draw_panels,
     draw_scores,
     draw_tokens,
+    paint,
     similarity,
     token_colours,
 )
@@ -68,6 +69,12 @@ def test_classes_have_the_colours_that_a_reader_expects_and_none_twice():
     assert class_colours(names[:5]) == class_colours(names)[:5]  # whatever follows
     assert other == class_colours(["water", "lake", "banana"])[2]
     assert len(class_colours([f"class {k}" for k in range(255)])) == 255
+
+
+def test_a_class_map_is_painted_and_white_where_no_class_is():
+    picture = paint(np.uint8([[0, 1], [255, 2]]), [(1, 2, 3), (4, 5, 6)])
+    assert picture.dtype == np.uint8
+    assert picture.tolist() == [[[1, 2, 3], [4, 5, 6]], [[255] * 3, [255] * 3]]
 
 
 def test_similarity_leaves_out_what_a_scene_shares():

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import refused
+from conftest import gradient_norms, refused
 from einops import rearrange
 from real_tasks import SETTINGS, write_eolearn, write_ukis
 from safetensors import safe_open
@@ -1183,14 +1183,7 @@ def test_compiled_it_trains_the_same(scenes, encoder, tmp_path, monkeypatch):
 
 
 def test_gradients_are_clipped_where_it_is_asked_for(scenes, encoder, tmp_path, monkeypatch):
-    norms, step = [], torch.optim.AdamW.step
-
-    def spy(self, *args, **options):
-        grads = [p.grad for group in self.param_groups for p in group["params"]]
-        norms.append(torch.nn.utils.get_total_norm([g for g in grads if g is not None]).item())
-        return step(self, *args, **options)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    norms = gradient_norms(monkeypatch)
     run(scenes, encoder, tmp_path, "--epochs", "1")
     small, norms[:] = min(norms) / 2, []
     run(scenes, encoder, tmp_path, "--epochs", "1", "--clip", str(small))

@@ -6,29 +6,11 @@ import numpy as np
 import pair_layouts as layouts
 import pytest
 from conftest import refused
+from pair_layouts import BGRN, pairs_of, same
 
 import data
 from datasets.folder import read_geotiff
 from imagery import pack, raster
-
-BGRN = ["B", "G", "R", "NIR"]
-
-
-def pairs_of(listing):
-    return [pair for unit in listing.units for pair in unit.open()]
-
-
-def pixels_of(source):
-    return raster.masked(source.read(None, source.bands), None)[0]
-
-
-def same(source, array):
-    """Whole and in part, the source gives these bands, of which its info says the truth."""
-    whole, part = pixels_of(source), source.read((1, 2, 5, 7), source.bands)
-    part, _ = raster.masked(part, None)
-    assert whole.dtype == array.dtype == source.info.dtype
-    assert (len(whole), source.info.height, source.info.width) == array.shape
-    return np.array_equal(whole, array) and np.array_equal(part, array[:, 1:6, 2:9])
 
 
 @pytest.mark.parametrize("suffix", [".jp2", ".tif"])

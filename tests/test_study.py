@@ -55,7 +55,7 @@ def test_every_cell_is_a_command_of_train(out, objective, row):
 
 
 def test_the_papers_commands_are_commands(capsys):
-    study.main(["--size", "paper"])
+    study.main(study.parse_args(["--size", "paper"]))
     text = capsys.readouterr().out.replace("\\\n", " ")
     words = re.search(r"train\.py (.*)", text)[1]
     for name, value in (
@@ -225,7 +225,7 @@ def test_a_few_steps_claim_nothing():
 
 def test_an_idea_without_a_train_py_is_refused(tmp_path):
     with refused(ValueError, "--idea", "train.py"):
-        study.main(["--idea", str(tmp_path), "--out", str(tmp_path / "out")])
+        study.main(study.parse_args(["--idea", str(tmp_path), "--out", str(tmp_path / "out")]))
 
 
 def test_collected_rows_are_means_over_pretraining_seeds(tmp_path, capsys):
@@ -236,7 +236,7 @@ def test_collected_rows_are_means_over_pretraining_seeds(tmp_path, capsys):
         rows = [{"task": "mados", "protocol": "linear", "pretraining": about, "miou": v}
                 for v in values]  # fmt: skip
         (folder / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    study.main(["--collect", str(tmp_path / "s0"), str(tmp_path / "s1")])
+    study.main(study.parse_args(["--collect", str(tmp_path / "s0"), str(tmp_path / "s1")]))
     said = capsys.readouterr().out
     assert "| mados | linear | ijepa | sa | 2 | 40.0 ± 14.1 |" in said
 
@@ -304,6 +304,6 @@ def test_publishing_fills_a_block_and_leaves_the_others(out, monkeypatch):
     (out / "scores.png").write_text("picture")
     monkeypatch.setattr(study, "HERE", out)
     for report in ("one\n", "two\n"):
-        study.publish(out, "demo", report)
+        study.publish(out, "demo", [], report)
         assert (out / "README.md").read_text() == page.replace("demo -->\n", f"demo -->\n{report}")
     assert (out / "results" / "demo" / "scores.png").exists()

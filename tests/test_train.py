@@ -16,7 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, refused
+from conftest import ROOT, gradient_norms, refused
 from stores import write_store
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -183,14 +183,7 @@ def test_resume_is_bit_for_bit(store, tmp_path, objective):
 
 
 def test_gradients_are_clipped_where_it_is_asked_for(store, tmp_path, monkeypatch):
-    norms, step = [], torch.optim.AdamW.step
-
-    def spy(self, *args, **options):
-        grads = [p.grad for group in self.param_groups for p in group["params"]]
-        norms.append(torch.nn.utils.get_total_norm([g for g in grads if g is not None]).item())
-        return step(self, *args, **options)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    norms = gradient_norms(monkeypatch)
     run(store, tmp_path / "free")
     free, norms[:] = norms[:], []
     small = min(free) / 2
