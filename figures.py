@@ -130,8 +130,8 @@ def draw_panels(path, columns, marks=(), legend=()):
     """Pictures side by side, a column each -> PNG.
 
     columns: {title: a list of (h, w, 3) pictures as matplotlib takes them, or (h, w) similarities
-    in -1..1, one a row, of the same ground}. marks: for each row (x, y) in 0..1, drawn as a ring in every panel.
-    legend: [(name, (red, green, blue) of 0..255)].
+    in -1..1, one a row, of the same ground}. marks: for each row (x, y) in 0..1, drawn as a ring in
+    every panel. legend: [(name, (red, green, blue) of 0..255)].
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
