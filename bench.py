@@ -13,7 +13,6 @@ import concurrent.futures
 import datetime
 import itertools
 import json
-import os
 import platform
 import re
 import shutil
@@ -28,6 +27,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from affinity import gram_loss
+from files import write_atomic
 
 # B, N, D, ratio: those of training, then large scenes
 SHAPES = {
@@ -85,9 +85,7 @@ def main():
         print(f"bench.py: {error}", file=sys.stderr)
         sys.exit(2)
     if args.out:
-        part = args.out.with_name(args.out.name + ".part")
-        part.write_text(json.dumps({**provenance(args), "rows": rows}, indent=1))
-        os.replace(part, args.out)
+        write_atomic(args.out, json.dumps({**provenance(args), "rows": rows}, indent=1))
 
 
 def provenance(args):

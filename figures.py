@@ -1,10 +1,9 @@
 """Every picture: chips in true colour, tokens as colours or similarities, maps, curves, scores."""
 
-import os
-
 import torch
 from einops import rearrange
 
+from files import replacing
 from imagery.bands import meanings
 
 
@@ -43,10 +42,9 @@ def token_colours(tokens, grid):
 
 
 def save_figure(figure, path):
-    """Write a matplotlib figure as PNG under a temporary name, then rename it."""
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png", dpi=120, bbox_inches="tight")
-    os.replace(partial, path)
+    """Write a matplotlib figure as PNG, atomically."""
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=120, bbox_inches="tight")
 
 
 def draw_tokens(path, pictures, tokens):

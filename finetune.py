@@ -44,6 +44,7 @@ from datasets.tasks import (
     load_task,
     own_folder,
 )
+from files import save_sealed
 from imagery.bands import meanings
 from model import ViT, vit
 from run import (
@@ -56,7 +57,6 @@ from run import (
     positive,
     precision_of,
     read_checkpoint,
-    save_sealed,
     script,
     start_ranks,
     whole,

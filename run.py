@@ -1,14 +1,13 @@
 """A run's ranks, folder, checkpoints and log lines: what scripts share, and no method is in.
 
 Top to bottom: kinds of flags; how a script starts on any number of ranks, says an error once and
-stops when it is asked to; files that are whole or not there, and tell when they were damaged;
-opening a run directory; `Run`, which logs and saves; `health`, what a log line tells of tokens.
+stops when it is asked to; opening a run directory; `Run`, which logs and saves; `health`, what a
+log line tells of tokens.
 """
 
 import argparse
 import contextlib
 import fcntl
-import hashlib
 import io
 import json
 import math
@@ -20,13 +19,14 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+
+from files import load_sealed, save_sealed, write_atomic
 
 # ---- flags
 
@@ -260,89 +260,7 @@ def fail(sentence, code=2):
     sys.exit(code)
 
 
-# ---- files
-
-
-def write_atomic(path, write):
-    """write(temporary path), flushed to disk, then renamed to path. OSError in one sentence, and
-    what was at path stays, if that fails."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        # made here and by nobody else: what a kill left goes, a link is not followed
-        partial.unlink(missing_ok=True)
-        os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
-        write(partial)
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:
-        # torch says what its writer makes of the system's error, which is behind it
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
-            raise
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        reason = cause.strerror or str(cause)
-        raise OSError(f"{path}: cannot be written ({reason}); what it held before stays") from None
-
-
-# torch.save writes a zip archive, which readers look for from its end: these bytes pass unseen
-SEAL = b"sha256 "
-
-
-class Sealed:
-    """A file that torch.save writes to: `seal` ends it with a digest of all that went before."""
-
-    def __init__(self, file):
-        self.file, self.digest = file, hashlib.sha256()
-        self.flush = file.flush
-
-    def write(self, data):
-        self.digest.update(data)
-        return self.file.write(data)
-
-    def seal(self):
-        self.file.write(SEAL + self.digest.hexdigest().encode())
-
-
-def save_sealed(state, path):
-    """Write a tree of tensors and plain values with torch.save and a digest, atomically."""
-
-    def write(to):
-        with open(to, "wb") as file:
-            sealed = Sealed(file)
-            torch.save(state, sealed)
-            sealed.seal()
-
-    write_atomic(path, write)
-
-
-def load_sealed(path):
-    """Read a torch file on the CPU, after its digest where it has one: a tree. Nothing in it is
-    run, and it can take no more memory than it has bytes. Raises ValueError if it is damaged."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        file.seek(-min(size, len(SEAL) + 64 + 22), os.SEEK_END)
-        end = file.read()
-        sealed = end[22:29] == SEAL and size > len(end)
-        if sealed:
-            file.seek(0)
-            digest, left = hashlib.sha256(), size - len(SEAL) - 64
-            while left:
-                piece = file.read(min(left, 1 << 24))
-                digest.update(piece)
-                left -= len(piece)
-            if digest.hexdigest().encode() != end[29:]:
-                raise ValueError(f"{path}: damaged, its bytes do not fit its digest")
-        file.seek(0)
-        if file.read(4) == b"PK\x03\x04":
-            if not sealed and end[-22:-18] != b"PK\x05\x06":
-                raise ValueError(f"{path}: damaged, it does not end as a torch file does")
-            with zipfile.ZipFile(path) as archive:
-                claimed = sum(member.file_size for member in archive.infolist())
-            if claimed > size:
-                raise ValueError(f"{path}: damaged, {size} bytes that claim to hold {claimed}")
-    return torch.load(path, map_location="cpu", weights_only=True)
+# ---- the run directory
 
 
 def git_state():
@@ -357,9 +275,6 @@ def git_state():
         return None, ""
     commit, diff = (text.decode(errors="replace") for text in said)
     return commit.strip(), diff
-
-
-# ---- the run directory
 
 
 held = None  # the lock of this process, which works on one run at a time
@@ -591,12 +506,12 @@ class Run:
         if self.ranks.rank:
             return
         text = json.dumps(config, indent=1) + "\n"
-        write_atomic(self.out / "config.json", lambda to: to.write_text(text))
+        write_atomic(self.out / "config.json", text)
         if edits:
-            write_atomic(self.out / "edits.diff", lambda to: to.write_text(edits))
+            write_atomic(self.out / "edits.diff", edits)
         # log lines after the checkpoint belong to steps that will be taken again
         kept = log_until(self.out / "log.jsonl", start)
-        write_atomic(self.out / "log.jsonl", lambda to: to.write_text(kept))
+        write_atomic(self.out / "log.jsonl", kept)
         (self.out / "stopped").unlink(missing_ok=True)
 
     def saves(self, step):
@@ -664,7 +579,7 @@ class Run:
         self.written()
         if stopped:
             text = f"asked to by {Stop.asked or 'another rank'}\n"
-            write_atomic(self.out / "stopped", lambda to: to.write_text(text))
+            write_atomic(self.out / "stopped", text)
 
 
 # ---- health: sums over tokens, so that any number of ranks logs the same numbers

@@ -11,8 +11,8 @@ import tempfile
 
 import numpy as np
 
+from files import replacing
 from imagery import raster
-from run import write_atomic
 from segment import read_rows
 
 UNPREDICTED = 255  # in the class maps; so they hold at most 255 classes
@@ -71,14 +71,10 @@ def append_row(results, row):
 
 def write_matrix(path, matrix, classes):
     """Save a confusion matrix as CSV, rows label, columns prediction, both with class names."""
-
-    def write(to):
-        with to.open("w", newline="", encoding="utf-8") as file:
-            rows = csv.writer(file)
-            rows.writerow(["label / prediction", *classes])
-            rows.writerows([name, *counts] for name, counts in zip(classes, matrix, strict=True))
-
-    write_atomic(path, write)
+    with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["label / prediction", *classes])
+        rows.writerows([name, *counts] for name, counts in zip(classes, matrix, strict=True))
 
 
 def write_maps(folder, task, tiles, predictions):

@@ -39,8 +39,9 @@ import torch
 from einops import rearrange
 
 import figures
+from files import write_atomic
 from imagery import raster
-from run import Parser, duration, git_state, positive, script, write_atomic
+from run import Parser, duration, git_state, positive, script
 
 HERE = Path(__file__).parent
 
@@ -239,7 +240,7 @@ def make(cell, size, out):
             "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
             "commit": commit and commit[:12] + "-dirty" * bool(edits), "torch": torch.__version__,
         }  # fmt: skip
-        write_atomic(path, lambda to: to.write_text(json.dumps(facts, indent=1) + "\n"))
+        write_atomic(path, json.dumps(facts, indent=1) + "\n")
 
 
 def judge(run, out, results, flags):
@@ -411,7 +412,7 @@ def publish(out, name, cells, report):
     for page in (HERE / "README.md", HERE / "RESULTS.md"):
         block = re.compile(f"(?<=<!-- {name} -->\n).*?(?=<!-- end -->)", re.DOTALL)
         text = block.sub(lambda _: report, page.read_text(), count=1)
-        write_atomic(page, lambda to, text=text: to.write_text(text))
+        write_atomic(page, text)
 
 
 # ---- pictures
@@ -546,7 +547,7 @@ def track(idea, flags, out):
     record = f"{mean - max(before):+.1f}" if before else ""
     lines.append(f"| `{ROWS['idea']}` | {mean:.1f} ± {spread:.1f} | {record} | {commit} | "
                  f"{time.strftime('%Y-%m-%d')} |")  # fmt: skip
-    write_atomic(path, lambda to: to.write_text("\n".join(lines) + "\n"))
+    write_atomic(path, "\n".join(lines) + "\n")
     print(lines[-1])
 
 
@@ -652,7 +653,7 @@ def main(args):
     cells = read_cells(args.out)
     draw(args.out, size, cells)
     report = table(cells)
-    write_atomic(args.out / "table.md", lambda to: to.write_text(report))
+    write_atomic(args.out / "table.md", report)
     print("\n" + report)
     if args.publish:
         publish(args.out, args.size, cells, report)

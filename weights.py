@@ -19,9 +19,9 @@ from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from files import NO_DIGEST, check_digest, load_sealed, seal_tensors, write_atomic
 from imagery.bands import meanings
 from model import SIZES, ViT, position_table
-from run import load_sealed, write_atomic
 
 # (width, depth) of published ViTs -> attention heads, which no weight shows
 HEADS = {(dim, depth): heads for dim, depth, heads in SIZES.values()} | {(1408, 40): 16}
@@ -59,34 +59,9 @@ def to_timm(encoder, grid):
 def write_tensors(path, state, facts):
     """Write tensors by name and JSON-able facts to a safetensors file, atomically; the reverse of
     `read_tensors`. Its metadata hold a digest of the whole file, taken with zeros in its place."""
-    metadata = {"crossscale": json.dumps(facts), "sha256": NO_DIGEST.decode()}
+    metadata = {"crossscale": json.dumps(facts), "sha256": NO_DIGEST}
     # as bytes: safetensors' own writer lets nobody but the owner read the file
-    data = save(state, metadata=metadata)
-    # hidden in a string of the facts it would be behind a backslash
-    data = data.replace(KEY + NO_DIGEST, KEY + hashlib.sha256(data).hexdigest().encode(), 1)
-    write_atomic(Path(path), lambda to: to.write_bytes(data))
-
-
-KEY, NO_DIGEST = b'"sha256":"', b"0" * 64
-
-
-def check_digest(path):
-    """Raise ValueError if a safetensors file holds a digest that its bytes do not have. Files of
-    others have none, nor has what we once wrote; a damaged digest still leaves a trace."""
-    with open(path, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        head = file.read(min(size, 100_000_000))  # the format's own limit
-        found = re.search(re.escape(KEY) + rb"([0-9a-f]{64})", head)
-        if found is None:
-            if re.search(rb'sha256":"|":"[0-9a-f]{64}"', head):
-                raise ValueError(f"{path}: damaged, its digest cannot be read; fetch it again")
-            return
-        digest = hashlib.sha256(size.to_bytes(8, "little"))
-        digest.update(head[: found.start(1)] + NO_DIGEST + head[found.end(1) :])
-        while piece := file.read(1 << 24):
-            digest.update(piece)
-    if digest.hexdigest().encode() != found[1]:
-        raise ValueError(f"{path}: damaged, its bytes do not fit its digest; fetch it again")
+    write_atomic(Path(path), seal_tensors(save(state, metadata=metadata)))
 
 
 def weights_hash(encoder):

@@ -19,8 +19,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from files import save_sealed
 from model import ViT
-from run import Ranks, read_checkpoint, read_config, save_sealed
+from run import Ranks, read_checkpoint, read_config
 from segment import Segmenter, load_segmenter, save_segmenter
 from weights import load_encoder, save_encoder
 
