@@ -1,9 +1,12 @@
 """Every picture: chips in true colour, tokens as colours or similarities, maps, curves, scores."""
 
+import base64
+import json
+
 import torch
 from einops import rearrange
 
-from files import replacing
+from files import replacing, write_atomic
 from imagery.bands import meanings
 
 
@@ -223,10 +226,83 @@ def draw_gains(path, curves, levels):
         axis.plot(list(points), means, color="black", lw=1.5, label="sa")
         for (name, level), style in zip(levels.items(), (":", "--"), strict=False):
             axis.axhline(100 * level, color="grey", ls=style, lw=1, label=name)
-        axis.set_xscale("log")
+        if min(points) > 0:
+            axis.set_xscale("log")
         axis.set_xticks(list(points), [f"{value:g}" for value in points])
         axis.minorticks_off()
         axis.set_xlabel(flag)
         axis.set_ylabel("mIoU, %")
         axis.legend(fontsize=8, frameon=False)
     save_figure(figure, path)
+
+
+PAGE = """\
+<!doctype html>
+<meta charset="utf-8">
+<title>Affinity maps</title>
+<style>
+body { font: 14px sans-serif; margin: 1em; }
+figure { display: inline-block; margin: 4px; text-align: center; }
+canvas { width: 230px; height: 230px; image-rendering: pixelated; cursor: crosshair; }
+</style>
+<p>Click a place: the cosine similarity of its token to all others, from -1 (blue) to 1 (red).
+<div id="panels"></div>
+<script>
+const panels = PANELS, bytes = code => Uint8Array.from(atob(code), c => c.charCodeAt(0));
+for (const panel of panels) {
+  const figure = document.getElementById("panels").appendChild(document.createElement("figure"));
+  const canvas = figure.appendChild(document.createElement("canvas"));
+  figure.appendChild(document.createElement("figcaption")).textContent = panel.title;
+  [panel.canvas, canvas.height, canvas.width] = [canvas, ...panel.grid];
+  panel.values = bytes(panel.pixels || panel.tokens);
+  if (panel.tokens) panel.values = new Int8Array(panel.values.buffer);
+  canvas.onclick = e => {
+    const box = canvas.getBoundingClientRect();
+    show((e.clientX - box.left) / box.width, (e.clientY - box.top) / box.height);
+  };
+}
+function show(x, y) {
+  for (const {canvas, grid: [rows, cols, width], values, tokens} of panels) {
+    const context = canvas.getContext("2d"), image = context.createImageData(cols, rows);
+    const row = Math.floor(y * rows), col = Math.floor(x * cols), at = (row * cols + col) * width;
+    for (let k = 0; k < rows * cols; k++) {
+      if (!tokens) { for (let c = 0; c < 4; c++) image.data[4 * k + c] = values[4 * k + c]; }
+      else {
+        let s = 0;
+        for (let c = 0; c < width; c++) s += values[at + c] * values[k * width + c];
+        s /= 127 * 127;
+        const fade = 255 * (1 - Math.min(1, Math.abs(s)));
+        image.data.set(s > 0 ? [255, fade, fade, 255] : [fade, fade, 255, 255], 4 * k);
+      }
+    }
+    context.putImageData(image, 0, 0);
+    context.strokeStyle = "black";
+    const side = Math.max(1, cols / 20);
+    context.strokeRect(x * cols - side / 2, y * rows - side / 2, side, side);
+  }
+}
+show(0.5, 0.5);
+</script>
+"""
+
+
+def write_page(path, pictures, tokens):
+    """Affinity maps of any token, as a page that needs no server: click a place, and every panel
+    shows how alike its token is to all others.
+
+    pictures: {title: (h, w, 3) float in 0..1}, of the same ground as the tokens. tokens: {title:
+    (rows, cols, D)}; compared as `similarity` does, rounded to 8 bits.
+    """
+    panels = []
+    for title, values in tokens.items():
+        x = values.float() - values.float().flatten(0, 1).mean(0)
+        x = (127 * torch.nn.functional.normalize(x, dim=-1)).round().clamp(-127, 127)
+        code = base64.b64encode(x.to(torch.int8).numpy().tobytes()).decode()
+        panels.append({"title": title, "grid": list(x.shape), "tokens": code})
+    for title, picture in pictures.items():
+        rgb = (255 * torch.as_tensor(picture)).round().to(torch.uint8)
+        alpha = torch.full_like(rgb[..., :1], 255)
+        code = base64.b64encode(torch.cat([rgb, alpha], -1).numpy().tobytes()).decode()
+        panels.insert(0, {"title": title, "grid": list(rgb.shape), "pixels": code})
+    page = PAGE.replace("PANELS", json.dumps(panels))
+    write_atomic(path, page)

@@ -46,7 +46,7 @@ from datasets.tasks import (
 )
 from files import save_sealed
 from imagery.bands import meanings
-from model import ViT, vit
+from model import SIZES, ViT, vit
 from run import (
     Parser,
     Stop,
@@ -72,6 +72,7 @@ from scores import (
 )
 from segment import (
     HEADS,
+    Pixels,
     Segmenter,
     balanced_weights,
     by_name,
@@ -91,6 +92,7 @@ from weights import bands_of, load_encoder, weights_hash
 
 PROBES = ("knn", "ridge")  # protocols that train nothing
 
+UNREAD = ("random", "pixels")  # values of --encoder that name no file
 PRETRAINING = ("objective", "variant", "seed", "step", "store")  # what train.py says in weights
 
 # The flags that a seed's result depends on, beside the encoder and the task themselves
@@ -110,10 +112,9 @@ def parse_args(argv=None):
     )
     flag = parser.add_argument_group("encoder").add_argument
     flag("--encoder", required=True, help="run folder, weights file, 'random' (an untrained ViT of "
-         "--model and --patch) or 'random:RUN' (the architecture of RUN, untrained); random "
-         "weights are drawn anew for each seed")
-    flag("--model", default="small", choices=["tiny", "small", "base", "large", "huge"],
-         help="size of --encoder random (default small)")
+         "--model and --patch), 'random:RUN' (the architecture of RUN, untrained), drawn for each "
+         "seed anew, or 'pixels' (tokens are the pixels of their --patch)")
+    flag("--model", default="small", choices=SIZES, help="of --encoder random (default small)")
     flag("--patch", type=positive, default=14, help="pixels, of --encoder random (default 14)")
     flag("--heads", type=positive, help="attention heads, for weights whose width does not tell")
 
@@ -247,6 +248,9 @@ def parse_args(argv=None):
         args.weight_decay = {"finetune": 0.05}.get(args.protocol, 0.0)
     if args.splits is None and args.val + args.test >= 1:
         parser.error(f"--val {args.val} and --test {args.test} leave nothing to train on")
+    if args.encoder == "pixels" and (args.protocol == "finetune" or args.head == "upernet"):
+        parser.error("--encoder pixels has nothing to fine-tune; probe it with a linear head")
+    args.save_model &= args.encoder != "pixels"  # predict.py maps with an encoder
     if args.heads and args.encoder == "random":
         parser.error("--heads is for weights; --encoder random has those of its --model")
     return args
@@ -282,7 +286,7 @@ def load(args):
 
 def check_encoder(encoder, name, task, image_size):
     """Raise ValueError if the encoder does not read the task's bands or the image size."""
-    wanted = [] if name == "random" else bands_of(encoder)
+    wanted = [] if name in UNREAD else bands_of(encoder)
     if encoder.in_channels != len(task.bands):
         raise ValueError(
             f"--encoder {name} reads {encoder.in_channels} bands ({','.join(wanted) or 'unnamed'}),"
@@ -512,7 +516,7 @@ def kept_splits(args):
 def open_task(args):
     """The encoder and the task of the flags, and the mean and std that normalise its bands;
     everything wrong with them is raised here."""
-    if args.encoder != "random":
+    if args.encoder not in UNREAD:
         template = load_encoder(args.encoder.removeprefix("random:"), args.heads)
     task = load(args)
     if args.split_hash and args.split_hash.lower() != task.split_hash:
@@ -522,6 +526,8 @@ def open_task(args):
         )
     if args.encoder == "random":
         template = vit(args.model, in_channels=len(task.bands), patch_size=args.patch)
+    if args.encoder == "pixels":
+        template = Pixels(len(task.bands), args.patch)
     check_encoder(template, args.encoder, task, args.image_size)
     if args.stats == "task":
         return template, task, task.mean, task.std
@@ -534,7 +540,8 @@ def open_task(args):
 
 def describe(args, template, tiles, ranks, precision):
     """What the rows of all seeds share, a dict; "run" changes with all that a result depends on."""
-    task, trained = tiles.task, not untrained(args.encoder)
+    task = tiles.task
+    trained = not untrained(args.encoder) and args.encoder not in UNREAD
     commit, edits = git_state()
     cuda = ranks.device.type == "cuda"
     facts = {
@@ -545,7 +552,7 @@ def describe(args, template, tiles, ranks, precision):
         "architecture": template.config,
         "precision": precision,
     }
-    weights = weights_hash(template) if trained else "random"
+    weights = weights_hash(template) if trained else args.encoder.split(":")[0]
     on = [facts, weights, [getattr(args, name) for name in PROTOCOL]]
     meta = template.meta if trained else {}
     return facts | {

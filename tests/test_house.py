@@ -33,7 +33,8 @@ ROOMS = {
     "scores": "* segment imagery",
     "finetune": "* scores tiles segment weights model data run datasets imagery figures",
     "predict": "* segment weights model data run datasets imagery figures",
-    "study": "* run imagery figures",
+    "report": "* imagery figures",
+    "study": "* report run imagery figures",
     "bench": "* affinity kernels model data",
 }
 SCRIPTS = {"train", "finetune", "predict", "study", "bench"}
