@@ -248,8 +248,6 @@ def parse_args(argv=None):
         args.weight_decay = {"finetune": 0.05}.get(args.protocol, 0.0)
     if args.splits is None and args.val + args.test >= 1:
         parser.error(f"--val {args.val} and --test {args.test} leave nothing to train on")
-    if args.encoder == "pixels" and (args.protocol == "finetune" or args.head == "upernet"):
-        parser.error("--encoder pixels has nothing to fine-tune; probe it with a linear head")
     args.save_model &= args.encoder != "pixels"  # predict.py maps with an encoder
     if args.heads and args.encoder == "random":
         parser.error("--heads is for weights; --encoder random has those of its --model")
@@ -527,6 +525,8 @@ def open_task(args):
     if args.encoder == "random":
         template = vit(args.model, in_channels=len(task.bands), patch_size=args.patch)
     if args.encoder == "pixels":
+        if args.protocol == "finetune" or args.head == "upernet":
+            raise ValueError("--encoder pixels: has nothing to fine-tune, and no blocks; probe it")
         template = Pixels(len(task.bands), args.patch)
     check_encoder(template, args.encoder, task, args.image_size)
     if args.stats == "task":

@@ -1,3 +1,7 @@
+import base64
+import json
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +19,7 @@ from figures import (
     paint,
     similarity,
     token_colours,
+    write_page,
 )
 
 
@@ -102,3 +107,19 @@ def test_pictures_of_a_study(tmp_path):
     assert sorted(p.stem for p in tmp_path.iterdir()) == ["a", "b", "c", "d"]
     for path in tmp_path.iterdir():
         assert np.ptp(imread(path)) > 0.5
+
+
+def test_a_page_holds_tokens_whose_cosines_are_those_of_similarity(tmp_path):
+    """Read as its script does: signed bytes, row by row, products over 127 squared. Rounding moves
+    an entry by half a step of 1/127, so a cosine of D entries by sqrt(D) / 127 and a little."""
+    tokens = torch.randn(5, 4, 16)
+    picture = torch.rand(10, 8, 3)
+    write_page(tmp_path / "page.html", {"HR": picture}, {"student": tokens})
+    text = (tmp_path / "page.html").read_text()
+    view, panel = json.loads(re.search(r"panels = (\[.*\]), bytes", text)[1])
+    assert (view["title"], panel["title"]) == ("HR", "student") and panel["grid"] == [5, 4, 16]
+    rgba = np.frombuffer(base64.b64decode(view["pixels"]), np.uint8).reshape(10, 8, 4)
+    assert np.abs(rgba[..., :3] / 255 - picture.numpy()).max() < 0.003
+    values = np.frombuffer(base64.b64decode(panel["tokens"]), np.int8).reshape(20, 16) / 127
+    expected = similarity(tokens, 1, 2).flatten().numpy()
+    assert np.abs(values @ values[6] - expected).max() < 1.1 * 16**0.5 / 127

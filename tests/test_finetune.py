@@ -390,6 +390,17 @@ def test_other_heads_learn(narrow, scenes, encoder, tmp_path, head):
     assert row["miou"] > 0.9 and row["head"] == head
 
 
+@pytest.mark.parametrize("protocol", ["linear", "knn", "ridge"])
+def test_pixels_are_probed_as_an_encoder_is(scenes, tmp_path, protocol):
+    """Colour gives these classes away; there is no model to map with, and nothing to fine-tune."""
+    flags = ["--patch", "4", "--protocol", protocol] + ["--lr", "0.1"] * (protocol == "linear")
+    (row,) = run(scenes, "pixels", tmp_path, *flags)
+    assert row["miou"] > 0.9 and row["model"] is None and row["encoder"] == "pixels"
+    assert run(scenes, "pixels", tmp_path, *flags) == []
+    with refused(SystemExit, "pixels", "nothing to fine-tune"):
+        run(scenes, "pixels", tmp_path / "no", "--patch", "4", "--protocol", "finetune")
+
+
 @pytest.mark.parametrize("protocol", ["knn", "ridge"])
 def test_probes_without_training(scenes, encoder, tmp_path, protocol, capsys):
     flags, maps = ["--protocol", protocol], tmp_path.with_suffix(".maps")
