@@ -435,20 +435,6 @@ def read_config(path):
     return config
 
 
-def flags_of(path, leave):
-    """The flags of a run as they are typed, from its config.json, but for those to leave."""
-    words = []
-    for name, value in read_config(path)["args"].items():
-        flag = "--" + name.replace("_", "-")
-        if name in leave or value is None:
-            continue
-        if isinstance(value, bool):
-            words.append(flag if value else flag.replace("--", "--no-", 1))
-        else:
-            words += [flag, *map(str, value if isinstance(value, list) else [value])]
-    return words
-
-
 def log_until(path, step):
     """The lines of a log that belong to steps up to `step`; a kill may have cut the last one."""
     kept = ""
