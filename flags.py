@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from model import OBJECTIVES, SIZES
-from run import Parser, between, positive, read_config, whole
+from run import Formatter, Parser, between, positive, read_config, whole
 
 # What may differ between a run and its continuation
 FREE_ON_RESUME = {
@@ -41,13 +41,6 @@ SMALL = (
 
 
 # fmt: off
-class Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Tells a flag's default where it has one."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default in (None, []) else super()._get_help_string(action)
-
-
 def build_parser(variants):
     p = Parser(
         prog="train.py",

@@ -38,6 +38,13 @@ class Parser(argparse.ArgumentParser):
         fail(f"{self.prog}: {message}")
 
 
+class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells a flag's default where it has one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, []) else super()._get_help_string(action)
+
+
 def positive(text):
     value = int(text)
     if value < 1:

@@ -16,7 +16,6 @@ resolves and MR hardly shows. What is claimed for HR is `sa` minus the best of i
 seed, never `sa` minus a baseline that may be sick.
 """
 
-import argparse
 import fcntl
 import hashlib
 import json
@@ -41,7 +40,7 @@ from einops import rearrange
 import figures
 from files import write_atomic
 from imagery import raster
-from run import Parser, duration, git_state, positive, script
+from run import Formatter, Parser, duration, git_state, positive, script
 
 HERE = Path(__file__).parent
 
@@ -570,7 +569,7 @@ deviation is noise. `{hr}` in flags stands for a teacher trained on HR for 800 s
 
 def parse_args(argv=None):
     parser = Parser(prog="study.py", description=__doc__.splitlines()[0], allow_abbrev=False,
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+                    formatter_class=Formatter)  # fmt: skip
     flag = parser.add_argument
     flag("--size", choices=[*SIZES, "paper"], default="demo", help="the budget")
     flag("--out", type=Path, help="folder, which goes on where it was left; out/SIZE if not set")
