@@ -38,6 +38,13 @@ class Parser(argparse.ArgumentParser):
         fail(f"{self.prog}: {message}")
 
 
+class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells a flag's default where it has one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, []) else super()._get_help_string(action)
+
+
 def positive(text):
     value = int(text)
     if value < 1:
@@ -433,20 +440,6 @@ def read_config(path):
             f"{path}: damaged, or not of a run; start a new run, from its weights with --init"
         ) from None
     return config
-
-
-def flags_of(path, leave):
-    """The flags of a run as they are typed, from its config.json, but for those to leave."""
-    words = []
-    for name, value in read_config(path)["args"].items():
-        flag = "--" + name.replace("_", "-")
-        if name in leave or value is None:
-            continue
-        if isinstance(value, bool):
-            words.append(flag if value else flag.replace("--", "--no-", 1))
-        else:
-            words += [flag, *map(str, value if isinstance(value, list) else [value])]
-    return words
 
 
 def log_until(path, step):

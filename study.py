@@ -17,7 +17,6 @@ seed, never `sa` minus a baseline that may be sick. What cells say, in tables an
 made by report.py.
 """
 
-import argparse
 import fcntl
 import hashlib
 import json
@@ -37,7 +36,7 @@ import torch
 
 import report
 from files import write_atomic
-from run import Parser, duration, git_state, positive, script
+from run import Formatter, Parser, duration, git_state, positive, script
 
 HERE = Path(__file__).parent
 
@@ -383,7 +382,7 @@ def track(idea, flags, out):
 
 def parse_args(argv=None):
     parser = Parser(prog="study.py", description=__doc__.splitlines()[0], allow_abbrev=False,
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+                    formatter_class=Formatter)  # fmt: skip
     flag = parser.add_argument
     flag("--size", choices=[*SIZES, "paper"], default="demo", help="the budget")
     flag("--out", type=Path, help="folder, which goes on where it was left; out/SIZE if not set")

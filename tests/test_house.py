@@ -23,7 +23,8 @@ ROOMS = {
     "data": "torch numpy",
     "figures": "torch einops matplotlib",
     "run": "torch",
-    "train": "torch einops numpy safetensors affinity data model weights run figures",
+    "flags": "torch model run",
+    "train": "torch einops numpy safetensors flags affinity data model weights run figures",
     # what images on a disk need, and what judges an encoder
     "imagery": "* data figures",
     "imagery.bands": "",
