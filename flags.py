@@ -22,7 +22,7 @@ from run import Formatter, Parser, between, positive, read_config, whole
 FREE_ON_RESUME = {
     "out", "resume", "override", "fresh", "config", "trial", "device", "device_batch", "compile",
     "checkpoint_activations", "log_every", "save_every", "stop_at", "probe_task", "probe_every",
-    "store",  # a moved store is the same: `chips` tells others
+    "plot", "store",  # a moved store is the same: `chips` tells others
 }  # fmt: skip
 
 # Flags of the affinity, which variants without one refuse
@@ -73,6 +73,9 @@ def build_parser(variants):
     g.add_argument("--fresh", action="store_true", help="where --out holds a run, start a new one "
                    "beside it, in OUT-2, OUT-3, ...")
     g.add_argument("--stop-at", type=positive, metavar="STEP", help="save and stop here, early")
+    g.add_argument("--plot", type=Path, nargs="+", metavar="RUN", help="train nothing: draw loss "
+                   "and health of these runs, those that differ in -sSEED alone as a band, to "
+                   "curves.png in the first")
 
     g = p.add_argument_group("images")
     g.add_argument("--hr-share", type=between(0, 1), default=1.0, help="share of the training "

@@ -16,6 +16,7 @@ import copy
 import json
 import math
 import platform
+import re
 from functools import partial
 from typing import NamedTuple
 
@@ -36,7 +37,7 @@ from data import (
     sample_order,
     stream,
 )
-from figures import draw_tokens
+from figures import draw_curves, draw_tokens
 from flags import FREE_ON_RESUME, draw_trial
 from imagery.bands import meanings
 from model import OBJECTIVES, Plan, draw_rectangle, ema_update, regularise, vit
@@ -359,7 +360,22 @@ def draw_picture(args, chips, objective, teacher, device):
     draw_tokens(args.out / "tokens.png", pictures, drawn)
 
 
+def plot(runs):
+    """Draw the curves of finished or running runs, folders, into the first of them."""
+    logs = {}
+    for run in runs:
+        if not (run / "log.jsonl").is_file():
+            raise ValueError(f"--plot {run}: no run of train.py; it holds no log.jsonl")
+        lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        name = re.sub(r"-s\d+$", "", run.resolve().name)
+        logs.setdefault(name, []).append([line for line in lines if "ssl" in line])
+    draw_curves(runs[0] / "curves.png", logs)
+    print(f"{runs[0] / 'curves.png'}: {', '.join(logs)}")
+
+
 def main(args):
+    if args.plot:
+        return plot(args.plot)
     ranks = start_ranks(args.device)
     device, cuda = ranks.device, ranks.device.type == "cuda"
     precision = precision_of(args.precision, device)

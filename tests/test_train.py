@@ -740,6 +740,21 @@ def test_resume_of_what_is_done_says_so(store, tmp_path, capsys):
     same_weights(before, weights_of(tmp_path / "run"))
 
 
+def test_runs_are_plotted_with_seeds_as_a_band(store, tmp_path, monkeypatch, capsys):
+    drawn = {}
+    monkeypatch.setattr(train, "draw_curves", lambda path, logs: drawn.update({path: logs}))
+    runs = [tmp_path / name for name in ("a-s0", "a-s1", "b")]
+    for run_ in runs:
+        run_.mkdir()
+        (run_ / "log.jsonl").write_text('{"step": 1, "ssl": 0.5}\n{"step": 2}\n')
+    train.main(train.parse_args(["--plot", *map(str, runs)]))
+    logs = drawn[runs[0] / "curves.png"]
+    assert {name: len(seeds) for name, seeds in logs.items()} == {"a": 2, "b": 1}
+    assert logs["b"] == [[{"step": 1, "ssl": 0.5}]] and "a, b" in capsys.readouterr().out
+    with refused(ValueError, "--plot", "log.jsonl"):
+        train.main(train.parse_args(["--plot", str(tmp_path)]))
+
+
 @pytest.mark.slow
 def test_no_flags_train_on_scenes(tmp_path):
     """As a stranger's first command, with two ranks: both wait for the scenes of the first."""
