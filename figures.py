@@ -50,8 +50,9 @@ def save_figure(figure, path):
         figure.savefig(partial, format="png", dpi=120, bbox_inches="tight")
 
 
-def draw_tokens(path, pictures, tokens):
-    """A row per chip: its pictures, then the tokens of student and teacher as PCA colours.
+def draw_tokens(path, pictures, tokens, rows=4):
+    """A row for each of the first chips: its pictures, then the tokens of student and teacher as
+    PCA colours, as they are and without what their place explains, the mean over all chips there.
 
     pictures: {title: (images (B, C, H, W), band names)}. tokens: {title: (tokens (B, N, D), (rows,
     cols))}, None in place of tokens that there are none of.
@@ -59,14 +60,20 @@ def draw_tokens(path, pictures, tokens):
     from matplotlib.figure import Figure  # here, so that training does not wait for its import
 
     columns = {title: composite(*picture) for title, picture in pictures.items()}
-    there = {title: pair for title, pair in tokens.items() if pair[0] is not None}
-    columns |= {title: token_colours(*pair) for title, pair in there.items()}
-    rows = len(next(iter(columns.values())))
+    for title, (x, grid) in tokens.items():
+        if x is None:
+            continue
+        columns[title] = token_colours(x, grid)
+        if len(x) >= 2 * rows:  # of fewer the mean is the ground's, too
+            bare = x - x.mean(0)
+            share = 1 - bare.square().sum() / (x - x.flatten(0, 1).mean(0)).square().sum()
+            columns[f"without place\n({share:.0%} of the variance)"] = token_colours(bare, grid)
+    rows = min(rows, len(next(iter(columns.values()))))
     figure = Figure(figsize=(2.2 * len(columns), 2.2 * rows))
     axes = figure.subplots(rows, len(columns), squeeze=False)
     for column, (title, drawn) in zip(axes.T, columns.items(), strict=True):
         column[0].set_title(title, fontsize=9)
-        for axis, picture in zip(column, drawn, strict=True):
+        for axis, picture in zip(column, drawn, strict=False):
             axis.imshow(picture.numpy(), interpolation="nearest")
             axis.axis("off")
     save_figure(figure, path)
@@ -135,10 +142,18 @@ def draw_panels(path, columns, marks=(), legend=()):
     every panel. legend: [(name, (red, green, blue) of 0..255)].
     """
     from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
 
     rows = len(next(iter(columns.values())))
     figure = Figure(figsize=(1.9 * len(columns) + 0.7, 2.0 * rows + 0.6), layout="constrained")
+    show_panels(figure, columns, marks, legend)
+    save_figure(figure, path)
+
+
+def show_panels(figure, columns, marks=(), legend=()):
+    """`draw_panels` in a figure, or a part of one."""
+    from matplotlib.patches import Patch
+
+    rows = len(next(iter(columns.values())))
     axes, image = figure.subplots(rows, len(columns), squeeze=False), None
     for column, (title, panels) in zip(axes.T, columns.items(), strict=True):
         column[0].set_title(title, fontsize=10)
@@ -160,7 +175,6 @@ def draw_panels(path, columns, marks=(), legend=()):
         handles = [Patch(color=[v / 255 for v in colour], label=name) for name, colour in legend]
         figure.legend(handles=handles, loc="outside lower center", ncols=len(legend), fontsize=9,
                       frameon=False)  # fmt: skip
-    save_figure(figure, path)
 
 
 CURVES = {"ssl": "SSL loss", "affinity": "affinity loss", "rank": "effective rank of tokens",
@@ -197,7 +211,12 @@ def draw_scores(path, scores, zero):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 0.42 * len(scores) + 1.1), layout="constrained")
-    axis = figure.subplots()
+    show_scores(figure.subplots(), scores, zero)
+    save_figure(figure, path)
+
+
+def show_scores(axis, scores, zero):
+    """`draw_scores` on an axis."""
     for k, values in enumerate(scores.values()):
         points = 100 * torch.tensor(list(values.values()))
         axis.plot(points, [k] * len(points), "o", color=CYCLE[4], ms=5, alpha=0.6)
@@ -207,6 +226,20 @@ def draw_scores(path, scores, zero):
     axis.set_yticks(range(len(scores)), list(scores))
     axis.invert_yaxis()
     axis.set_xlabel("mIoU of a ridge probe on MR images, %: a dot a seed (dotted: untrained)")
+
+
+def draw_overview(path, title, affinity, marks, maps, legend, scores, zero):
+    """A study on one slide -> PNG: affinity maps and class maps, as for `draw_panels`, and scores,
+    as for `draw_scores`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(16, 9), layout="constrained")
+    figure.suptitle(title, fontsize=15)
+    left, right = figure.subfigures(1, 2, width_ratios=(2.1, 1))
+    top, bottom = left.subfigures(2, 1, height_ratios=(len(marks) + 0.2, 1.6))
+    show_panels(top, affinity, marks)
+    show_panels(bottom, maps, legend=legend)
+    show_scores(right.subplots(), scores, zero)
     save_figure(figure, path)
 
 

@@ -68,15 +68,23 @@ def interval(differences, draws=10_000):
     return d.mean(), low, high, (T975[k] + T80[k]) * d.std(ddof=1) / math.sqrt(len(d))
 
 
-def claim(scores):
-    """One sentence on what HR adds: sa minus the best of its controls, over the seeds of both."""
+def gain_of(scores):
+    """sa minus the best of its controls, over the seeds of both: that control, the seeds, and the
+    `interval` of the differences; None where either has not run."""
     controls = [row for row in CONTROLS if row in scores]
     if "sa" not in scores or not controls:
-        return "no claim: `sa` or its controls have not run."
-    mean = {row: np.mean([*scores[row].values()]) for row in controls}
-    best = max(mean, key=mean.get)
+        return None
+    best = max(controls, key=lambda row: np.mean([*scores[row].values()]))
     seeds = sorted(scores["sa"].keys() & scores[best].keys())
-    gain, low, high, least = interval([scores["sa"][s] - scores[best][s] for s in seeds])
+    return best, seeds, interval([scores["sa"][s] - scores[best][s] for s in seeds])
+
+
+def claim(scores):
+    """One sentence on what HR adds: sa minus the best of its controls."""
+    found = gain_of(scores)
+    if found is None:
+        return "no claim: `sa` or its controls have not run."
+    best, seeds, (gain, low, high, least) = found
     said = f"HR of the right ground adds {100 * gain:+.1f} points to the best control ({best})"
     if len(seeds) < 3:
         count = {1: "one seed", 2: "two seeds"}[len(seeds)]
@@ -99,6 +107,21 @@ def headroom(rows):
     if room < 5:
         return f" The task has {room:.1f} points of headroom: too few to tell encoders apart."
     return f" Headroom of the task: {room:.1f} points, up to a model trained from scratch."
+
+
+def claims_table(rows):
+    """What HR adds by each probe, as Markdown: a probe may see what another does not."""
+    lines = ["| probe | sa | best control | HR adds | 95 % interval | seeds |", "|---" * 6 + "|"]
+    for probe in dict.fromkeys(p for facts in rows["sa"].values() for p in facts["scores"]):
+        scores = {row: values for row in (*CONTROLS, "sa") if row in rows
+                  and (values := scores_of({row: rows[row]}, probe)[row])}  # fmt: skip
+        best, seeds, (gain, low, high, _) = gain_of(scores)
+        lines.append(
+            f"| {probe} | {mean_and_spread([*scores['sa'].values()])} | "
+            f"{best} {mean_and_spread([*scores[best].values()])} | {100 * gain:+.1f} | "
+            f"{100 * low:+.1f} to {100 * high:+.1f} | {len(seeds)} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def mean_and_spread(scores):
@@ -223,7 +246,10 @@ def blocks(name, cells):
         name: table(cells),
         f"{name}-short": table(few, main, ("ridge", "ridge, 10 % of labels", "linear", CEILING)),
         f"{name}-search": search_table(cells),
-    }
+    } | {
+        f"{name}-probes-{objective}": claims_table(rows)
+        for objective, rows in by_row(cells).items() if gain_of(scores_of(rows))
+    }  # fmt: skip
 
 
 def publish(home, out, name, cells):
@@ -308,7 +334,7 @@ def predict(*words):
 def draw_scene(out, objective, rows, scene):
     """affinity.png and affinity.html: on a scene held out, the similarity of three tokens, or of
     any, to all others, for the student before and after and for its HR teacher; maps.png: what a
-    probe makes of each; tokens_scene.png: principal components, with and without place."""
+    probe makes of each; overview.png: both, and the scores."""
     drawn = out / "drawn"
     drawn.mkdir(exist_ok=True)
     tokens, maps = {}, {}
@@ -316,9 +342,7 @@ def draw_scene(out, objective, rows, scene):
         run = out / "runs" / rows[row][0]["run"]
         sensor, side = ("hr", 2) if row == "hr" else ("mr", 1)
         path, image = drawn / f"features_{row}.tif", out / "task" / sensor / scene
-        predict(
-            "--model", run, "--features", "--image-size", 64, out / "task" / sensor / scene, path
-        )
+        predict("--model", run, "--features", "--image-size", 64, image, path)
         values = torch.from_numpy(raster.read(path))
         tokens[row] = torch.nn.functional.avg_pool2d(values, side).permute(1, 2, 0)
         if row != "hr":
@@ -341,6 +365,7 @@ def draw_scene(out, objective, rows, scene):
         columns[title] = [figures.similarity(inside[row], i, j).numpy() for i, j in marks]
     places = [((j + 0.5) / w, (i + 0.5) / h) for i, j in marks]
     figures.draw_panels(out / f"affinity_{objective}.png", columns, places)
+    affinity = columns
     named = {title: inside[row] for row, title in TITLES.items()}
     figures.write_page(out / f"affinity_{objective}.html", views, named)
     colours = figures.class_colours(classes)
@@ -353,6 +378,13 @@ def draw_scene(out, objective, rows, scene):
         columns[title] = [cut(figures.paint(ids, colours), grid, part)]
     legend = [*zip(classes, colours, strict=True)]
     figures.draw_panels(out / f"maps_{objective}.png", columns, legend=legend)
+    scores = {row: values for row, values in scores_of(rows).items() if " --" not in row}
+    scores = {row: scores[row] for row in sorted(scores, key=order_of)}
+    figures.draw_overview(
+        out / f"overview_{objective}.png",
+        f"{objective}: {claim(scores).split(', 95 %')[0]}",
+        affinity, places, columns, legend, scores, np.mean([*scores["untrained"].values()]),
+    )  # fmt: skip
 
 
 def cut(picture, grid, part):

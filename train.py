@@ -328,7 +328,7 @@ def draw_picture(args, chips, objective, teacher, device):
     """tokens.png: what the tokens tell apart, on ground held out of training where there is any."""
     variant, store = VARIANTS[args.variant], chips.stores[0]
     ids = store.split("val") if len(store.split("val")) else store.split("train")
-    ids = ids[store.has_hr[ids]][:4] if store.has_hr[ids].any() else ids[:4]
+    ids = ids[store.has_hr[ids]][:16] if store.has_hr[ids].any() else ids[:16]
     ids, whole = np.column_stack([0 * ids, ids]), np.tile([0.0, 0.0, 1.0, 1.0], (len(ids), 1))
     encoder, grid, r = objective.student, objective.grid, args.ratio
     sensor = "mr" if variant.teacher == "mr" else "hr"

@@ -2,6 +2,7 @@ import base64
 import json
 import re
 
+import matplotlib.axes
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,7 @@ from figures import (
     composite,
     draw_curves,
     draw_gains,
+    draw_overview,
     draw_panels,
     draw_scores,
     draw_tokens,
@@ -123,3 +125,29 @@ def test_a_page_holds_tokens_whose_cosines_are_those_of_similarity(tmp_path):
     values = np.frombuffer(base64.b64decode(panel["tokens"]), np.int8).reshape(20, 16) / 127
     expected = similarity(tokens, 1, 2).flatten().numpy()
     assert np.abs(values @ values[6] - expected).max() < 1.1 * 16**0.5 / 127
+
+
+def test_an_overview_holds_panels_maps_and_scores(tmp_path):
+    maps, near = np.random.rand(8, 8, 3), np.random.rand(4, 4) * 2 - 1
+    draw_overview(
+        tmp_path / "o.png", "a title", {"MR": [maps] * 2, "student": [near] * 2},
+        [(0.5, 0.5), (0.2, 0.8)], {"labels": [maps]}, [("field", (10, 20, 30))],
+        {"mr": {0: 0.3}, "sa": {0: 0.4, 1: 0.5}}, 0.2,
+    )  # fmt: skip
+    assert imread(tmp_path / "o.png").shape[0] > 800
+
+
+def test_tokens_without_place_get_a_panel_where_chips_are_many(tmp_path, monkeypatch):
+    """Tokens that are place and little else: the title says so, and few chips show none."""
+    titles = []
+    title = matplotlib.axes.Axes.set_title
+    monkeypatch.setattr(matplotlib.axes.Axes, "set_title",
+                        lambda self, text, **k: (titles.append(text), title(self, text, **k)))  # fmt: skip
+    for chips in (8, 2):
+        tokens = 3 * torch.randn(1, 16, 6) + 0.3 * torch.randn(chips, 16, 6)
+        draw_tokens(tmp_path / "t.png", {"MR": (torch.rand(chips, 1, 8, 8), ["P"])},
+                    {"student": (tokens, (4, 4))})  # fmt: skip
+        assert [("without" in text) for text in titles] == [False, False, True][: 2 + (chips == 8)]
+        share = 1 if chips == 2 else int(re.search(r"\((\d+) %|\((\d+)%", titles[-1])[0][1:3])
+        assert chips == 2 or share > 90
+        titles.clear()

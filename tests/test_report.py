@@ -88,6 +88,18 @@ def test_trials_have_a_table_of_their_own():
     assert report.search_table([kept]) == ""
 
 
+def test_what_hr_adds_by_each_probe():
+    """The best control is chosen for each probe by itself."""
+    cells = [facts("mr", s) for s in (0, 1)] + [facts("sa-interp", s, 0.4) for s in (0, 1)]
+    cells += [facts("sa", s, 0.5) for s in (0, 1)]
+    for cell in cells:
+        value = {"mr": 0.9, "sa-interp": 0.1, "sa": 0.6 + 0.02 * cell["seed"]}[cell["row"]]
+        cell["scores"]["kNN"] = {"miou": value, "val_miou": value}
+    said = report.claims_table(report.by_row(cells)["ijepa"])
+    assert "| ridge | 50.0 ± 0.0 | sa-interp 40.0 ± 0.0 | +10.0 | +10.0 to +10.0 | 2 |" in said
+    assert "| kNN | 61.0 ± 1.4 | mr 90.0 ± 0.0 | -29.0 | -30.0 to -28.0 | 2 |" in said
+
+
 def test_a_task_without_headroom_is_said_to_tell_nothing():
     zero, ceiling = facts("pixels", miou=0.2), facts("untrained", miou=0.3)
     for top, words in ((0.34, "too few"), (0.66, "36.0 points")):
