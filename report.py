@@ -266,6 +266,10 @@ def publish(home, out, name, cells):
             place = re.compile(f"(?<=<!-- {block} -->\n).*?(?=<!-- end -->)", re.DOTALL)
             text = place.sub(lambda _, said=said: said, text, count=1)
         write_atomic(page, text)
+    for flags, facts in track_rows(cells):
+        if f"`{flags}`" not in (home / "TRACK.md").read_text():
+            scores = [each["scores"]["ridge"]["miou"] for each in facts]
+            add_to_track(home, flags, scores, facts[0]["commit"])
 
 
 TRACK_SEEDS = 3
@@ -282,6 +286,18 @@ encoder is the zero.
 | flags | mIoU | to the record | commit | date |
 |---|---|---|---|---|
 """
+
+
+def track_rows(cells):
+    """The rows of a study that ran the track's budget: (flags beside the budget's, the facts of its
+    seeds)."""
+    found = by_row(cells).get("ijepa", {})
+    for row in sorted(found, key=order_of):
+        facts = [found[row][seed] for seed in range(TRACK_SEEDS) if seed in found[row]]
+        steps = " --steps 400 "
+        if len(facts) == TRACK_SEEDS and steps in facts[0]["command"]:
+            flags = facts[0]["command"].split(steps)[1]
+            yield re.sub(r"--hr-teacher \S+", "--hr-teacher {hr}", flags), facts
 
 
 def add_to_track(home, flags, scores, commit):

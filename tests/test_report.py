@@ -16,7 +16,7 @@ def facts(row, seed=0, miou=0.3, objective="ijepa", rank=50.0):
         "objective": objective, "row": row, "seed": seed,
         "scores": {"ridge": {"miou": miou, "val_miou": miou}},
         "health": {"loss": 1.0, "rank": rank, "place": 0.1, "cosine": 0.2},
-        "seconds": 60, "device": "cpu", "torch": "2", "commit": "abc",
+        "command": "", "seconds": 60, "device": "cpu", "torch": "2", "commit": "abc",
     }  # fmt: skip
 
 
@@ -172,9 +172,28 @@ def test_publishing_fills_a_block_and_leaves_the_others(out, monkeypatch):
     for name in ("README.md", "RESULTS.md"):
         (out / name).write_text(page)
     (out / "scores.png").write_text("picture")
+    (out / "TRACK.md").write_text(report.TRACK)
     for score in (0.3, 0.4):
         cells = [facts("mr", miou=score)]
         report.publish(out, out, "demo", cells)
         said = page.replace("demo -->\n", f"demo -->\n{report.table(cells)}")
         assert (out / "README.md").read_text() == said
     assert (out / "results" / "demo" / "scores.png").exists()
+
+
+def test_a_study_of_the_tracks_budget_gives_its_first_rows(out):
+    for name in ("README.md", "RESULTS.md"):
+        (out / name).write_text("")
+    (out / "TRACK.md").write_text(report.TRACK)
+    command = "python train.py --out x --steps 400 --variant {} --lr 0.002"
+    cells = [facts("mr", s) | {"command": command.format("mr")} for s in range(3)]
+    taught = command.format("sa --hr-teacher out/laptop/runs/ijepa-hr-s{}")
+    cells += [facts("sa", s, 0.5) | {"command": taught.format(s)} for s in range(4)]
+    cells += [facts("sa-mse", 0) | {"command": command}]  # too few seeds
+    cells += [facts("hr", s) | {"command": command.replace("400", "800")} for s in range(3)]
+    for _ in range(2):
+        report.publish(out, out, "laptop", cells)
+        rows = (out / "TRACK.md").read_text().splitlines()
+        assert len(rows) == len(report.TRACK.splitlines()) + 2
+        assert rows[-2].startswith("| `--variant mr --lr 0.002` | 30.0 ± 0.0 |  | abc |")
+        assert rows[-1].startswith("| `--variant sa --hr-teacher {hr} --lr 0.002` | 50.0 ± 0.0 | +")
