@@ -114,12 +114,13 @@ MANY = RIDGE | {
     "linear": "--protocol linear --no-crop --epochs 30 --lr 1e-2 --schedule cosine",
 }
 SCRATCH = "--protocol finetune --no-crop --epochs 40 --global-batch 16 --lr 1e-3 --schedule cosine"
-DEMO = ("untrained", "hr", "mr", "sa-interp", "sa")
+FEW = ("untrained", "hr", "mr", "sa-interp", "sa")
+DEMO = (*FEW, "sa-shuffled")
 CONTROLLED = (*UNSEARCHED, *report.CONTROLS, "sa")
 OTHERS = tuple(row for row in SEARCHED if row not in CONTROLLED)
 EVERY = CONTROLLED + OTHERS
 SIZES = {
-    "minute": Size(4, (3, 1, 2), 4, 4, (("ijepa", DEMO, 1),), RIDGE),
+    "minute": Size(4, (3, 1, 2), 4, 4, (("ijepa", FEW, 1),), RIDGE),
     "demo": Size(75, (20, 6, 14), 400, 800, (("ijepa", DEMO, 1),), RIDGE),
     "laptop": Size(
         75, (20, 6, 14), 400, 800,
@@ -127,10 +128,11 @@ SIZES = {
          ("latentmim", CONTROLLED, 3)),
         MANY, (1e-3, 2e-3, 4e-3), SCRATCH,
     ),
+    # meant for half an hour of an H100 with --jobs 4, where such steps wait for launches; never run
     "gpu": Size(
-        600, (60, 12, 40), 20_000, 20_000,
-        (("ijepa", EVERY, 5), ("latentmim", EVERY, 5), ("mae", EVERY, 5), ("ijepa", CHANGED, 3)),
-        MANY, (3e-4, 1e-3, 2e-3, 4e-3), SCRATCH,
+        300, (60, 12, 40), 2000, 4000,
+        (("ijepa", EVERY, 3), ("latentmim", EVERY, 3), ("mae", EVERY, 3)),
+        MANY, (2e-3, 4e-3), SCRATCH,
     ),
 }  # fmt: skip
 

@@ -95,10 +95,10 @@ def fake(out, log):
 def test_cells_are_made_once_and_after_their_teacher(out, monkeypatch, jobs):
     log = []
     monkeypatch.setattr(study, "call", fake(out, log))
-    size = TINY._replace(plan=(("ijepa", study.DEMO, 2),))
+    size = TINY._replace(plan=(("ijepa", study.FEW, 2),))
     study.make_all(size, out, jobs)
     made = [words for words in log if words[0] == "train.py"]
-    assert len(made) == 2 * len(study.DEMO)
+    assert len(made) == 2 * len(study.FEW)
     at = {str(words[words.index("--out") + 1]).split("/")[-1]: k for k, words in enumerate(made)}
     for seed in (0, 1):
         assert at[f"ijepa-hr-s{seed}"] < at[f"ijepa-sa-s{seed}"]
