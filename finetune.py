@@ -50,7 +50,6 @@ from model import SIZES, ViT, vit
 from run import (
     Parser,
     Stop,
-    Stopped,
     between,
     git_state,
     hold,
@@ -376,7 +375,7 @@ def train(args, segmenter, task, chosen, read, generator, ranks, path):
     modules = {"model": trained, "optimizer": optimizer, "scaler": scaler}
     done = load_epoch(path, modules, generator, ranks)
     step, stops, told = done["epoch"] * an_epoch, Stop(ranks), f"seed {seed}, {args.protocol}"
-    with Stop.listening(), tqdm(total=steps, initial=step, desc=told, unit="step") as bar:
+    with tqdm(total=steps, initial=step, desc=told, unit="step") as bar:
         for epoch in range(done["epoch"] + 1, args.epochs + 1):
             order = torch.randperm(count, generator=generator).split(batch)
             # each rank takes its share of a global batch, of the last one it may be no tile
@@ -410,9 +409,7 @@ def train(args, segmenter, task, chosen, read, generator, ranks, path):
                 optimizer.zero_grad()
                 step += 1
                 bar.update()
-                stops.share()
-                if any(stop for stop, _ in stops.hear()):
-                    raise Stopped(f"in epoch {epoch} of seed {seed}")
+                stops.check(f"in epoch {epoch} of seed {seed}")
             last = ranks.sum([total])[0].item() / an_epoch  # a device sync, so once an epoch
             if not math.isfinite(last):
                 raise ValueError(f"loss {last} in epoch {epoch}; lower --lr")
@@ -476,9 +473,11 @@ def judge_seed(args, template, tiles, seed, ranks, dtype, path):
     order = order[: max(1, round(args.labels * len(order)))].numpy()
     chosen = {**tiles.of, "train": tiles.of["train"][order]}
     if args.protocol in PROBES:
+        stops = Stop(ranks)
 
         def read(split, parts):
             for x, labels in tiles.read(split, parts):
+                stops.check(f"in seed {seed}")
                 yield x if x.ndim == 3 else segmenter.features(x), labels
 
         found = probe(
@@ -491,7 +490,7 @@ def judge_seed(args, template, tiles, seed, ranks, dtype, path):
         found |= {"best_epoch": None, "history": None}
     else:
         if args.protocol == "linear" and not tiles.kept:  # random weights are of this seed alone
-            tiles = tiles.keep(segmenter, kept_splits(args), args.global_batch, ranks)
+            tiles = keep(args, tiles, segmenter, ranks)
         found = train(args, segmenter, task, chosen, tiles.read, generator, ranks, path)
     trained = segmenter if args.protocol == "finetune" else segmenter.head
     return about | {
@@ -504,11 +503,13 @@ def judge_seed(args, template, tiles, seed, ranks, dtype, path):
     }
 
 
-def kept_splits(args):
-    """The splits whose tiles a frozen encoder sees only as they are, so that it sees them once."""
-    return [
-        split for split in SPLITS if split != "train" or not args.crop or args.protocol in PROBES
-    ]
+def keep(args, tiles, segmenter, ranks):
+    """`tiles` with the tokens of those that a frozen encoder sees only as they are, once."""
+    stops, cropped = Stop(ranks), args.crop and args.protocol not in PROBES
+    return tiles.keep(
+        segmenter, SPLITS[1:] if cropped else SPLITS, args.global_batch, ranks,
+        after=lambda: stops.check("while tiles were encoded"),
+    )  # fmt: skip
 
 
 def open_task(args):
@@ -622,16 +623,25 @@ def evaluate(args, ranks):
     frozen, drawn = args.protocol != "finetune", untrained(args.encoder)
 
     # rank 0 alone reads and writes results
-    known = read_rows(results) if ranks.rank == 0 and results.exists() else []
-    known = ranks.gather([row for row in known if row.get("run") == run])[0]
-    rows = {row["seed"]: row for row in known}
+    def there():
+        known = read_rows(results) if results.exists() else []
+        return {row["seed"]: row for row in known if row.get("run") == run}
+
+    def take():
+        """The folder for this process alone, and the rows that another one has left in it."""
+        args.out.mkdir(parents=True, exist_ok=True)
+        results.touch()
+        hold(args.out, f"{args.protocol}_{run}.lock")
+        return there()
+
+    if args.maps and ranks.rank == 0:
+        check_maps(args.maps, task, there())
+    rows = ranks.first(take)
     seeds = range(args.seeds)
     if args.protocol == "ridge" and args.labels == 1 and not drawn and args.seeds > 1:
         seeds = range(1)
         print("ridge on all labels draws nothing by the seed: one row, of seed 0")
     todo = [seed for seed in seeds if seed not in rows]
-    if args.maps and ranks.rank == 0:
-        check_maps(args.maps, task, rows)
     print(
         f"task {task.name} {facts['data_hash']}: {len(task.bands)} bands, {len(classes)} classes "
         f"({', '.join(classes)[:60]}), {facts['tile']} px tiles: "
@@ -639,32 +649,30 @@ def evaluate(args, ranks):
         + f" (split by {task.split_by}, --split-hash {task.split_hash})"
         + "".join(f"; mask value {value:g} is nodata and ignored" for value in task.nodata)
     )
-    args.out.mkdir(parents=True, exist_ok=True)
-    results.touch()
-    ranks.first(lambda: hold(args.out, f"{args.protocol}_{run}.lock"))
     model = None
     if args.save_model and args.protocol != "knn" and not args.remove_place:
         model = f"model_{args.protocol}_{run}.safetensors"
 
     # one rank and one seed of a probe: the tokens are needed once, so not kept
     once = args.protocol in PROBES and ranks.world == len(todo) == 1
-    if frozen and not drawn and todo and not once:
-        segmenter = build(args, template, len(classes), 0, ranks.device, dtype)
-        tiles = tiles.keep(segmenter, kept_splits(args), args.global_batch, ranks)
     # all ranks fine-tune one seed together; of a frozen encoder each takes another seed
     team, width = (ranks._replace(rank=0, world=1), ranks.world) if frozen else (ranks, 1)
 
     def checkpoint(seed):
         return args.out / f"ckpt_{args.protocol}_{run}_seed{seed}.pt"
 
-    for turn in chunks(todo, width):
-        own, found = turn[ranks.rank : ranks.rank + 1] if frozen else turn, None
-        for seed in own:
-            found = judge_seed(args, template, tiles, seed, team, dtype, checkpoint(seed))
-        for each in ranks.gather(found) if frozen else [found]:
-            if each and ranks.rank == 0:
-                write_seed(args, template, tiles, facts, each, rows, model)
-                checkpoint(each["seed"]).unlink(missing_ok=True)
+    with Stop.listening():
+        if frozen and not drawn and todo and not once:
+            segmenter = build(args, template, len(classes), 0, ranks.device, dtype)
+            tiles = keep(args, tiles, segmenter, ranks)
+        for turn in chunks(todo, width):
+            own, found = turn[ranks.rank : ranks.rank + 1] if frozen else turn, None
+            for seed in own:
+                found = judge_seed(args, template, tiles, seed, team, dtype, checkpoint(seed))
+            for each in ranks.gather(found) if frozen else [found]:
+                if each and ranks.rank == 0:
+                    write_seed(args, template, tiles, facts, each, rows, model)
+                    checkpoint(each["seed"]).unlink(missing_ok=True)
 
     if ranks.rank == 0:
         print_table([rows[seed] for seed in seeds], classes)
