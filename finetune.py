@@ -27,6 +27,7 @@ import platform
 import time
 from datetime import datetime, timedelta
 from functools import partial
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,7 @@ from tqdm import tqdm
 
 from data import draw_crops, resample
 from datasets.common import sets
+from datasets.labels import classes_beside
 from datasets.tasks import (
     SPLITS,
     fingerprint,
@@ -141,10 +143,14 @@ def parse_args(argv=None):
          "background and void, 19 void only, 20 nothing (default 18, as the paper)")
 
     flag = parser.add_argument_group("task geotiff").add_argument
-    flag("--images", help="folder of GeoTIFFs, or a glob pattern in quotes (default: of --root)")
-    flag("--masks", help="the same for the masks, paired by name without extension")
+    flag("--images", help="folder of images, scenes of one file per band among them, or a glob "
+         "pattern in quotes (default: of --root)")
+    flag("--masks", help="folder of GeoTIFFs or a glob pattern, paired by name without extension")
+    flag("--labels-file", metavar="FILE", help="in place of --masks: polygons of a GeoJSON file, "
+         "of a GeoPackage or shapefile where fiona is installed; pixels outside have no label")
+    flag("--label-field", metavar="NAME", help="which of its fields tells the class, as text or id")
     flag("--classes", help="text file, one class name per line, line number from 0 = class id "
-         "(default: the ids name themselves)")
+         "(default: classes.txt beside the masks; without it the ids name themselves)")
     flag("--ignore-index", type=numbers, metavar="N,N", help="mask values that are no label and no "
          "class, such as 255 or 0,255, beside the masks' nodata (default: none)")
     flag("--splits", help="folder of train.txt, val.txt and test.txt, names without extension")
@@ -216,21 +222,29 @@ def parse_args(argv=None):
                 parser.error(f"--{name.replace('_', '-')} {reason}")
 
     if args.task == "geotiff":
-        refuse(["dates", "pastis_classes"], "is for --task pastis")
+        refuse(["dates", "pastis_classes"], "is for a set of time series, such as --task pastis")
         if args.root:
-            refuse(["images", "masks"], "and --root both say where the task is; keep one")
-        elif not (args.images and args.masks):
+            refuse(["images", "masks", "labels_file"],
+                   "and --root both say where the task is; keep one")
+        elif not (args.images and (args.masks or args.labels_file)):
             parser.error("no task; name --task with --root (see --list-tasks), or --images and "
-                         "--masks of your own")
+                         "--masks, or --labels-file, of your own")
+        if args.masks:
+            refuse(["labels_file"], "and --masks are both labels; keep one")
+        if bool(args.labels_file) != bool(args.label_field):
+            parser.error("--labels-file and --label-field go together: a file of polygons, and the "
+                         "field that tells their class")
         args.tile = args.tile or 64
     else:
-        refuse(["images", "masks", "classes", "ignore_index", "splits", "block", "val", "test"],
+        refuse(["images", "masks", "labels_file", "label_field", "classes", "ignore_index",
+                "splits", "block", "val", "test"],
                f"is for --task geotiff; {args.task} has its own")
         if args.root is None:
             parser.error(f"--task {args.task} needs --root, the folder of the set as published; "
                          "--list-tasks says where to get it")
-        if args.task != "pastis":
-            refuse(["dates", "pastis_classes"], "is for --task pastis")
+        for name in ("dates", "pastis_classes"):
+            if name not in signature(sets("TASKS")[args.task].open).parameters:
+                refuse([name], f"is not for --task {args.task}, but for such as --task pastis")
         if args.bands and isinstance(args.bands[0], int):
             parser.error(f"--bands of --task {args.task} are names (see --list-tasks)")
     if args.protocol in PROBES:
@@ -273,7 +287,12 @@ def load(args):
             args.task, args.root, bands=args.bands, tile=args.tile, dates=args.dates,
             pastis_classes=args.pastis_classes, split_seed=args.split_seed,
         )  # fmt: skip
-    folder = own_folder(args.root) if args.root else {"images": args.images, "masks": args.masks}
+    folder = own_folder(args.root) if args.root else {
+        "images": args.images, "masks": args.masks, "polygons": args.labels_file,
+        "field": args.label_field, "classes": classes_beside(args.images, args.masks),
+    }  # fmt: skip
+    if folder["classes"] and not args.classes:
+        print(f"classes as {folder['classes']} names them")
     folder |= {k: v for k in ("classes", "splits") if (v := getattr(args, k)) is not None}
     return load_folder(
         **folder, bands=args.bands, ignore_index=args.ignore_index, tile=args.tile,
@@ -594,7 +613,7 @@ def write_seed(args, template, tiles, facts, found, rows, model):
             positions=list(task.positions), file_bands=task.file_bands, mean=facts["mean"],
             std=facts["std"], tile=facts["tile"], gsd=task.gsd, encoder=args.encoder,
             sources=template.meta.get("sources", []), task=task.name, protocol=args.protocol,
-            seed=seed, val_miou=found["val_miou"], miou=miou,
+            seed=seed, val_miou=found["val_miou"], miou=miou, scaling=task.scaling,
         )  # fmt: skip
     if found["predictions"] is not None:
         write_maps(args.maps, task, tiles.of["test"], found["predictions"].numpy())

@@ -101,6 +101,19 @@ def add_flags(parser, formats):
                    "first HR file; as MR's where either names none)")
     g.add_argument("--nodata", type=float,
                    help="value of missing pixels in files that declare none (default: none)")
+    g.add_argument("--clouds", metavar="PRODUCT",
+                   help="hide cloud, cloud shadow and cirrus by the mask of sentinel2 (SCL), "
+                   "landsat (QA_PIXEL), hls (Fmask) or planet (udm2), which is a band or lies "
+                   "beside the image; several with commas; what is hidden counts as missing for "
+                   "--min-valid (default: nothing is hidden)")
+    g.add_argument("--mask-band", metavar="NAME",
+                   help="the same by another mask: a band, or the end of the name of a file beside "
+                   "the image, NAME:1 for the second band of that")
+    g.add_argument("--mask-values", metavar="N,bitN,..",
+                   help="its values that hide the ground, or bits, such as 3,8,9,10 or bit3,bit4")
+    g.add_argument("--max-days", type=float, metavar="N",
+                   help="most days between HR and MR, where both names tell the date (default: any "
+                   "number, the nearest first)")
     g.add_argument("--warp", choices=["cubic", "bilinear", "nearest"],
                    help="how HR of another projection than MR's is resampled (default: cubic)")
     g.add_argument("--offset", type=float, metavar="DN",
@@ -667,7 +680,7 @@ def lay_out(job, unit):
     except ValueError as error:
         return [Block(None, none, [], "cannot be read", str(error))]
     for pair in pairs:
-        mr, partners, reason = pair.mr, [], "no HR file for it"
+        mr, partners, reason = pair.mr, [], pair.reason or "no HR file for it"
         if why := another_type(pair, job.dtype):
             blocks.append(Block(None, none, [], "another type of pixels", why))
             continue
@@ -1220,7 +1233,9 @@ def fill_row(columns, row):
 
 
 def reasons(counts):
-    return ", ".join(f"{n} {reason}" for reason, n in Counter(counts).most_common()) or "none"
+    most = Counter(counts).most_common()
+    rest = [f"{sum(n for _, n in most[8:])} for other reasons"] if most[8:] else []
+    return ", ".join([f"{n} {reason}" for reason, n in most[:8]] + rest) or "none"
 
 
 def report(out, meta, skipped, state, notes):

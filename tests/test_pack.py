@@ -229,7 +229,7 @@ def test_an_hr_file_as_small_as_its_chip_beside_one_that_needs_a_margin(tmp_path
     assert np.array_equal(store.hr[0][:, 64, :64], small[:, 63])
 
 
-def test_without_georeference_files_pair_by_name_and_are_blocks(tmp_path):
+def test_without_georeference_files_pair_by_name_and_are_blocks(tmp_path, capsys):
     for name in "abcd":
         for sensor, side in (("mr", 60), ("hr", 200)):
             (tmp_path / sensor).mkdir(exist_ok=True)
@@ -249,7 +249,8 @@ def test_without_georeference_files_pair_by_name_and_are_blocks(tmp_path):
     assert sorted(len(s) for s in splits.values()) == [1, 1, 1, 1]
     assert set.union(*splits.values()) == {"train", "val", "test"}
     (lonely,) = rows_of(tmp_path / "store", "skipped")
-    assert lonely["reason"] == "no HR file for it"
+    assert lonely["reason"] == "no HR file of its name"
+    assert "4 pairs by name, ground unknown" in capsys.readouterr().out
     assert data.Store(tmp_path / "store").meta["count"]["hr"] == 16
 
 
@@ -1231,14 +1232,17 @@ def test_chips_without_hr_are_kept_or_skipped(tmp_path, capsys):
     assert len(data.Store(tmp_path / "pairs")) == 1
     reasons = [row["reason"] for row in rows_of(tmp_path / "pairs", "skipped")]
     assert reasons == [
-        "HR not valid enough", "no HR file covers it", "no HR file covers it", "no HR file for it"
-    ]  # fmt: skip
+        "HR not valid enough",
+        "no HR file covers it",
+        "no HR file covers it",
+        "no HR on its ground, the nearest is in EPSG:32631, 8.4 km away",
+    ]
     capsys.readouterr()
     meta = pack_files(mr, hr, tmp_path / "all", chip=32, val=0, keep_unpaired=True)
     assert meta["count"] == {"mr": 5, "hr": 1} and not rows_of(tmp_path / "all", "skipped")
     out = capsys.readouterr().out
     assert "5 chips, 1 pairs kept (5 train" in out
-    assert "2 no HR file covers it, 1 HR not valid enough, 1 no HR file for it" in out
+    assert "2 no HR file covers it, 1 HR not valid enough, 1 no HR on its ground" in out
     store = data.Store(tmp_path / "all")
     assert store.has_hr.tolist() == [True, False, False, False, False]
     rows = rows_of(tmp_path / "all")
