@@ -15,6 +15,7 @@ import datetime
 import inspect
 import itertools
 import json
+import os
 import platform
 import re
 import shutil
