@@ -24,6 +24,7 @@ import pkgutil
 import re
 import struct
 import threading
+import tokenize
 import xml.etree.ElementTree as ET
 import zipfile
 import zlib
@@ -371,8 +372,9 @@ def whole(path, kind):
     try:
         yield
     except (
-        ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError,
-        ValueError, csv.Error, pickle.UnpicklingError, struct.error, zipfile.BadZipFile, zlib.error,
+        ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError,
+        OSError, RuntimeError, SyntaxError, TypeError, ValueError, csv.Error,
+        pickle.UnpicklingError, struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error,
     ) as error:  # fmt: skip
         if str(error).startswith(f"{path}: "):
             raise

@@ -81,7 +81,7 @@ def samples(folder):
     )  # fmt: skip
     write_store(add("store", "pairs", read_store))
     for name, write in layouts.WRITERS.items():
-        write(add(name, "root", lambda root, name=name: load_task(name, root)),
+        write(add(name, "root", lambda root, name=name: load_task(name, root, tile=8)),
               np.random.default_rng(0))  # fmt: skip
     for name, write in PAIRS.items():
         write(add(f"pairs of {name}", "root", lambda root, name=name: read_pairs(name, root)))
@@ -137,6 +137,9 @@ def main():
     files = {kind: sorted(p for p in (folder / kind).rglob("*") if p.is_file()) for kind in kinds}
     warnings.simplefilter("ignore")
     logging.disable(logging.ERROR)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        for path, reader in kinds.values():
+            reader(path)  # whole, each is read
     used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(
         resource.RLIMIT_AS, (used + MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1])

@@ -81,6 +81,7 @@ def made(out):
     tensors = saved["objective"] | {f"exported {name}": value for name, value in exported.items()}
     for number, state in saved["optimizer"]["state"].items():
         tensors |= {f"{number} {name}": value for name, value in state.items()}
+    facts["meta"].pop("commit")  # someone may work on the checkout
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     losses = [(entry["step"], entry["loss"], entry["rank"]) for entry in log]
     return tensors, (facts, losses, (out / "tokens.png").exists(), (out / "config.json").exists())
