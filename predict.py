@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from datasets.folder import find_files
-from figures import class_colours, composite, paint, save_figure
+from figures import class_colours, composite, optional, paint, save_figure
 from imagery import raster
 from imagery.bands import meanings, positions
 from model import ViT
@@ -443,7 +443,8 @@ def map_scene(scene, model, bands, mean, std, picture, paths, args):
                 write["features"](rounded(tokens, valid))
     if "png" in paths:
         ids = np.concatenate(preview)
-        draw_map(paths["png"], picture, model.meta.get("bands"), ids, classes, colours, counts)
+        with optional(paths["png"]):
+            draw_map(paths["png"], picture, model.meta.get("bands"), ids, classes, colours, counts)
 
     seconds, known = time.perf_counter() - start, max(1, counts[:NO_CLASS].sum())
     line = f"{next(iter(paths.values()))}: {size[0]} x {size[1]} px in {seconds:.1f} s "

@@ -495,12 +495,14 @@ def draw(out, size, cells):
     for objective, rows in by_row(cells).items():
         logs = {row: [log_of(out / "runs" / Cell(objective, row, seed).name) for seed in seeds]
                 for row, seeds in rows.items() if row != "untrained"}  # fmt: skip
-        figures.draw_curves(out / f"curves_{objective}.png", logs)
+        with figures.optional(curves := out / f"curves_{objective}.png"):
+            figures.draw_curves(curves, logs)
         scores = scores_of(rows)
         if "untrained" in scores:
             zero = np.mean([*scores["untrained"].values()])
-            figures.draw_scores(out / f"scores_{objective}.png", scores, zero)
-            figures.draw_gains(out / f"gains_{objective}.png", *gains(scores))
+            with figures.optional(out / f"scores_{objective}.png"):
+                figures.draw_scores(out / f"scores_{objective}.png", scores, zero)
+                figures.draw_gains(out / f"gains_{objective}.png", *gains(scores))
         if {"untrained", "mr", "sa", "hr"} <= {row for row in rows if 0 in rows[row]}:
             draw_scene(out, size, objective, scores)
 

@@ -12,6 +12,7 @@ from figures import (
     draw_panels,
     draw_scores,
     draw_tokens,
+    optional,
     paint,
     similarity,
     token_colours,
@@ -102,3 +103,14 @@ def test_pictures_of_a_study(tmp_path):
     assert sorted(p.stem for p in tmp_path.iterdir()) == ["a", "b", "c", "d"]
     for path in tmp_path.iterdir():
         assert np.ptp(imread(path)) > 0.5
+
+
+def test_a_picture_that_fails_is_a_warning_and_no_more(tmp_path, capsys):
+    for error in (MemoryError(), ModuleNotFoundError("no", name="matplotlib"), ValueError("x")):
+        with optional(tmp_path / "a.png"):
+            raise error
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 3 and all("warning: no a.png" in line for line in said)
+    assert "without matplotlib" in said[1]
+    with pytest.raises(KeyboardInterrupt), optional(tmp_path / "a.png"):
+        raise KeyboardInterrupt
