@@ -37,7 +37,7 @@ from data import (
     sample_order,
     stream,
 )
-from figures import draw_curves, draw_tokens
+from figures import draw_curves, draw_tokens, optional
 from flags import FREE_ON_RESUME, draw_trial
 from imagery.bands import meanings
 from model import OBJECTIVES, Plan, draw_rectangle, ema_update, regularise, vit
@@ -584,13 +584,10 @@ def leave(args, chips, objective, teacher, device, done, start, total):
     picture, checkpoint = args.out / "tokens.png", args.out / "ckpt.pt"
     if picture.is_file() and picture.stat().st_mtime >= checkpoint.stat().st_mtime:
         return
-    try:
+    with optional(picture):
         draw_picture(args, chips, objective, teacher, device)
-        print(f"{args.out}: encoder.safetensors to share, tokens.png to look at")
-    except Exception as error:  # a picture, whatever it trips over, is no reason to fail
-        missing = error.name if isinstance(error, ImportError) else None
-        reason = f" without {missing}" if missing else f": {error!r}"
-        print(f"{args.out}: encoder.safetensors to share; warning: no tokens.png{reason}")
+    look = ", tokens.png to look at" if picture.is_file() else ""
+    print(f"{args.out}: encoder.safetensors to share{look}")
 
 
 def fault(args, chips, step, count, losses, lr):
