@@ -221,8 +221,11 @@ def parse_args(argv=None):
             if name in changed:
                 parser.error(f"--{name.replace('_', '-')} {reason}")
 
+    for name in ("dates", "pastis_classes"):
+        takes = [k for k, v in sets("TASKS").items() if name in signature(v.open).parameters]
+        if args.task not in takes:
+            refuse([name], f"is not for --task {args.task}, but --task {' or '.join(takes)}")
     if args.task == "geotiff":
-        refuse(["dates", "pastis_classes"], "is for a set of time series, such as --task pastis")
         if args.root:
             refuse(["images", "masks", "labels_file"],
                    "and --root both say where the task is; keep one")
@@ -242,9 +245,6 @@ def parse_args(argv=None):
         if args.root is None:
             parser.error(f"--task {args.task} needs --root, the folder of the set as published; "
                          "--list-tasks says where to get it")
-        for name in ("dates", "pastis_classes"):
-            if name not in signature(sets("TASKS")[args.task].open).parameters:
-                refuse([name], f"is not for --task {args.task}, but for such as --task pastis")
         if args.bands and isinstance(args.bands[0], int):
             parser.error(f"--bands of --task {args.task} are names (see --list-tasks)")
     if args.protocol in PROBES:
