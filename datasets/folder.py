@@ -144,7 +144,7 @@ def open_sources(sensor, images, hidden, wanted, names, nodata, masks):
                 f"{path}: {flag} {','.join(wanted)} asked for, the file has {count} bands "
                 f"({','.join(has) if any(has) else 'without names'}); use indices from 0"
             )
-        source = open_image(path, files, bands, nodata, hides)
+        source = open_image(info, files, bands, nodata, hides)
         info = source.info
         names = names or [has[b] if has else str(b) for b in bands]
         if len(bands) != len(names):
