@@ -24,6 +24,7 @@ import hashlib
 import json
 import math
 import platform
+import shlex
 import time
 from datetime import datetime, timedelta
 from functools import partial
@@ -319,7 +320,8 @@ def check_encoder(encoder, name, task, image_size):
             order = [str(places[found.index(band)]) for band in meant] if own else wanted
             raise ValueError(
                 f"--encoder {name} reads the bands {','.join(wanted)}, but those of {path} come as "
-                f"{','.join(names[place] for place in places)}; pass --bands {','.join(order)}"
+                f"{','.join(names[place] for place in places)}; pass --bands "
+                + shlex.quote(",".join(order))
             )
     patch = encoder.patch_size
     if image_size % patch:
@@ -686,7 +688,8 @@ def evaluate(args, ranks):
         if model and (args.out / model).is_file():
             print(
                 f"model of the best seed: {args.out / model}; a map with it:\n"
-                f"    python predict.py --model {args.out / model} scene.tif map.tif"
+                "    python predict.py --model "
+                f"{shlex.quote(str(args.out / model))} scene.tif map.tif"
             )
 
 
