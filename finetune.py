@@ -214,7 +214,11 @@ def parse_args(argv=None):
          "else float16; float32 on the CPU)")
     flag("--compile", action=argparse.BooleanOptionalAction, default=False,
          help="torch.compile the encoder (default no)")
-    args = parser.parse_args(argv)
+    return checked(parser, parser.parse_args(argv))
+
+
+def checked(parser, args):
+    """The args, completed; the parser says which do not go together."""
     changed = {name for name, value in vars(args).items() if value != parser.get_default(name)}
 
     def refuse(names, reason):
