@@ -582,7 +582,7 @@ def run(args):
     for scene, files in scenes.items():
         about = header(scene, files)
         bands, how = choose_bands(about, model, args.bands)
-        sources[scene] = open_image(scene, files, bands)
+        sources[scene] = open_image(about, files, bands)
         shown = ",".join(about.band_names[b] if files else str(b) for b in bands)
         print(f"{scene}: bands {shown} ({how})")
         warn(gsd_warning(sources[scene].info, model))

@@ -537,22 +537,22 @@ def unit(name, opens, *about):
     return Unit(name, functools.partial(opens, *about), digest(about))
 
 
-def tiff_units(places, mr_orders, hr_orders=None):
-    """Units of GeoTIFFs of B, G, R, NIR. places: (name, [(mr path, hr path, mr date, hr date)],
+def tiff_units(places, mr_orders, hr_orders=None, bands=BGRN):
+    """Units of GeoTIFFs of these bands. places: (name, [(mr path, hr path, mr date, hr date)],
     split, site); orders: number of bands -> their positions, in files that do not name them."""
-    orders = mr_orders, hr_orders or mr_orders
-    return [unit(name, open_tiffs, files, *orders, *more) for name, files, *more in places]
+    about = mr_orders, hr_orders or mr_orders, bands
+    return [unit(name, open_tiffs, files, *about, *more) for name, files, *more in places]
 
 
 def digest(about):
     return hashlib.sha256(repr(about).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
-def open_tiffs(files, mr_orders, hr_orders, split, site):
+def open_tiffs(files, mr_orders, hr_orders, bands, split, site):
     """Yield the Pair of each of the files of `tiff_units`."""
     for mr_path, hr_path, mr_date, hr_date in files:
-        mr = tiff_source(Path(mr_path), mr_orders, mr_date)
-        hr = tiff_source(Path(hr_path), hr_orders, hr_date)
+        mr = tiff_source(Path(mr_path), mr_orders, bands, mr_date)
+        hr = tiff_source(Path(hr_path), hr_orders, bands, hr_date)
         # publishers cut both to the same ground; a georeference that only one has, or another CRS,
         # cannot say it better
         if not (mr.info.transform and hr.info.transform and mr.info.crs == hr.info.crs):
@@ -560,16 +560,16 @@ def open_tiffs(files, mr_orders, hr_orders, split, site):
         yield Pair(mr, [hr], split, site)
 
 
-def tiff_source(path, orders, date):
-    """A Source of B, G, R, NIR, by the names in the file, else by orders: bands -> positions."""
+def tiff_source(path, orders, names, date):
+    """A Source of the named bands, by the names in the file, else by orders: bands -> positions."""
     with open_tiff(path) as (_, info):
         pass
-    bands = positions(BGRN, info.band_names, sentinel=True)  # sets without it write no B2
+    bands = positions(names, info.band_names, sentinel=True)  # sets without it write no B2
     if min(bands) < 0:
         bands = orders.get(info.bands)
     if bands is None:
         raise ValueError(
-            f"{path}: {info.bands} bands without the names B, G, R, NIR, "
+            f"{path}: {info.bands} bands without the names {', '.join(names)}, "
             f"{' or '.join(map(str, orders))} expected; pack it with --format geotiff, --mr-bands"
         )
     return Source(info, bands, info.nodata, functools.partial(read_tiff, path), date)

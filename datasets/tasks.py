@@ -92,14 +92,14 @@ def load_folder(
     """Read a task from images and masks that are paired by file name without extension, or from
     images and polygons.
 
-    images: as `images.list_images` takes them, a scene of one file per band being one image. masks:
-    a folder, or a glob pattern. polygons, field: in place of masks, a vector file and the field
-    that tells the class (`read_polygons`). classes: text file, one name per line, the line
-    number from 0 being the class id; without it the ids that occur are the classes and name
-    themselves. bands: 0-based positions or names, in the order wanted; default all, B, G, R, NIR of
-    a scene of one file per band. ignore_index:
-    the mask value, or values, that are no label, beside the nodata that a mask declares; none of
-    them is a class, so that ids 1 to N with 0 ignored are N classes. tile: pixels.
+    images: as `list_images` takes them, a scene of one file per band being one image. masks: a
+    folder, or a glob pattern. polygons, field: in place of masks, a vector file and the field that
+    tells the class (`read_polygons`). classes: text file, one name per line, the line number from 0
+    being the class id; without it the ids that occur are the classes and name themselves. bands:
+    0-based positions or names, in the order wanted; default all, B, G, R, NIR of a scene of one
+    file per band. ignore_index: the mask value, or values, that are no label, beside the nodata
+    that a mask declares; none of them is a class, so that ids 1 to N with 0 ignored are N classes.
+    tile: pixels.
 
     splits: a folder with train.txt, val.txt and test.txt of file names without extension; images
     in none of them are left out. Without it the fractions `val` and `test` are held out: by
@@ -125,8 +125,8 @@ def load_folder(
     if polygons is None:
         paths, nodata, label_of = open_masks(masks, chosen, files, names, ignored)
     else:
-        drawn = read_polygons(polygons, field, names)
-        names, nodata, paths = drawn.classes or names, [None] * len(files), [polygons] * len(files)
+        drawn = read_polygons(polygons, field, names, ignored)
+        names, nodata, paths = drawn.classes, [None] * len(files), [polygons] * len(files)
 
         def label_of(k):
             label = burn(drawn, files[k])

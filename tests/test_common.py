@@ -68,6 +68,15 @@ def test_a_labelled_file_that_is_dropped_in_is_a_task(drop, tmp_path, capsys):
         finetune.main(["--task", "my-set", "--encoder", "random"])
 
 
+def test_a_time_series_that_is_dropped_in_takes_dates(drop):
+    text = (ROOT / "datasets/pastis.py").read_text("utf-8")
+    drop("mine", text.replace('"pastis": common', '"my-crops": common'))
+    words = ["--encoder", "random", "--root", "r", "--dates", "3", "--task"]
+    assert finetune.parse_args([*words, "my-crops"]).dates == 3
+    with refused(SystemExit, "--dates", "marida", "--task my-crops or pastis"):
+        finetune.parse_args([*words, "marida"])
+
+
 def test_two_files_of_one_name_are_told(drop):
     drop("again", 'PAIRS = {"sen2naip": print}')
     with refused(ValueError, "datasets.sen2naip", "datasets.again", "rename one"):

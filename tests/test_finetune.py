@@ -574,7 +574,8 @@ def test_the_saved_model_is_the_best_seeds_and_scores_as_its_row(
         matrix, _, _ = judge(model, [(images, labels)], 3)
     assert mean_iou(matrix)[0] == pytest.approx(best["miou"])
     assert model.meta == {
-        "classes": ["0", "1", "2"], "bands": ["R", "NIR"], "positions": [0, 1], "file_bands": 2,
+        "classes": ["field", "forest", "soil"],  # of classes.txt beside the masks
+        "bands": ["R", "NIR"], "positions": [0, 1], "file_bands": 2, "scaling": [[1.0, 0.0]] * 2,
         "mean": best["mean"], "std": best["std"], "tile": 16, "gsd": 10.0,
         "encoder": str(encoder), "sources": [], "task": "geotiff", "protocol": best["protocol"],
         "seed": best["seed"], "val_miou": best["val_miou"], "miou": best["miou"],
