@@ -493,8 +493,7 @@ def bench_objective(args, name, paired, device, world, rank):
 
 
 def exhaust(parts):
-    for _, loss in parts:
-        pass
+    *_, (_, loss) = parts
     return loss
 
 
@@ -522,7 +521,9 @@ def print_step(row):
     print(f"{row['state_bytes'] / 1e6:>9.0f}  ", end="")
     print(", ".join(f"{k} {median(v):.3f}" for k, v in row["parts"].items()), flush=True)
     if row["reduced_bytes"]:
-        print(f"{row['ranks']} ranks reduce {row['reduced_bytes'] / 1e6:.0f} MB of gradients a step")
+        print(
+            f"{row['ranks']} ranks reduce {row['reduced_bytes'] / 1e6:.0f} MB of gradients a step"
+        )
 
 
 def build_objective(args, name):
