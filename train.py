@@ -94,7 +94,7 @@ VARIANTS = {
 FREE_ON_RESUME = {
     "out", "resume", "override", "fresh", "config", "trial", "device", "device_batch", "compile",
     "checkpoint_activations", "log_every", "save_every", "stop_at", "probe_task", "probe_every",
-    "store",  # a moved store is the same: `chips` tells others
+    "profile", "store",  # a moved store is the same: `chips` tells others
 }  # fmt: skip
 
 # Flags of the affinity, which variants without one refuse
@@ -243,13 +243,15 @@ def build_parser():
     g = p.add_argument_group("machine")
     g.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to run")
     g.add_argument("--precision", choices=["auto", "float32", "bfloat16", "float16"],
-                   default="auto", help="autocast; auto: bfloat16 on a GPU that has it, else "
-                   "float16; float32 on the CPU")
+                   default="auto", help="autocast; auto: bfloat16 on a GPU or CPU that "
+                   "multiplies in it, float16 on another GPU, float32 on another CPU")
     g.add_argument("--compile", action=on_off, default=False, help="torch.compile the objective "
                    "and the teacher's pass")
     g.add_argument("--checkpoint-activations", action=on_off, default=False, help="compute the "
                    "student's blocks again in the backward pass: the same losses in less memory, "
                    "a third slower")
+    g.add_argument("--profile", type=positive, metavar="STEPS", help="record so many steps, after "
+                   "two, in OUT/trace-START.json, which ui.perfetto.dev shows")
     g.add_argument("--log-every", type=positive, default=50, help="steps between log lines")
     g.add_argument("--save-every", type=positive, default=1000, help="steps between checkpoints")
     return p
@@ -668,7 +670,7 @@ def draw_picture(args, chips, objective, teacher, device):
 def main(args):
     ranks = start_ranks(args.device)
     device, cuda = ranks.device, ranks.device.type == "cuda"
-    precision = precision_of(args.precision, device)
+    precision = precision_of(args.precision, device, cpu=True)
     enabled = precision != "float32"
     autocast = torch.autocast(device.type, getattr(torch, precision), enabled=enabled)
     device_batch, accumulation = micro_batches(args, ranks)
@@ -724,6 +726,7 @@ def main(args):
     seen = chips.bands[variant.teacher or "hr"]
     ready = partial(prepare, args, chips, objective, teacher, ranks, device_batch)
     stops, stopping = Stop(ranks), False
+    watch = profiler(args, start) if args.profile and ranks.rank == 0 else None
 
     # The loop. `stream` reads the next step's chips and draws its masks while this one computes.
     for step, parts in zip(range(start, stop), stream(ready, start, stop, device), strict=True):
@@ -781,6 +784,8 @@ def main(args):
             entry |= health(*sums) | {"grad_norm": float(norm)} | rates._asdict()
             # rank 0 probes while the others wait in the next step's reduction
             run.log(step, entry, args.global_batch, probe if probes else None)
+        if watch:
+            watch.step()
         stopping = run.hear(stops, now=run.saves(step))
         if run.in_a_row >= min(PATIENCE, stop - start):
             raise ValueError(fault(args, chips, run.heard - 1, run.in_a_row, losses, rates.lr))
@@ -800,9 +805,27 @@ def main(args):
             stop = step + 1
             break
 
+    if watch:
+        watch.stop()
     if ranks.rank == 0:
         run.close(stopping and stop < total)
         leave(args, chips, objective, teacher, device, stop, start, total)
+
+
+def profiler(args, start):
+    """Record --profile steps, after two, for https://ui.perfetto.dev; to be told of each step."""
+    path = args.out / f"trace-{start}.json"
+
+    def write(profile):
+        part = path.with_suffix(".part")
+        profile.export_chrome_trace(str(part))
+        os.replace(part, path)
+        print(f"{path}: open it in https://ui.perfetto.dev", flush=True)
+
+    steps = torch.profiler.schedule(wait=1, warmup=1, active=args.profile, repeat=1)
+    watch = torch.profiler.profile(schedule=steps, on_trace_ready=write)
+    watch.start()
+    return watch
 
 
 def enter(args, ranks, config, objective, optimizer, scaler):

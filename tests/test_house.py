@@ -33,7 +33,7 @@ ROOMS = {
     "predict": "* segment weights model data run datasets imagery figures",
     "study": "* run imagery figures",
     "textbook": "torch einops affinity model vit",
-    "bench": "* affinity kernels model vit data textbook",
+    "bench": "* affinity kernels model vit data run textbook",
 }
 SCRIPTS = {"train", "finetune", "predict", "study", "bench"}
 LONGEST = 150  # lines of a function
