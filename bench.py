@@ -11,6 +11,7 @@ bandwidth and operations over matrix-product rate, both measured first on the de
 
 import argparse
 import concurrent.futures
+import ctypes
 import datetime
 import inspect
 import itertools
@@ -43,6 +44,7 @@ from torch.utils.flop_counter import (
 from affinity import SpatialAffinity, gram_loss
 from files import write_atomic
 from model import OBJECTIVES, ema_update
+from run import keep_pages
 from textbook import Textbook
 from vit import SIZES, vit
 
@@ -111,8 +113,9 @@ def main():
         if getattr(args, "device", "cpu") not in ["cpu", "cuda"][: 1 + torch.cuda.is_available()]:
             raise ValueError(f"--device {args.device}: no such device here; use cpu")
         for name in ("rounds", "batch", "grid"):
-            if (getattr(args, name, None) or 1) < 1:
-                raise ValueError(f"--{name} {getattr(args, name)}: give at least 1")
+            value = getattr(args, name, None)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} {value}: give at least 1")
         benches = {"gram": bench_gram, "compile": bench_compile, "step": bench_step}
         rows = benches[args.command](args)
     except ValueError as error:
@@ -492,13 +495,23 @@ def bench_objective(args, name, paired, device, world, rank):
 
 
 def exhaust(parts):
-    for _, loss in parts:
-        pass
+    *_, (_, loss) = parts
     return loss
+
+
+def set_malloc(form):
+    """Of ours as train.py sets it; of the textbook's what glibc has come to by itself."""
+    if form == "ours":
+        keep_pages()
+    elif platform.libc_ver()[0] == "glibc":
+        for option, value in ((-4, 65536), (-3, 2**25), (-1, 2**26)):
+            ctypes.CDLL(None).mallopt(option, value)
 
 
 def time_parts(row, device):
     """Take a step and add its seconds, on the clock and of the CPU, and those of its parts."""
+    if device.type == "cpu":
+        set_malloc(row["form"])
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
     start = last = time.perf_counter()

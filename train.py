@@ -38,6 +38,7 @@ from data import (
     stream,
 )
 from figures import draw_curves, draw_tokens, optional
+from files import write_atomic
 from flags import FREE_ON_RESUME, draw_trial
 from imagery.bands import meanings
 from model import OBJECTIVES, Plan, draw_rectangle, ema_update, regularise, vit
@@ -435,6 +436,7 @@ def main(args):
     seen = chips.bands[variant.teacher or "hr"]
     ready = partial(prepare, args, chips, objective, teacher, ranks, device_batch)
     stops, stopping = Stop(ranks), False
+    watch = profiler(args, start) if args.profile and ranks.rank == 0 else None
 
     # The loop. `stream` reads the next step's chips and draws its masks while this one computes.
     for step, parts in zip(range(start, stop), stream(ready, start, stop, device), strict=True):
@@ -492,6 +494,8 @@ def main(args):
             entry |= health(*sums) | {"grad_norm": float(norm)} | rates._asdict()
             # rank 0 probes while the others wait in the next step's reduction
             run.log(step, entry, args.global_batch, probe if probes else None)
+        if watch:
+            watch.step()
         stopping = run.hear(stops, now=run.saves(step))
         if run.in_a_row >= min(PATIENCE, stop - start):
             raise ValueError(fault(args, chips, run.heard - 1, run.in_a_row, losses, rates.lr))
@@ -511,9 +515,25 @@ def main(args):
             stop = step + 1
             break
 
+    if watch:
+        watch.stop()
     if ranks.rank == 0:
         run.close(stopping and stop < total)
         leave(args, chips, objective, teacher, device, stop, start, total)
+
+
+def profiler(args, start):
+    """Record --profile steps, after two, for https://ui.perfetto.dev; to be told of each step."""
+    path = args.out / f"trace-{start}.json"
+
+    def write(profile):
+        write_atomic(path, lambda part: profile.export_chrome_trace(str(part)))
+        print(f"{path}: open it in https://ui.perfetto.dev", flush=True)
+
+    steps = torch.profiler.schedule(wait=1, warmup=1, active=args.profile, repeat=1)
+    watch = torch.profiler.profile(schedule=steps, on_trace_ready=write)
+    watch.start()
+    return watch
 
 
 def enter(args, ranks, config, objective, optimizer, scaler):

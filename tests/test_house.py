@@ -36,7 +36,8 @@ ROOMS = {
     "predict": "* segment weights model data run datasets imagery figures",
     "report": "* imagery figures",
     "study": "* report run imagery figures",
-    "bench": "* affinity kernels model data",
+    "textbook": "torch einops affinity model vit",
+    "bench": "* affinity kernels model vit data run textbook",
 }
 SCRIPTS = {"train", "finetune", "predict", "study", "bench"}
 LONGEST = 150  # lines of a function

@@ -57,7 +57,7 @@ CPU = torch.device("cpu")
 def command(store, out, objective="ijepa", steps=2, **flags):
     stores = store if isinstance(store, list) else [store]
     words = [*TINY.split(), *OWN[objective].split(), "--out", out, "--objective", objective]
-    words += ["--steps", steps, "--store", *stores]
+    words += ["--steps", steps, "--store", *stores, "--precision", "float32"]  # on any CPU
     if "init" in flags:  # it brings its own architecture
         words = words[8:]
     for name, value in flags.items():
@@ -638,6 +638,16 @@ def test_losses_are_the_recorded_ones(store, tmp_path, objective):
     run(store, tmp_path / "run", objective, steps=6, affinity_index="block", pos="ground")
     losses = [entry["loss"] for entry in log_of(tmp_path / "run")]
     assert losses == pytest.approx(STORED[objective], rel=1e-5)
+
+
+def test_profile_writes_a_trace_of_some_steps(store, tmp_path):
+    run(store, tmp_path / "run", steps=5, profile=2, log_every=10)
+    (path,) = (tmp_path / "run").glob("trace*")
+    assert path.name == "trace-0.json"
+    events = json.loads(path.read_text())["traceEvents"]
+    steps = {e["name"] for e in events if e.get("name", "").startswith("ProfilerStep")}
+    assert steps == {"ProfilerStep#2", "ProfilerStep#3"}
+    assert sum(e.get("name") == "aten::_fused_adamw_" for e in events) == 4  # of two groups
 
 
 # ---- a run from a file, a run from nothing, an objective from elsewhere
