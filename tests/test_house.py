@@ -32,7 +32,8 @@ ROOMS = {
     "finetune": "* scores tiles segment weights model data run datasets imagery figures",
     "predict": "* segment weights model data run datasets imagery figures",
     "study": "* run imagery figures",
-    "bench": "* affinity kernels model data",
+    "counted": "torch affinity kernels",  # without Triton, until a function is called
+    "bench": "* affinity kernels model data counted",
 }
 SCRIPTS = {"train", "finetune", "predict", "study", "bench"}
 LONGEST = 150  # lines of a function
