@@ -167,13 +167,16 @@ def keep_pages():
 
 
 def precision_of(name, device):
-    """The precision of --precision: "auto" is bfloat16 on a GPU that has it, else float16; float32
+    """The dtype's name for autocast: "auto" is bfloat16 on a GPU that has it, else float16; float32
     on the CPU."""
-    if name != "auto" or device.type == "cpu":
-        return "float32" if name == "auto" else name
+    if name != "auto":
+        return name
+    if device.type != "cuda":
+        return "float32"
     return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 
 
+@contextlib.contextmanager
 def handling(handler):
     """Within, `handler` gets the signals by which a run is asked to end."""
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

@@ -28,7 +28,8 @@ def test_gram_prints_a_table_and_writes_what_repeats_it(tmp_path):
     assert {"device", "date", "commit", "python", "torch", "triton", "flags"} <= set(found)
     assert [row["form"] for row in found["rows"]] == ["eager", "ours"] * 2
     for row in found["rows"]:
-        assert len(row["forward_ms"]) == len(row["gradient_ms"]) == 3
+        assert len(row["forward_ms"]) == len(row["backward_ms"]) == len(row["both_ms"]) == 3
+        assert row["both_floor_ms"] >= row["forward_floor_ms"] > 0
         assert row["loss_error"] < 1e-5 and row["grad_error"] < 1e-5
     assert list(tmp_path.iterdir()) == [out]
 
