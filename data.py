@@ -2,12 +2,14 @@
 
     python data.py pack --mr sentinel2/ --hr venus/ OUT --band-names B,G,R,NIR
     python data.py check OUT
+    python data.py verify OUT       every byte against its digest
 
-A store is a folder: mr.npy (N, C, h, w) and, for the chips that have a pair, hr.npy (P, C', H, W),
-in the files' own dtype, memory-mapped; index.csv, one row a chip; meta.json, what the chips are and
-the statistics that normalise them. The HR chip is whole pixels of its file; where the MR chip's
-ground lies in it is a window (hr_row, hr_col, hr_height, hr_width) of fractional pixels, so any
-ratio and any offset of the two grids is exact. Crops are made from that on the training device.
+A store is a folder of shards, files of about 256 MB whose rows are chips: `mr` (n, C, h, w), `hr`
+(m, C', H, W) of those that have a pair, in the files' own dtype, and `hr_window` (n, 4). index.csv
+says of each chip where it lies and where it is from, meta.json what the chips are, the statistics
+that normalise them, and the digests of all else. The HR chip is whole pixels of its file; where the
+MR chip's ground lies in it is a window (row, col, height, width) of fractional pixels, so any ratio
+and any offset of the two grids is exact. Crops are made from that on the training device.
 """
 
 import argparse
@@ -20,7 +22,7 @@ import math
 import os
 import shlex
 import sys
-import tokenize
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,14 +30,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 
 FORMAT = "crossscale store"
-VERSION = 2
+VERSION = 3
 WINDOW = "hr_row hr_col hr_height hr_width".split()
-INDEX = (
-    "chip hr mr_source hr_source row col hr_row hr_col hr_height hr_width mr_date hr_date crs "
-    "a b c d e f split valid"
-).split()  # crs, a to f: where the MR chip lies, as raster.Info says it of an image
+INDEX = (  # shard: of meta["shards"]; place, hr: rows there; crs, a to f: as raster.Info says them
+    "chip shard place hr mr_source hr_source row col hr_row hr_col hr_height hr_width mr_date "
+    "hr_date crs a b c d e f split valid"
+).split()
 SPLITS = "train val test".split()
 
 
@@ -44,56 +47,29 @@ class Store:
 
     hr_share: fraction of the training split's pairs that keep their HR, the others become chips
     without; drawn by seed, and a smaller share is a part of a larger one. `has_hr` (N,) bool says
-    which chips have HR; `flagged` (N,) bool which `data.py check` marked.
+    which chips have HR; `flagged` (N,) bool which `data.py check` marked; `sensors` which have
+    pixels, "mr" first.
 
     Raises FileNotFoundError if the folder holds no store, ValueError if it is of another version,
-    not complete or damaged.
+    not complete or damaged: sizes and headers of shards, the index and meta.json are compared with
+    their digests, pixels by `verify`.
     """
 
     def __init__(self, path, hr_share=1.0, seed=0):
         path = Path(path)
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: no such folder; make a store with data.py pack")
-        if not (path / "meta.json").is_file():
-            raise FileNotFoundError(
-                f"{path}: not a store, it has no meta.json; make one with data.py pack"
-            )
-        with usable(path / "meta.json") as file:
-            self.meta = meta = json.loads(file.read_text("utf-8"))
-            if (meta["format"], meta["version"]) != (FORMAT, VERSION):
-                raise ValueError(f"version {VERSION} expected, {meta['version']} found")
-            sensors = [s for s in ("mr", "hr") if meta["shape"][s] is not None]
-            mean, std, gsd, shape, bands = (
-                [meta[key][sensor] for sensor in sensors]
-                for key in ("mean", "std", "gsd", "shape", "bands")
-            )
-            lists = zip(bands, mean, std, shape, strict=True)
-            if not all({len({*b}), *map(len, (b, m, s))} == {size[0]} for b, m, s, size in lists):
-                raise ValueError("lists that do not fit its bands")
-            positive = np.concatenate([*std, [side or 1 for side in gsd]])
-            if not np.isfinite([*np.concatenate(mean), *positive]).all() or positive.min() <= 0:
-                raise ValueError("numbers that are not finite or not above 0")
-        self.mr = self._open(path / "mr.npy")
-        self.hr = self._open(path / "hr.npy") if "hr" in sensors else None
-        with usable(path / "index.csv") as file:
-            self._split = np.empty(len(self), "U5")
-            self._hr = np.empty(len(self), np.int64)  # row in hr.npy, or -1
-            self._window = np.empty((len(self), 4))
-            valid, row = np.empty(len(self)), -1
-            for row, cells in enumerate(read_csv(file)):
-                if row < len(self):
-                    self._split[row] = cells["split"]
-                    self._hr[row] = int(cells["hr"] or -1)
-                    self._window[row] = [float(cells[key] or 0) for key in WINDOW]
-                    valid[row] = float(cells["valid"])
-            if row + 1 != len(self):
-                raise ValueError(f"{len(self)} rows expected, one a chip, {row + 1} found")
-            if not np.isfinite([*self._window.T, valid]).all() or not set(self._split) <= {*SPLITS}:
-                raise ValueError("a row that is not whole")
-            self.has_hr = self._hr >= 0
-            count = 0 if self.hr is None else len(self.hr)
-            if not np.array_equal(np.sort(self._hr[self.has_hr]), np.arange(count)):
-                raise ValueError(f"rows that do not fit the {count} chips of hr.npy")
+        self.meta = meta = read_meta(path)
+        self.sensors = [sensor for sensor in ("mr", "hr") if meta["shape"][sensor]]
+        self._shards = [open_shard(path, about)[1] for about in meta["shards"]]
+        self._split = np.empty(len(self), "U5")
+        self._place = np.empty((len(self), 3), np.int64)  # shard, row of its mr and of its hr or -1
+        for chip, row in enumerate(read_index(path, meta)):
+            self._split[chip] = row["split"]
+            self._place[chip] = row["shard"], row["place"], row["hr"] or -1
+        self._window = np.empty((len(self), 4))
+        for shard, tensors in enumerate(self._shards):
+            here = self._place[:, 0] == shard
+            self._window[here] = tensors["hr_window"][self._place[here, 1]]
+        self.has_hr = self._place[:, 2] >= 0
         self.flagged = np.zeros(len(self), bool)
         if (path / "flags.csv").is_file():
             with usable(path / "flags.csv") as file:
@@ -105,17 +81,8 @@ class Store:
         drop = np.random.default_rng((seed, 3)).permutation(pairs)[round(hr_share * len(pairs)) :]
         self.has_hr[drop] = False
 
-    def _open(self, path):
-        with usable(path) as file:
-            shape = (self.meta["count"][path.stem], *self.meta["shape"][path.stem])
-            dtype = self.meta["dtype"][path.stem]
-            array = np.lib.format.open_memmap(file, mode="r")
-            if (array.shape, str(array.dtype)) != (shape, dtype):
-                raise ValueError(f"{shape} {dtype} expected, {array.shape} {array.dtype} found")
-        return array
-
     def __len__(self):
-        return len(self.mr)
+        return self.meta["count"]["mr"]
 
     def split(self, name):
         """Chip numbers of a split ("train", "val", "test"), ascending int64; maybe none."""
@@ -127,19 +94,130 @@ class Store:
 
         Returns mr (B, C, h, w) and hr (B, C', H, W) as stored, zeros where a chip has no HR and no
         key where the store has none; has_hr (B,) bool; hr_window (B, 4) float64: top, left, height,
-        width of the MR chip's ground in pixels of the HR chip.
+        width of the MR chip's ground in pixels of the HR chip, zeros where it has none.
         """
         indices = np.asarray(indices)
         has_hr = self.has_hr[indices]
+        shard, mr, hr = self._place[indices].T
         batch = {
             "has_hr": torch.from_numpy(has_hr),
             "hr_window": torch.from_numpy(self._window[indices]),
         }
-        if "mr" in sensors:
-            batch["mr"] = torch.from_numpy(read_rows(self.mr, indices))
-        if "hr" in sensors and self.hr is not None:
-            batch["hr"] = torch.from_numpy(read_rows(self.hr, self._hr[indices], has_hr))
+        for sensor, rows in (("mr", mr), ("hr", np.where(has_hr, hr, -1))):
+            if sensor in sensors and sensor in self.sensors:
+                shape, dtype = self.meta["shape"][sensor], self.meta["dtype"][sensor]
+                out = np.zeros((len(indices), *shape), dtype)
+                # row by row, in the order of the disk; a fancy index would copy the batch twice
+                for k in np.lexsort((rows, shard)).tolist():
+                    if rows[k] >= 0:
+                        out[k] = self._shards[shard[k]][sensor][rows[k]]
+                batch[sensor] = torch.from_numpy(out)
         return batch
+
+
+def read_meta(path):
+    """meta.json of a store, a dict. Raises FileNotFoundError or ValueError where it is none."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such folder; make a store with data.py pack")
+    if not (path / "meta.json").is_file():
+        raise FileNotFoundError(
+            f"{path}: not a store, it has no meta.json; make one with data.py pack"
+        )
+    with usable(path / "meta.json") as file:
+        meta = json.loads(file.read_text("utf-8"))
+        if (meta["format"], meta["version"]) != (FORMAT, VERSION):
+            again = meta.get("provenance", {}).get("command") or "data.py pack"
+            raise ValueError(
+                f"version {VERSION} expected, {meta['version']} found, so repeat: python {again} "
+                "--overwrite"
+            )
+        if meta["digest"] != meta_digest(meta):
+            raise ValueError("its digest is another, it was changed after packing")
+    return meta
+
+
+def meta_digest(meta):
+    """SHA-256 of what meta.json says beside its digest, 64 hex digits."""
+    rest = {key: value for key, value in meta.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def open_shard(folder, about):
+    """A shard as (facts, tensors): what its header says of its chips, a dict, and read-only arrays
+    by name, mapped from the file, so that only what is taken of them is read.
+
+    about: what meta.json says of it: file, bytes, digest (of the header); or a dict of the file
+    alone. Raises ValueError unless size and header are what they were when it was written.
+    """
+    with usable(folder / about["file"]) as path:
+        size = path.stat().st_size
+        if size != about.get("bytes", size):
+            raise ValueError(f"{about['bytes']} bytes expected, {size} found")
+        digest = header_digest(path)
+        if digest != about.get("digest", digest):
+            raise ValueError("its header has another digest")
+        with safe_open(path, "pt") as file:
+            facts = json.loads(file.metadata()["crossscale"])
+            tensors = {name: file.get_tensor(name).numpy() for name in file.keys()}
+    for array in tensors.values():
+        array.flags.writeable = False
+    return facts, tensors
+
+
+def header_digest(path):
+    """SHA-256 of the header of a safetensors file, 64 hex digits."""
+    with open(path, "rb") as file:
+        size = file.read(8)
+        # no longer than the format allows, whatever it claims
+        header = file.read(min(int.from_bytes(size, "little"), 100_000_000))
+    return hashlib.sha256(size + header).hexdigest()
+
+
+def row_digests(tensors):
+    """What the header of a shard keeps of each chip, to tell later whether it is whole: a list of
+    n int, CRC-32 over all of its rows. tensors: arrays by name, of n rows, or of one for each chip
+    that has a window where their name begins with "hr" (but for the windows themselves)."""
+    digests, hr = [], 0
+    for k, window in enumerate(tensors["hr_window"]):
+        digest, paired = 0, window[2] > 0
+        for name in sorted(tensors):
+            of_hr = name.startswith("hr") and name != "hr_window"
+            if paired or not of_hr:
+                digest = zlib.crc32(np.ascontiguousarray(tensors[name][hr if of_hr else k]), digest)
+        digests.append(digest)
+        hr += int(paired)
+    return digests
+
+
+def verify(path):
+    """Compare every byte of a store with its digest; prints what is damaged, chip by chip, with its
+    sources. Raises ValueError at the end if anything was, and as `Store` does."""
+    path = Path(path)
+    meta, damaged = read_meta(path), 0
+    of_shard = [{} for _ in meta["shards"]]
+    for row in read_index(path, meta):
+        of_shard[int(row["shard"])][int(row["place"])] = row
+    for about, rows in zip(meta["shards"], of_shard, strict=True):
+        try:
+            facts, tensors = open_shard(path, about)
+            found = row_digests(tensors)
+            bad = [k for k, digest in enumerate(facts["digests"]) if digest != found[k]]
+        except ValueError as error:
+            print(error)
+            bad = list(rows)
+        damaged += len(bad)
+        for k in bad:
+            row = rows.get(k)  # a chip that no split has is in no index
+            print(f"{path / about['file']}: " + (chip_text(row) if row else f"row {k}, unused"))
+    if damaged:
+        raise ValueError(f"{path}: {damaged} of its chips are damaged; pack it again")
+    print(f"{path}: {len(meta['shards'])} shards, {meta['count']['mr']} chips, all whole")
+
+
+def chip_text(row):
+    """A chip and where it was cut, for a reader. row: of index.csv."""
+    source = row["mr_source"] + (f" and {row['hr_source']}" if row["hr_source"] else "")
+    return f"chip {row['chip']} ({source} at row {row['row']}, column {row['col']})"
 
 
 class Chips(NamedTuple):
@@ -163,7 +241,7 @@ def open_chips(paths, student="mr", pairs=0, hr_share=1.0, seed=0, skip_flagged=
     stores = [Store(path, hr_share, seed) for path in paths]
     ids, has_hr, digest, bands, where = [], [], hashlib.sha256(), {"mr": None, "hr": None}, {}
     for number, (path, store) in enumerate(zip(paths, stores, strict=True)):
-        for sensor in ("mr", "hr") if store.hr is not None else ("mr",):
+        for sensor in store.sensors:
             own, first = store.meta["bands"][sensor], where.setdefault(sensor, path)
             bands[sensor] = bands[sensor] or own
             if own != bands[sensor] and (sensor == student or (sensor == "hr" and pairs)):
@@ -198,14 +276,13 @@ def open_chips(paths, student="mr", pairs=0, hr_share=1.0, seed=0, skip_flagged=
     return Chips(stores, ids, has_hr, digest.hexdigest()[:12], bands)
 
 
-def read_rows(array, rows, wanted=True):
-    """array[rows] of a memory map, zeros where not `wanted`. Each row is copied straight to its
-    place, in ascending order; a fancy index copies the batch twice and takes twice as long."""
-    out = np.zeros((len(rows), *array.shape[1:]), array.dtype)
-    order = np.argsort(rows)
-    for place in order[np.broadcast_to(wanted, len(rows))[order]]:
-        out[place] = array[rows[place]]
-    return out
+def read_index(path, meta):
+    """The rows of a store's index.csv, dicts of text, one a chip in their order."""
+    with usable(path / "index.csv") as file:
+        with file.open("rb") as content:
+            if hashlib.file_digest(content, "sha256").hexdigest() != meta["index"]:
+                raise ValueError("its digest is another, it was changed after packing")
+        yield from read_csv(file)
 
 
 def read_csv(path):
@@ -220,8 +297,8 @@ def usable(file):
     try:
         yield file
     except (
-        *(OSError, ValueError, TypeError, LookupError, OverflowError),
-        *(csv.Error, tokenize.TokenError),
+        *(OSError, ValueError, TypeError, LookupError, OverflowError, AttributeError),
+        *(csv.Error, RuntimeError, SafetensorError),
     ) as error:
         raise ValueError(
             f"{file}: cannot be used ({type(error).__name__}: {error}); pack the store again"
@@ -459,6 +536,9 @@ def main():
     about = "measure shift, likeness, doubles and leaks of the pairs of a store"
     p = commands.add_parser("check", help=about, description=about, allow_abbrev=False)
     check.add_flags(p)
+    about = "compare every byte of a store with its digest, and name the chips that are damaged"
+    p = commands.add_parser("verify", help=about, description=about, allow_abbrev=False)
+    p.add_argument("path", metavar="STORE", help="folder of the store")
     about = (
         "Cut pairs of images into a store: a published set as it was downloaded (--format NAME "
         "ROOT OUT), or images of your own (--mr DIR --hr DIR OUT). After a kill the same command "
@@ -473,6 +553,9 @@ def main():
     try:
         if command == "check":
             check.check(**args)
+            return
+        if command == "verify":
+            verify(**args)
             return
         reader = sets("PAIRS")[args["format"]]
         if len(args["paths"]) != (1 if args["mr"] else 2):
@@ -509,7 +592,7 @@ def main():
         command_line = shlex.join(["data.py", *sys.argv[1:]])
         pack.pack(listing, out, **args, inputs=inputs, command=command_line)
     except KeyboardInterrupt:
-        left = "nothing was written" if command == "check" else "the same command continues"
+        left = "the same command continues" if command == "pack" else "nothing was written"
         print(f"data.py: interrupted; {left}", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as error:

@@ -25,7 +25,7 @@ from data import SPLITS, Store, resample, usable
 from figures import save_figure
 from imagery import pack
 
-BATCH_BYTES = 2**26  # stored pixels read at a time
+BATCH_BYTES = 2**22  # stored pixels at a time: what is made of them stays in the processor's cache
 REACH = 8  # MR pixels up to which shifts are searched, along rows and columns
 BLUR = 0.175  # cycles per pixel, Gaussian: beyond it an MR image is mostly aliasing and noise
 EVIDENCE = 100  # of a shift, see measure_shift; unrelated chips of 32 to 128 pixels reach 40 to 80
@@ -150,7 +150,7 @@ def measure(store):
     pixels, `*_digest` (N, 2) int64 of the pixels.
     """
     meta, count = store.meta, len(store)
-    sensors = [sensor for sensor in ("mr", "hr") if meta["shape"][sensor]]
+    sensors = store.sensors
     own = {sensor: meta["bands"][sensor] for sensor in sensors}
     names = [name for name in own.get("hr", []) if name in own["mr"]]
     places = {sensor: [own[sensor].index(name) for name in names] for sensor in sensors}
@@ -166,7 +166,9 @@ def measure(store):
         figures[f"{sensor}_digest"] = np.zeros((count, 2), np.int64)
         # the two highest values of each band and how many pixels have them
         figures[f"{sensor}_top"] = np.tile([-np.inf, 0], (count, bands, 2, 1))
-    bytes_of = sum(getattr(store, sensor)[0].nbytes for sensor in sensors)
+    bytes_of = sum(
+        math.prod(meta["shape"][s]) * np.dtype(meta["dtype"][s]).itemsize for s in sensors
+    )
     size = int(np.clip(BATCH_BYTES // bytes_of, 1, 256))
     with tqdm(total=count, desc="check", unit="chip") as bar:
         for start in range(0, count, size):
@@ -198,8 +200,8 @@ def measure(store):
 
 
 def digest(chip):
-    """(2,) int64 that equal pixels share: 128 bits of BLAKE2b."""
-    return np.frombuffer(hashlib.blake2b(chip.tobytes(), digest_size=16).digest(), np.int64)
+    """(2,) int64 that equal pixels share: 128 bits of SHA-256, for which processors have a way."""
+    return np.frombuffer(hashlib.sha256(np.ascontiguousarray(chip)).digest()[:16], np.int64)
 
 
 def highest(pixels):
@@ -289,10 +291,11 @@ def measure_shift(mr, hr, window):
         cross = cross / (power + 4 * power.mean((1, 2), keepdim=True)).clamp_min(1e-20)
         ticks = torch.arange(-span, span + step / 2, step, dtype=torch.float64)
         ticks = (shift - moved)[..., None] + ticks  # (B, 2, T)
-        rise, run = (
-            torch.exp(2j * math.pi * t[..., None] * f).to(cross.dtype)
+        angles = (
+            (2 * math.pi * t[..., None] * f).float()
             for t, f in zip(ticks.unbind(1), (y, x), strict=True)
         )
+        rise, run = (torch.complex(angle.cos(), angle.sin()) for angle in angles)
         surface = torch.einsum("btk,bkl,bul->btu", rise, cross, run).real
         peak, place = surface.flatten(1).max(1)
         count = surface.shape[-1]

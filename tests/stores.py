@@ -1,13 +1,15 @@
 """A small store of smooth random landscapes for tests, written without any imagery."""
 
 import csv
-import json
+import hashlib
+import itertools
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 import data
+from imagery import shards
 
 
 def crop_pairs(store, chips, crops, mr_size, hr_size=None, mr_from="mr", hr_from="hr"):
@@ -41,20 +43,15 @@ def write_store(
     hr = F.interpolate(coarse, (ratio * size, ratio * size), mode="bicubic")
     hr = (2000 + 1000 * hr + 200 * torch.rand(hr.shape, generator=generator)).clamp(0, 10000)
     mr = F.avg_pool2d(hr, ratio)[:, : len(bands)]
-    pairs = list(range(chips)) if pairs is None else list(pairs)
+    pairs = list(range(chips)) if pairs is None else sorted(pairs)
     hr = hr[pairs][:, [names.index(name) for name in hr_bands]]
     arrays = {"mr": mr.numpy().astype(np.uint16), "hr": hr.numpy().astype(np.uint16)}
     if not pairs:
         del arrays["hr"]
     path.mkdir(parents=True)
-    for name, array in arrays.items():
-        np.save(path / f"{name}.npy", array)
     meta = {
         "format": data.FORMAT,
         "version": data.VERSION,
-        "count": {"mr": chips, "hr": len(pairs)},
-        "shape": {"hr": None} | {k: list(v.shape[1:]) for k, v in arrays.items()},
-        "dtype": {k: str(v.dtype) for k, v in arrays.items()},
         "bands": {"mr": list(bands), "hr": list(hr_bands)},
         "gsd": {"mr": 10.0, "hr": 10.0 / ratio},
         "sources": [],
@@ -62,16 +59,67 @@ def write_store(
         "mean": {k: v.mean((0, 2, 3)).tolist() for k, v in arrays.items()},
         "std": {k: v.std((0, 2, 3)).tolist() for k, v in arrays.items()},
     }
-    (path / "meta.json").write_text(json.dumps(meta))
-    with open(path / "index.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, data.INDEX)
-        writer.writeheader()
-        for i in range(chips):
-            split = "val" if i % 8 == 7 else "train"
-            row = {"chip": i, "hr": "", "split": split, "valid": 1}
-            if i in pairs:
-                side = ratio * size
-                window = dict(zip(data.WINDOW, (0, 0, side, side), strict=True))
-                row |= {"hr": pairs.index(i), **window}
-            writer.writerow(row)
+    rows = [{"split": "val" if i % 8 == 7 else "train", "valid": 1} for i in range(chips)]
+    for i in pairs:
+        rows[i] |= dict(zip(data.WINDOW, (0, 0, ratio * size, ratio * size), strict=True))
+    return save_store(path, meta, rows, arrays)
+
+
+def save_store(path, meta, rows, arrays):
+    """Write a store of two shards. rows: of index.csv, whose chips have HR where they have a
+    window; arrays: {"mr": (chips, ...), "hr": (pairs, ...)}."""
+    windows = np.array([[float(row.get(key) or 0) for key in data.WINDOW] for row in rows])
+    has_hr = windows[:, 2] > 0
+    cuts, about, index = [0, (len(rows) + 1) // 2, len(rows)], [], []
+    for shard, (first, last) in enumerate(itertools.pairwise(cuts)):
+        before, here = has_hr[:first].sum(), has_hr[first:last]
+        tensors = {"hr_window": windows[first:last], "mr": arrays["mr"][first:last]}
+        if "hr" in arrays:
+            tensors["hr"] = arrays["hr"][before : before + here.sum()]
+        name = f"{first:07}-00000.safetensors"
+        tensors = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
+        shards.save_shard(path / name, {}, tensors)
+        size, digest = (path / name).stat().st_size, data.header_digest(path / name)
+        about.append({"file": name, "bytes": size, "digest": digest})
+        for place in range(last - first):
+            own = {"chip": first + place, "shard": shard, "place": place}
+            own["hr"] = here[:place].sum() if here[place] else ""
+            index.append(shards.fill_row(data.INDEX, rows[first + place] | own))
+    with shards.table(path / "index.csv", data.INDEX) as table:
+        table.writerows(index)
+    digest = hashlib.sha256((path / "index.csv").read_bytes()).hexdigest()
+    meta = meta | {
+        "count": {"mr": len(rows), "hr": int(has_hr.sum())},
+        "shape": {"hr": None} | {k: list(v.shape[1:]) for k, v in arrays.items()},
+        "dtype": {k: str(v.dtype) for k, v in arrays.items()},
+        "shards": about,
+        "index": digest,
+    }
+    shards.write_meta(path, meta)
     return path
+
+
+def pixels(path, sensor):
+    """All pixels of a sensor: of MR by chip, of HR those of the chips that have it, in order."""
+    store = data.Store(path)
+    batch = store.batch(np.arange(len(store)), {sensor})
+    return batch[sensor].numpy()[store.has_hr if sensor == "hr" else slice(None)]
+
+
+def edit_store(path, meta=(), rows=None, **change):
+    """Write a store again with other meta, other rows (a function of the chip that returns what
+    changes, or None) or other pixels (mr, hr: a function of all, in place or not)."""
+    store = data.Store(path)
+    table = [row | (rows(int(row["chip"])) or {} if rows else {}) for row in rows_of(path)]
+    arrays = {sensor: pixels(path, sensor) for sensor in store.sensors}
+    for sensor, edit in change.items():
+        new = edit(arrays[sensor])
+        arrays[sensor] = arrays[sensor] if new is None else new
+    for name in [about["file"] for about in store.meta["shards"]]:
+        (path / name).unlink()
+    return save_store(path, store.meta | dict(meta), table, arrays)
+
+
+def rows_of(path, name="index"):
+    with (path / f"{name}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))

@@ -1,8 +1,6 @@
 """What `data.py check` measures, against known shifts, slow loops and real pairs."""
 
 import argparse
-import csv
-import json
 import shutil
 
 import numpy as np
@@ -11,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import refused
 from landscape import EAST, NORTH, landscape, write_scene
-from stores import write_store
+from stores import edit_store, pixels, rows_of, write_store
 
 import data
 from datasets.folder import read_geotiff
@@ -32,29 +30,12 @@ def picture():
     return "check.png"
 
 
-def rows_of(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def edit_index(store, change):
-    rows = rows_of(store / "index.csv")
-    for row in rows:
-        row |= change(int(row["chip"])) or {}
-    with (store / "index.csv").open("w", newline="") as file:
-        table = csv.DictWriter(file, data.INDEX)
-        table.writeheader()
-        table.writerows(rows)
+    edit_store(store, rows=change)
 
 
 def edit_pixels(store, sensor, change):
-    array = np.load(store / f"{sensor}.npy")
-    new = change(array)  # or in place
-    array = array if new is None else new
-    np.save(store / f"{sensor}.npy", array)
-    meta = json.loads((store / "meta.json").read_text())
-    meta["shape"][sensor], meta["dtype"][sensor] = list(array.shape[1:]), str(array.dtype)
-    (store / "meta.json").write_text(json.dumps(meta))
+    edit_store(store, **{sensor: change})
 
 
 def sensed(gsd, row, col, side, spot):
@@ -134,13 +115,13 @@ def test_correlation_is_pearson(tmp_path):
     store = write_store(tmp_path / "store", chips=5, hr_bands=("G", "NIR"))
     edit_pixels(store, "hr", lambda hr: hr[::-1])  # so that the likeness is not near 1
     found = check.check(store)["correlation"]
-    mr, hr = (torch.tensor(np.load(store / f"{s}.npy").astype("float32")) for s in ("mr", "hr"))
+    mr, hr = (torch.tensor(pixels(store, s).astype("float32")) for s in ("mr", "hr"))
     hr = F.interpolate(hr, (16, 16), mode="bicubic", antialias=True)
     for chip in range(5):
         for n, band in enumerate((1, 3)):
             pair = np.stack([mr[chip, band].flatten(), hr[chip, n].flatten()])
             assert found[chip, n] == pytest.approx(np.corrcoef(pair)[0, 1], abs=1e-5)
-    assert rows_of(store / "check.csv")[0]["correlation_NIR"] == f"{found[0, 1]:.5g}"
+    assert rows_of(store, "check")[0]["correlation_NIR"] == f"{found[0, 1]:.5g}"
 
 
 @pytest.mark.parametrize("hr_bands", [("NIR", "VV", "G"), ("VV", "NIR", "G", "VH")])
@@ -171,7 +152,7 @@ def test_sensors_without_a_common_band(tmp_path, picture, capsys):
     assert (figures["mr_flat"] == 0).all() and (figures["hr_saturated"] == 0).all()
     said = [line for line in capsys.readouterr().out.splitlines() if "in common" in line]
     assert len(said) == 1 and "VV,VH" in said[0] and "B,G,R,NIR" in said[0]
-    row = rows_of(store / "check.csv")[3]
+    row = rows_of(store, "check")[3]
     assert row["shift"] == "" and row["duplicate_of"] == "2"
     assert not [key for key in row if key.startswith("correlation")]
     assert (store / picture).is_file()
@@ -187,9 +168,9 @@ def test_constant_bands(tmp_path):
     figures = check.check(store, max_shift=0.1, min_correlation=0)
     assert figures["mr_flat"].tolist() == [0, 1, 4, 0] and not figures["hr_flat"].any()
     assert np.isnan(figures["correlation"]).sum(1).tolist() == [0, 1, 4, 0]
-    row = rows_of(store / "check.csv")[2]
+    row = rows_of(store, "check")[2]
     assert row["shift"] == row["correlation_B"] == "" and row["mr_flat"] == "4"
-    assert 2 not in [int(row["chip"]) for row in rows_of(store / "flags.csv")]
+    assert 2 not in [int(row["chip"]) for row in rows_of(store, "flags")]
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "float32"])
@@ -221,7 +202,7 @@ def test_saturation(tmp_path):
 
     edit_pixels(store, "mr", full)
     figures = check.check(store)
-    hr = np.load(store / "hr.npy")
+    hr = pixels(store, "hr")
     wanted = (hr[:, [0, 2, 3]] == 2600).mean((2, 3)).sum(1) / 4
     assert np.allclose(figures["hr_saturated"], wanted) and wanted[:3].all()
     assert figures["mr_saturated"].tolist() == [0, 0, 0.25, 0, 0, 0]
@@ -247,7 +228,7 @@ def test_dates_and_valid_share(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "dates        6 days apart in the median, 95th percentile 10" in out
     assert "nodata       12.50% of pixels, in 1 chips" in out
-    assert [row["days"] for row in rows_of(store / "check.csv")] == ["-2", "10", "", ""]
+    assert [row["days"] for row in rows_of(store, "check")] == ["-2", "10", "", ""]
 
 
 # ---- chips against each other
@@ -269,13 +250,13 @@ def test_duplicates_and_leaks_by_pixels(tmp_path, capsys):
     figures = check.check(store, max_shift=2)
     assert {i: d for i, d in enumerate(figures["duplicate_of"]) if d >= 0} == {5: 2, 6: 2, 7: 3}
     assert {i: d for i, d in enumerate(figures["leak"]) if d >= 0} == {3: 7, 9: 15}
-    flags = {row["chip"]: row["reason"] for row in rows_of(store / "flags.csv")}
+    flags = {row["chip"]: row["reason"] for row in rows_of(store, "flags")}
     assert flags == {"3": "same pixels as val chip 7", "9": "same pixels as val chip 15"}
     out = capsys.readouterr().out
     assert "duplicates   2 within a split, 1 across" in out
     assert "leaks        2 train chips have the same pixels as val chips" in out
     assert "2 of 16 chips flagged (0 shifted, 2 leaking)" in out
-    assert rows_of(store / "check.csv")[7]["duplicate_of"] == "3"
+    assert rows_of(store, "check")[7]["duplicate_of"] == "3"
 
 
 def place(split, row, col, path="a"):
@@ -303,7 +284,7 @@ def test_leaks_by_ground(tmp_path, capsys):
     assert "1 train chips have ground of val chips" in out
     assert not (store / "flags.csv").exists()
     check.check(store, min_correlation=-1)
-    assert [[*row.values()] for row in rows_of(store / "flags.csv")] == [
+    assert [[*row.values()] for row in rows_of(store, "flags")] == [
         ["2", "same ground as val chip 0"]  # and not chip 0: what is held out stays
     ]
 
@@ -360,7 +341,7 @@ def test_packed_chips_know_their_ground(tmp_path):
         write_scene(tmp_path / "mr" / f"{name}.tif", 10.0, (0, 0), side, side)
         write_scene(tmp_path / "hr" / f"{name}.tif", 5.0, (0, 0), 2 * side, 2 * side)
     pack.pack(read_geotiff(tmp_path / "mr", tmp_path / "hr"), tmp_path / "store", chip=16, val=0)
-    rows = rows_of(tmp_path / "store" / "index.csv")
+    rows = rows_of(tmp_path / "store")
     assert {row["crs"] for row in rows} == {"EPSG:32631"}
     for row in rows:
         a, b, c, d, e, f = (float(row[key]) for key in "abcdef")
@@ -382,19 +363,18 @@ def test_packed_chips_know_their_ground(tmp_path):
 
 
 def test_shift_of_a_store_and_flags(tmp_path, capsys):
-    pairs = [7, 0, 3, 4]
+    pairs = [0, 3, 4, 7]
     store = write_store(tmp_path / "store", chips=8, size=64, pairs=pairs, bands=("G", "R"))
     (store / "flags.csv").write_text("chip,reason\n1,by hand\n")
     amounts = {0: 0.0, 3: 0.4, 4: 1.3, 7: -2.2}
     hr = np.empty((4, 2, 136, 136), "uint16")
-    mr = np.load(store / "mr.npy")
+    mr = pixels(store, "mr")
     for chip, amount in amounts.items():
         one, two, window = shifted_pairs(amount, 2, chips=1)
         mr[chip], hr[pairs.index(chip)] = one[0], two[0]
-    edit_pixels(store, "mr", lambda _: mr)
-    edit_pixels(store, "hr", lambda _: hr)
     fields = dict(zip(data.WINDOW, window[0].tolist(), strict=True))
-    edit_index(store, lambda i: fields if i in pairs else None)
+    rows = lambda i: fields if i in pairs else None  # noqa: E731
+    edit_store(store, rows=rows, mr=lambda _: mr, hr=lambda _: hr)
 
     found = check.check(store)["shift"]
     for chip in range(8):
@@ -406,12 +386,12 @@ def test_shift_of_a_store_and_flags(tmp_path, capsys):
 
     check.check(store, max_shift=1, out=tmp_path / "there")
     assert data.Store(store).flagged.nonzero()[0].tolist() == [4, 7]
-    reasons = [row["reason"] for row in rows_of(store / "flags.csv")]
+    reasons = [row["reason"] for row in rows_of(store, "flags")]
     assert reasons[1].startswith("shifted by 2.4") and reasons[1].endswith(" MR pixels")
     assert "replaced" in (out := capsys.readouterr().out) and "(2 shifted, 0 leaking)" in out
     assert sorted(p.name for p in (tmp_path / "there").iterdir()) == ["check.csv"]
     check.check(store, min_correlation=0.999)
-    reasons = {row["chip"]: row["reason"] for row in rows_of(store / "flags.csv")}
+    reasons = {row["chip"]: row["reason"] for row in rows_of(store, "flags")}
     assert reasons["4"].startswith("band correlation 0.") and "0" not in reasons
 
 
@@ -420,11 +400,10 @@ def test_a_store_without_pairs(tmp_path, capsys):
     figures = check.check(store, max_shift=1)
     assert "hr_flat" not in figures and not data.Store(store).flagged.any()
     assert "5 chips (5 train, 0 val, 0 test), 0 pairs" in capsys.readouterr().out
-    assert rows_of(store / "check.csv")[4]["mr_saturated"] == "0"
-    meta = json.loads((store / "meta.json").read_text())
-    for key in ("bands", "mean", "std", "gsd"):
-        meta[key]["hr"] = None
-    (store / "meta.json").write_text(json.dumps(meta))
+    assert rows_of(store, "check")[4]["mr_saturated"] == "0"
+    meta = data.read_meta(store)
+    none = {key: meta[key] | {"hr": None} for key in ("bands", "mean", "std", "gsd")}
+    edit_store(store, none)
     assert np.isnan(check.check(store)["shift"]).all()
 
 

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from conftest import refused
 from landscape import RNG, pair, shift_between
-from stores import crop_pairs, write_store
+from safetensors.numpy import load_file
+from stores import crop_pairs, pixels, write_store
 
 import data
 from datasets.folder import read_geotiff
@@ -201,19 +202,25 @@ def test_batch_keeps_order_and_repeats(tmp_path):
     assert batch["hr_window"].tolist() == [[0, 0, 32, 32]] * 4
     for i, chip in enumerate([5, 0, 5, 12]):
         for sensor in ("mr", "hr"):
-            assert np.array_equal(batch[sensor][i], getattr(store, sensor)[chip])
+            assert np.array_equal(batch[sensor][i], pixels(tmp_path / "store", sensor)[chip])
 
 
 def test_batch_is_the_rows_one_by_one_and_zeros_without_hr(tmp_path):
-    pairs = [6, 1, 4]  # chip 6's HR lies first
-    store = data.Store(write_store(tmp_path / "store", chips=8, pairs=pairs))
+    """Of two shards, read as their format says it."""
+    path = write_store(tmp_path / "store", chips=8, pairs=[6, 1, 4])
+    store = data.Store(path)
+    files = [load_file(path / shard["file"]) for shard in store.meta["shards"]]
+    assert [len(file["mr"]) for file in files] == [4, 4]
+    mr, hr = (np.concatenate([file[sensor] for file in files]) for sensor in ("mr", "hr"))
     indices = np.array([4, 0, 6, -7, 6, 3, -1])  # from the end, too, as an array's
     batch = store.batch(indices)
     for i, chip in enumerate(indices % 8):
-        assert np.array_equal(batch["mr"][i], store.mr[chip])
-        assert bool(batch["has_hr"][i]) == (chip in pairs)
-        hr = store.hr[pairs.index(chip)] if chip in pairs else np.zeros_like(store.hr[0])
-        assert np.array_equal(batch["hr"][i], hr)
+        assert np.array_equal(batch["mr"][i], mr[chip])
+        paired = chip in (1, 4, 6)
+        assert bool(batch["has_hr"][i]) == paired
+        one = hr[[1, 4, 6].index(chip)] if paired else np.zeros_like(hr[0])
+        assert np.array_equal(batch["hr"][i], one)
+        assert batch["hr_window"][i].tolist() == ([0, 0, 32, 32] if paired else [0] * 4)
     with pytest.raises(IndexError):
         store.batch([8])
 
@@ -233,30 +240,17 @@ def test_no_store(tmp_path):
         data.Store(tmp_path / "none")
 
 
-@pytest.mark.parametrize(
-    "change, mention",
-    [
-        ({"version": 99}, "99"),
-        ({"std": None}, "std"),
-        ({"mean": {"mr": [1.0, 2.0]}}, "hr"),
-        ({"mean": {"mr": [1.0], "hr": [1.0]}}, ""),
-        ({"mean": {"mr": [1.0, 2.0], "hr": [1.0, np.nan]}}, ""),
-        ({"std": {"mr": [1.0, 2.0], "hr": [1.0, -2.0]}}, ""),
-        ({"gsd": {"mr": np.inf, "hr": 5.0}}, ""),
-        *(
-            ({"bands": {"mr": mr, "hr": hr}}, "bands")
-            for mr, hr in ((["B"], ["B"]), (["B", "B"], ["B", "G"]), (["B", "G"], ["B", "B"]))
-        ),
-        (None, ""),
-    ],
-)
-def test_a_meta_that_does_not_fit(whole_store, tmp_path, change, mention):
+def test_a_store_of_version_2_is_told_how_to_pack_it(whole_store, tmp_path):
     store = shutil.copytree(whole_store, tmp_path / "store")
-    meta = json.loads((store / "meta.json").read_text())
-    meta = [meta] if change is None else {k: v for k, v in (meta | change).items() if v is not None}
-    (store / "meta.json").write_text(json.dumps(meta))
-    with refused(ValueError, f"{store / 'meta.json'}: ", mention):
+    old = {"format": data.FORMAT, "version": 2}
+    old |= {"provenance": {"command": "data.py pack --mr 'my files' out"}}
+    (store / "meta.json").write_text(json.dumps(old))
+    again = "python data.py pack --mr 'my files' out --overwrite"
+    with refused(ValueError, f"{store / 'meta.json'}: ", "version 3", "2 found", again):
         data.Store(store)
+
+
+SHARD = "0000000-00000.safetensors"
 
 
 @pytest.mark.parametrize(
@@ -264,17 +258,15 @@ def test_a_meta_that_does_not_fit(whole_store, tmp_path, change, mention):
     [
         ("meta.json", lambda content: content[:200], ""),
         ("meta.json", lambda content: b"\xff" + content, ""),
-        ("mr.npy", lambda content: b"", ""),
-        ("mr.npy", lambda content: content[:-10], ""),
-        ("mr.npy", lambda content: content.replace(b"), }", b"(, }"), ""),
-        ("hr.npy", lambda content: b"PK\3\4" + content, ""),
-        ("hr.npy", lambda content: content.replace(b"<u2", b"<i2"), "(16, 2, 32, 32) int16"),
-        ("index.csv", lambda content: b"".join(content.splitlines(True)[:-2]), "16 rows"),
-        ("index.csv", lambda content: content.replace(b"hr_col", b"column"), "hr_col"),
-        ("index.csv", lambda content: content.replace(b",0.0,", b",north,", 1), "north"),
-        ("index.csv", lambda content: content.replace(b",0.0,", b",nan,", 1), ""),
-        ("index.csv", lambda content: content.replace(b",train,", b",tra,", 1), ""),
-        *(("index.csv", lambda content, n=n: content[:-n], "") for n in (5, 6, 9, 12, 20)),
+        ("meta.json", lambda content: b"[" + content + b"]", ""),
+        ("meta.json", lambda content: content.replace(b'"std"', b'"dts"'), "digest"),
+        ("meta.json", lambda content: content.replace(b'"mr": 10.0', b'"mr": 30.0'), "digest"),
+        ("index.csv", lambda content: b"".join(content.splitlines(True)[:-2]), "digest"),
+        ("index.csv", lambda content: content.replace(b",train,", b",val,", 1), "digest"),
+        (SHARD, lambda content: b"", "bytes expected, 0 found"),
+        (SHARD, lambda content: content[:-10], "bytes expected"),
+        (SHARD, lambda content: content.replace(b'"U16"', b'"I16"'), "header"),
+        (SHARD, lambda content: b"\xff" * 8 + content[8:], "header"),
     ],
 )
 def test_a_file_of_a_store_that_is_damaged(whole_store, tmp_path, name, change, mention):
@@ -287,6 +279,52 @@ def test_a_file_of_a_store_that_is_damaged(whole_store, tmp_path, name, change, 
     (store / name).unlink()
     with refused(FileNotFoundError if name == "meta.json" else ValueError, store, name):
         data.Store(store)
+
+
+def test_a_header_that_claims_more_than_the_file(whole_store, tmp_path):
+    """Before any memory is taken, and whatever digests say: a shard of others has none."""
+    path = shutil.copytree(whole_store, tmp_path / "store") / SHARD
+    content = path.read_bytes()
+    for old, new in ((b'"shape":[16', b'"shape":[99'), (b'"shape":[16', b'"shape":[10')):
+        new = content.replace(old.replace(b":", b": "), new.replace(b":", b": "))
+        assert new != content
+        path.write_bytes(new)
+        with refused(ValueError, path):
+            data.open_shard(path.parent, {"file": path.name})
+    for size in (2**40, len(content)):
+        path.write_bytes(size.to_bytes(8, "little") + content[8:])
+        with refused(ValueError, path):
+            data.open_shard(path.parent, {"file": path.name})
+
+
+def test_verify_names_the_chips_of_every_flip(whole_store, tmp_path, capsys):
+    store = shutil.copytree(whole_store, tmp_path / "store")
+    data.verify(store)
+    assert "1 shards, 16 chips, all whole" in capsys.readouterr().out
+    content = (store / SHARD).read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    for name, about in header.items():
+        if name == "__metadata__":
+            continue
+        begin, end = about["data_offsets"]
+        each = (end - begin) // 16
+        for chip in (0, 7, 15):
+            at = start + begin + chip * each + RNG.integers(each)
+            (store / SHARD).write_bytes(
+                content[:at] + bytes([content[at] ^ 16]) + content[at + 1 :]
+            )
+            with refused(ValueError, f"{store}: ", "1 of its chips"):
+                data.verify(store)
+            (line,) = capsys.readouterr().out.splitlines()
+            row, col = 16 * (chip // 4), 16 * (chip % 4)
+            assert f"chip {chip} (" in line and f"at row {row}, column {col})" in line
+            assert "mr/a.tif and " in line and "hr/a.tif" in line
+    for at in (9, start - 9):  # of the header: all chips in it
+        (store / SHARD).write_bytes(content[:at] + bytes([content[at] ^ 16]) + content[at + 1 :])
+        with refused(ValueError, f"{store}: ", "16 of its chips"):
+            data.verify(store)
+        assert len(capsys.readouterr().out.splitlines()) == 17
 
 
 def test_a_batch_reads_only_the_sensors_asked_for(tmp_path):
@@ -315,7 +353,7 @@ def test_chips_without_hr(tmp_path):
 
 def test_a_store_of_mr_alone(tmp_path):
     store = data.Store(write_store(tmp_path / "s", pairs=[]))
-    assert store.hr is None and not store.has_hr.any() and len(store.split("train")) == 14
+    assert store.sensors == ["mr"] and not store.has_hr.any() and len(store.split("train")) == 14
     batch = store.batch([1, 2])
     assert "hr" not in batch
 

@@ -20,7 +20,7 @@ ROOMS = {
     "vit": "torch einops",
     "model": "torch einops vit",
     "weights": "torch einops numpy safetensors model",
-    "data": "torch numpy",
+    "data": "torch numpy safetensors",
     "figures": "torch einops matplotlib",
     "run": "torch",
     "flags": "torch model run",

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -27,32 +26,32 @@ from landscape import (
     shift_between,
     write_scene,
 )
-from stores import crop_pairs
+from stores import crop_pairs, pixels
 
 import data
 import figures
 from datasets import common, sen2naip
 from datasets.folder import read_geotiff
-from imagery import check, pack, raster
+from imagery import check, pack, raster, shards
 
 SHARED = Path(os.environ.get("CROSSSCALE_SHARED", Path(__file__).parents[2] / "shared")) / "data"
 
 
 ROOT, TESTS = map(str, (Path(__file__).parents[1], Path(__file__).parent))
-draw_contact = pack.draw_contact
+draw_contact = shards.draw_contact
 
 
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch):
     """A contact sheet costs more than all the rest of a small store."""
-    monkeypatch.setattr(pack, "draw_contact", lambda store, *_: (store / "contact.png").touch())
+    monkeypatch.setattr(shards, "draw_contact", lambda store, *_: (store / "contact.png").touch())
 
 
 def content(store):
     """The files of a store by name, without the date of packing and the command."""
     files = {path.name: path.read_bytes() for path in sorted(store.iterdir())}
     meta = json.loads(files.pop("meta.json"))
-    del meta["provenance"]
+    del meta["provenance"], meta["digest"]
     return files | {"meta": meta}
 
 
@@ -172,8 +171,9 @@ def test_bands_by_index_and_by_name(tmp_path):
     assert meta["bands"] == {"mr": ["B", "R"], "hr": ["B", "R"]}
     store = data.Store(tmp_path / "store")
     scene = raster.read(mr + "/a.tif")
-    assert np.array_equal(store.mr[0], scene[[2, 0], :32, :32])
-    assert np.array_equal(store.hr[0], raster.read(hr + "/a.tif")[[2, 0], :64, :64])
+    batch = store.batch([0])
+    assert np.array_equal(batch["mr"][0], scene[[2, 0], :32, :32])
+    assert np.array_equal(batch["hr"][0], raster.read(hr + "/a.tif")[[2, 0], :64, :64])
     meta = pack_files(mr, hr, tmp_path / "other", chip=32, val=0, band_names=["x", "y", "z"])
     assert meta["bands"] == {"mr": ["x", "y", "z"], "hr": ["x", "y", "z"]}
 
@@ -184,8 +184,10 @@ def test_reading_in_small_blocks_changes_nothing(tmp_path, monkeypatch):
     pack_files(mr, hr, tmp_path / "one", **options)
     monkeypatch.setattr(pack, "BLOCK_BYTES", 1000)
     pack_files(mr, hr, tmp_path / "two", **options)
-    for name in ("mr.npy", "hr.npy", "index.csv", "skipped.csv"):
+    for name in ("index.csv", "skipped.csv"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    for sensor in ("mr", "hr"):
+        assert np.array_equal(pixels(tmp_path / "one", sensor), pixels(tmp_path / "two", sensor))
 
 
 def test_several_hr_files_on_one_mr_and_several_mr_on_one_hr(tmp_path):
@@ -222,11 +224,10 @@ def test_an_hr_file_as_small_as_its_chip_beside_one_that_needs_a_margin(tmp_path
     write_scene(tmp_path / "mr/b.tif", 10.0, (5000, 0), 32, 32)
     write_scene(tmp_path / "hr/b.tif", 5.0, (4998, 2), 66, 66)
     pack_files(tmp_path / "mr", tmp_path / "hr", tmp_path / "store", chip=32, val=0)
-    store = data.Store(tmp_path / "store")
-    assert store.hr.shape == (2, 2, 65, 65)
-    small = raster.read(tmp_path / "hr/a.tif")
-    assert np.array_equal(store.hr[0][:, :64, :64], small)
-    assert np.array_equal(store.hr[0][:, 64, :64], small[:, 63])
+    hr, small = pixels(tmp_path / "store", "hr"), raster.read(tmp_path / "hr/a.tif")
+    assert hr.shape == (2, 2, 65, 65)
+    assert np.array_equal(hr[0][:, :64, :64], small)
+    assert np.array_equal(hr[0][:, 64, :64], small[:, 63])
 
 
 def test_without_georeference_files_pair_by_name_and_are_blocks(tmp_path, capsys):
@@ -303,7 +304,7 @@ def test_splits_share_no_ground(tmp_path, seed):
     assert np.array_equal(store.split("test"), np.flatnonzero(split == "test"))
     scenes = {name: raster.read(tmp_path / "mr" / name) for name in ("a.tif", "b.tif")}
     for chip, row in zip(
-        store.mr, rows, strict=True
+        pixels(tmp_path / "store", "mr"), rows, strict=True
     ):  # still each its own after chips were dropped
         r, c = int(row["row"]), int(row["col"])
         scene = scenes[Path(row["mr_source"]).name]
@@ -314,14 +315,14 @@ def test_splits_share_no_ground(tmp_path, seed):
 @pytest.mark.parametrize("seed", range(3))
 def test_blocks_are_dealt_near_their_share_and_no_split_is_empty(sizes, seed):
     sizes = np.array(sizes)
-    split = pack.assign_splits(sizes, {"val": 0.1, "test": 0.0}, seed)
+    split = shards.assign_splits(sizes, {"val": 0.1, "test": 0.0}, seed)
     share = sizes[split == "val"].sum() / sizes.sum()
     assert sizes[split == "train"].sum() > 0 and share > 0
     assert "test" not in split
     fine = 0.1 + sizes[sizes > 0].min() / sizes.sum()
     assert share <= fine
     if (sizes > 0).sum() > 2:
-        assert set(pack.assign_splits(sizes, {"val": 0.1, "test": 0.1}, seed)) == {
+        assert set(shards.assign_splits(sizes, {"val": 0.1, "test": 0.1}, seed)) == {
             "train", "val", "test"
         }  # fmt: skip
 
@@ -470,7 +471,7 @@ def test_bands_of_one_name_in_another_order(tmp_path):
         pack_files(mr, hr, tmp_path / "store", band_names=["R", "G", "B"], **options)
     pack_files(mr, hr, tmp_path / "store", hr_bands=["B", "G", "R"], **options)
     scene = raster.read(hr + "/a.tif", (0, 0, 64, 64))
-    assert np.array_equal(data.Store(tmp_path / "store").hr[0], scene[::-1])
+    assert np.array_equal(pixels(tmp_path / "store", "hr")[0], scene[::-1])
 
 
 def test_bands_of_one_name_in_another_order_within_a_folder(tmp_path):
@@ -592,8 +593,8 @@ def test_chips_across_sheets_take_all_of_them(tmp_path):
             raster.write(path, whole[:, rows, cols], at, about.crs, band_names=names)
     (hr / "a.tif").unlink()
     pack_files(mr, hr, tmp_path / "four", chip=16, val=0)
-    one, four = (data.Store(tmp_path / name) for name in ("one", "four"))
-    assert len(one) == len(four) == 16 and (one.hr[:] == four.hr[:]).all()
+    one, four = (pixels(tmp_path / name, "hr") for name in ("one", "four"))
+    assert len(one) == len(four) == 16 and (one == four).all()
     with (tmp_path / "four/index.csv").open() as lines:
         sources = [row["hr_source"] for row in csv.DictReader(lines)]
     assert sorted({text.count(".tif") for text in sources}) == [1, 2, 4]
@@ -606,7 +607,7 @@ def test_a_rim_of_half_an_mr_pixel_is_repeated(tmp_path):
         raster.write(hr / "a.tif", whole[:, :-cut, :-cut], about.transform, about.crs)
         pack_files(mr, hr, tmp_path / f"store{cut}", chip=16, val=0)
         assert len(data.Store(tmp_path / f"store{cut}")) == chips
-    last = data.Store(tmp_path / "store1").hr[15]
+    last = pixels(tmp_path / "store1", "hr")[15]
     assert (last[:, -1] == last[:, -2]).all() and (last[:, :, -1] == last[:, :, -2]).all()
     assert (last[:, :-1, :-1] == whole[:, -32:-1, -32:-1]).all()
 
@@ -702,11 +703,8 @@ def test_an_output_that_exists(tmp_path):
     (store / "notes.txt").unlink()
     pack_files(mr, hr, store, chip=16, val=0, overwrite=True)
     assert len(data.Store(store)) == 16
-    assert {path.name for path in store.iterdir()} == pack.FILES - {
-        "flags.csv",
-        "check.csv",
-        "check.png",
-    }
+    files = {"0000000-00000.safetensors", "index.csv", "meta.json", "skipped.csv", "contact.png"}
+    assert {path.name for path in store.iterdir()} == files
     assert sorted(os.listdir(tmp_path)) == ["hr", "mr", "store"]
 
 
@@ -721,13 +719,12 @@ def test_what_comes_to_the_output_meanwhile_stays(tmp_path, monkeypatch, capsys,
         (out / "thesis.txt").write_text("precious")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pack, "draw_contact", meanwhile)
+        patch.setattr(shards, "draw_contact", meanwhile)
         with refused(FileExistsError, f"{out}: "):
             pack.pack(patches(), out, val=0, overwrite=overwrite)
     assert (out / "thesis.txt").read_text() == "precious"
-    assert "6 of 6 units" in capsys.readouterr().out
     shutil.rmtree(out)
-    monkeypatch.setattr(pack, "stream", lambda listing, *_: None)  # nothing is packed again
+    monkeypatch.setattr(pack, "cut", None)  # nothing is packed again
     pack.pack(patches(), out, val=0)
     assert content(out) == content(tmp_path / "whole")
 
@@ -740,7 +737,7 @@ def test_a_store_that_comes_to_the_output_meanwhile_stays(tmp_path, monkeypatch)
         (store / "contact.png").touch()
         (tmp_path / "other").rename(tmp_path / "store")
 
-    monkeypatch.setattr(pack, "draw_contact", meanwhile)
+    monkeypatch.setattr(shards, "draw_contact", meanwhile)
     with refused(FileExistsError, f"{tmp_path / 'store'}: ", "--overwrite"):
         pack.pack(patches(), tmp_path / "store", val=0)
     assert content(tmp_path / "store") == other
@@ -771,9 +768,10 @@ def test_a_full_disk_and_a_failing_one_name_a_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pack, "ground_keys", full)
+        patch.setattr(shards, "ground_keys", full)
         with refused(OSError, "No space left", "store.packing"):
             pack.pack(patches(), tmp_path / "store")
+    shutil.rmtree(tmp_path / "store.packing")
     listing = patches()
     for when in (0, 1):  # of the survey, of the pass that cuts
         count = iter(range(9))
@@ -859,17 +857,26 @@ def break_at(monkeypatch, calls, error=KeyboardInterrupt):
     """Raise where the block of that number would be cut."""
     cut, seen = pack.cut, iter(range(10**6))
 
-    def stop(job, work):
+    def stop(*work):
         if next(seen) == calls:
             raise error("stop")
-        return cut(job, work)
+        return cut(*work)
 
     monkeypatch.setattr(pack, "cut", stop)
 
 
+@pytest.fixture
+def small(monkeypatch):
+    """A shard a block, and small blocks."""
+    monkeypatch.setattr(shards, "SHARD_BYTES", 1)
+    monkeypatch.setattr(pack, "BLOCK_BYTES", 10000)
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("calls", [5, 9])
-def test_a_stopped_command_continues_to_the_same_store(tmp_path, monkeypatch, workers, calls):
+def test_a_stopped_command_continues_to_the_same_store(
+    tmp_path, monkeypatch, small, workers, calls
+):
     listing = patches()
     pack.pack(listing, tmp_path / "whole", val=0.2, workers=2)
     with monkeypatch.context() as patch:
@@ -877,64 +884,118 @@ def test_a_stopped_command_continues_to_the_same_store(tmp_path, monkeypatch, wo
         with pytest.raises(KeyboardInterrupt):
             pack.pack(listing, tmp_path / "store", val=0.2, workers=workers)
     assert sorted(os.listdir(tmp_path)) == ["store.packing", "whole"]
+    there = {p.name for p in (tmp_path / "store.packing").iterdir()} - {"lock"}
+    assert there and there < {p.name for p in (tmp_path / "whole").iterdir()}
     pack.pack(listing, tmp_path / "store", val=0.2, workers=workers)
     assert content(tmp_path / "store") == content(tmp_path / "whole")
     assert sorted(os.listdir(tmp_path)) == ["store", "whole"]
 
 
-def test_a_killed_process_continues_to_the_same_store(tmp_path):
-    """Killed in the second file, with blocks of the third written by nobody; several CRS."""
+KILLED = """
+import os, signal, sys, threading
+from datasets.folder import read_geotiff
+from imagery import pack, shards
+shards.SHARD_BYTES, pack.BLOCK_BYTES = 30000, 20000
+out, after = sys.argv[1], float(sys.argv[2])
+listing = read_geotiff('mr', 'hr')
+part = sys.argv[3] if len(sys.argv) > 3 else None
+if after:
+    threading.Timer(after, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+pack.pack(listing, out, chip=16, stride=12, split_block=2, val=0.3, part=part, workers=2)
+os._exit(0)
+"""
+
+
+def start(tmp_path, *words):
+    env = os.environ | {"PYTHONPATH": ROOT}
+    words = [sys.executable, "-c", KILLED, *map(str, words)]
+    return subprocess.Popen(words, cwd=tmp_path, env=env, stdout=subprocess.PIPE)
+
+
+def four_scenes(tmp_path, side=48):
+    """In two zones; some chips touch two splits, and are at gaps that others fill."""
     for k in range(4):
         crs = 32631 + k // 2
-        write_scene(tmp_path / f"mr/{k}.tif", 10.0, (k * 900, 0), 48, 48, crs=crs)
-        write_scene(tmp_path / f"hr/{k}.tif", 5.0, (k * 900, 0), 96, 96, crs=crs)
-    options = "chip=16, stride=12, split_block=2, val=0.3"
-    code = (
-        "import os, signal, sys\n"
-        "from datasets.folder import read_geotiff\n"
-        "from imagery import pack\n"
-        "cut, seen = pack.cut, []\n"
-        "def stop(job, work):\n"
-        "    seen.append(work)\n"
-        "    if len(seen) == int(sys.argv[1]):\n"
-        "        os.kill(os.getpid(), getattr(signal, 'SIGKILL', signal.SIGTERM))\n"
-        "    return cut(job, work)\n"
-        "pack.cut = stop\n"
-        "listing = read_geotiff('mr', 'hr')\n"
-        f"pack.pack(listing, sys.argv[2], {options}, workers=1)\n"
-    )
-    env = os.environ | {"PYTHONPATH": ROOT}
-    done = [
-        subprocess.run([sys.executable, "-c", code, stop, out], cwd=tmp_path, env=env).returncode
-        for stop, out in (("6", "store"), ("99", "store"), ("99", "whole"))
-    ]
-    assert done == [-getattr(signal, "SIGKILL", signal.SIGTERM), 0, 0]
-    one, two = content(tmp_path / "store"), content(tmp_path / "whole")
-    assert one == two and len(one) == 6
+        write_scene(tmp_path / f"mr/{k}.tif", 10.0, (k * 900, 0), side, side, crs=crs)
+        write_scene(tmp_path / f"hr/{k}.tif", 5.0, (k * 900, 0), 2 * side, 2 * side, crs=crs)
 
 
-@pytest.mark.parametrize("stage", ["move_chips", "draw_contact", "rmtree"])
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="no SIGKILL")
+def test_a_process_killed_at_any_moment_continues_to_the_same_store(tmp_path):
+    four_scenes(tmp_path, 96)
+    assert start(tmp_path, "whole", 0).wait() == 0
+    whole, kills, rng = content(tmp_path / "whole"), 0, np.random.default_rng()
+    assert len(whole) > 10
+    for _ in range(5):
+        for _ in range(50):
+            done = start(tmp_path, "store", rng.uniform(0.01, 0.5)).wait()
+            kills += done < 0
+            if not done:
+                break
+        else:
+            assert start(tmp_path, "store", 0).wait() == 0
+        assert content(tmp_path / "store") == whole
+        shutil.rmtree(tmp_path / "store")
+    assert kills > 5
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no SIGKILL")
+def test_parts_of_several_processes_are_the_same_store(tmp_path):
+    four_scenes(tmp_path)
+    at_once = [start(tmp_path, "store", 0, f"{k}/3") for k in (3, 1, 2)]
+    assert start(tmp_path, "whole", 0).wait() == 0
+    said = [process.communicate()[0].decode() for process in at_once]
+    assert [process.returncode for process in at_once] == [0, 0, 0]
+    assert sum("pairs kept" in text for text in said) == 1
+    assert sorted(os.listdir(tmp_path)) == ["hr", "mr", "store", "whole"]
+    for name in ("index.csv", "skipped.csv"):
+        one, two = (list(data.read_csv(tmp_path / s / name)) for s in ("store", "whole"))
+        for row in [*one, *two]:
+            row |= dict.fromkeys(("shard", "place", "hr"))
+        assert one == two
+    for sensor in ("mr", "hr"):
+        assert np.array_equal(
+            pixels(tmp_path / "store", sensor), pixels(tmp_path / "whole", sensor)
+        )
+    one, two = (data.Store(tmp_path / name).meta for name in ("store", "whole"))
+    assert all(one[key] == two[key] for key in ("mean", "std", "splits", "count"))
+
+
+def test_parts_that_are_none_and_parts_that_wait(tmp_path, capsys):
+    for bad in ("0/3", "4/3", "1/7", "2", "a/b", "-1/3"):
+        with refused(ValueError, f"--part {bad}", "6 units"):
+            pack.pack(patches(), tmp_path / "store", part=bad)
+    assert pack.pack(patches(), tmp_path / "store", part="2/2") is None
+    assert "part 2/2 is packed; others are not" in capsys.readouterr().out
+    with refused(FileExistsError, "store.packing", "--part of 2, now 3"):
+        pack.pack(patches(), tmp_path / "store", part="1/3")
+    with refused(FileExistsError, "store.packing", "--part of 2, now 1"):
+        pack.pack(patches(), tmp_path / "store")
+    assert pack.pack(patches(), tmp_path / "store", part="1/2")["count"]["mr"] == 12
+    assert len(data.Store(tmp_path / "store").meta["shards"]) == 2
+
+
+@pytest.mark.parametrize("stage", ["write_tables", "write_meta", "draw_contact", "replace"])
 def test_a_kill_while_the_store_is_completed(tmp_path, monkeypatch, stage):
     write_scene(tmp_path / "mr/a.tif", 10.0, (0, 0), 80, 80)
     write_scene(tmp_path / "hr/a.tif", 5.0, (0, 0), 160, 160)
     listing = read_geotiff(tmp_path / "mr", tmp_path / "hr")
     options = {"chip": 16, "stride": 9, "split_block": 2, "val": 0.3}
     pack.pack(listing, tmp_path / "whole", **options)
-    where = pack.shutil if stage == "rmtree" else pack
-    real = getattr(where, stage)
-    calls = []
 
-    def stop(*args, **more):
-        calls.append(args)
-        if more or (stage == "move_chips" and len(calls) == 1):
-            return real(*args, **more)
+    def stop(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(where, stage, stop)
+        patch.setattr(pack.shutil if stage == "replace" else shards, stage, stop, raising=False)
+        if stage == "replace":
+            real = os.replace
+            to_out = lambda a, b: stop() if Path(b) == tmp_path / "store" else real(a, b)  # noqa: E731
+            patch.setattr(os, "replace", to_out)
         with pytest.raises(KeyboardInterrupt):
             pack.pack(listing, tmp_path / "store", **options)
-    pack.pack(listing, tmp_path / "store", **options, overwrite=stage == "rmtree")
+    pack.pack(listing, tmp_path / "store", **options)
     assert content(tmp_path / "store") == content(tmp_path / "whole")
     assert sorted(os.listdir(tmp_path)) == ["hr", "mr", "store", "whole"]
     reasons = [row["reason"] for row in rows_of(tmp_path / "store", "skipped")]
@@ -978,23 +1039,13 @@ pack.pack(common.Listing([unit], {"mr": ["x"], "hr": []}, 16), sys.argv[1])
 """
 
 
-def test_a_lock_that_its_owner_deletes_just_then_is_none(tmp_path, monkeypatch):
-    lock = pack.lock
-
-    def late(file):
-        Path(file.name).unlink()
-        lock(file)
-
-    monkeypatch.setattr(pack, "lock", late)
-    with refused(FileExistsError, f"{tmp_path / 'store'}: ", "another"):
-        pack.pack(patches(), tmp_path / "store")
-
-
 def test_a_drive_without_locks_is_told(tmp_path, monkeypatch, capsys):
-    def refuse(file):
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(*_):
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(pack, "lock", refuse)
+    monkeypatch.setattr(fcntl, "lockf", refuse)
     pack.pack(patches(), tmp_path / "store")
     assert "[Errno 38]" in capsys.readouterr().out
     assert os.listdir(tmp_path) == ["store"]
@@ -1008,7 +1059,7 @@ def stopped(tmp_path, monkeypatch, **options):
     return tmp_path / "store.packing"
 
 
-def test_another_command_does_not_continue(tmp_path, monkeypatch):
+def test_another_command_does_not_continue(tmp_path, monkeypatch, small):
     stopped(tmp_path, monkeypatch, val=0)
     with refused(FileExistsError, "store.packing", "--val 0, now 0.1", "--overwrite"):
         pack.pack(patches(), tmp_path / "store")
@@ -1027,7 +1078,7 @@ def test_another_command_does_not_continue(tmp_path, monkeypatch):
         (["--nodata", "7"], "nan"),
     ],
 )
-def test_another_input_does_not_continue(tmp_path, monkeypatch, more, was):
+def test_another_input_does_not_continue(tmp_path, monkeypatch, small, more, was):
     for k in range(3):
         write_scene(tmp_path / f"mr/{k}.tif", 10.0, (9000 * k, 0), 64, 64)
         write_scene(tmp_path / f"hr/{k}.tif", 5.0, (9000 * k, 0), 128, 128)
@@ -1036,7 +1087,7 @@ def test_another_input_does_not_continue(tmp_path, monkeypatch, more, was):
     monkeypatch.chdir(tmp_path)
     words = ["--mr", "mr", "--hr", "hr", "out", "--nodata", "nan", "--workers", "1"]
     with monkeypatch.context() as patch:
-        break_at(patch, 3)
+        break_at(patch, 2)
         set_argv(patch, *words)
         with pytest.raises(SystemExit):
             data.main()
@@ -1050,12 +1101,12 @@ def test_another_input_does_not_continue(tmp_path, monkeypatch, more, was):
 
 
 @pytest.mark.parametrize("more", ["--level L1C", "--hr-product ps", "--per-site 2"])
-def test_another_choice_from_a_published_set_does_not_continue(tmp_path, monkeypatch, more):
+def test_another_choice_from_a_published_set_does_not_continue(tmp_path, monkeypatch, small, more):
     pair_layouts.worldstrat(tmp_path / "root")
     words = ["--format", "worldstrat", tmp_path / "root", tmp_path / "out", "--chip", 32]
     words += ["--min-valid", 0.5, "--workers", 1]
     with monkeypatch.context() as patch:
-        break_at(patch, 3)
+        break_at(patch, 1)
         set_argv(patch, *words)
         with pytest.raises(SystemExit):
             data.main()
@@ -1064,7 +1115,7 @@ def test_another_choice_from_a_published_set_does_not_continue(tmp_path, monkeyp
             data.main()
 
 
-def test_a_unit_with_another_key_does_not_continue(tmp_path, monkeypatch):
+def test_a_unit_with_another_key_does_not_continue(tmp_path, monkeypatch, small):
     """What decides the content of a unit is more than what it is called."""
 
     def listing(key):
@@ -1088,18 +1139,17 @@ def test_what_is_no_partial_store_is_left_alone(tmp_path, monkeypatch):
     assert os.listdir(tmp_path / "store.packing") == ["mine.txt"]
 
 
-def test_a_partial_store_that_lost_data_and_one_with_half_a_line(tmp_path, monkeypatch):
+@pytest.mark.parametrize("change", [lambda c: c[:200], lambda c: b"", lambda c: c[:-1] + b"}}"])
+def test_a_partial_store_that_was_damaged(tmp_path, monkeypatch, small, change):
+    """As by a power cut: what cannot be read is packed again."""
     pack.pack(patches(), tmp_path / "whole", val=0)
     folder = stopped(tmp_path, monkeypatch, val=0)
-    with (folder / "journal.jsonl").open("ab") as journal:
-        journal.write(b'{"unit": "u')
+    path = sorted(folder.glob("*.safetensors"))[1]
+    path.write_bytes(change(path.read_bytes()))
+    (folder / (path.name + ".partial")).write_bytes(b"half")
     pack.pack(patches(), tmp_path / "store", val=0)
-    assert content(tmp_path / "store") == content(tmp_path / "whole")
-    shutil.rmtree(tmp_path / "store")
-    folder = stopped(tmp_path, monkeypatch, val=0)
-    os.truncate(folder / "store" / "mr.npy", 200)
-    with refused(ValueError, "mr.npy", "200", f"delete {folder}"):
-        pack.pack(patches(), tmp_path / "store", val=0)
+    if change(b"xyz" * 99) != b"xyz" * 98 + b"xy}}":
+        assert content(tmp_path / "store") == content(tmp_path / "whole")
 
 
 def test_interrupted(tmp_path, monkeypatch, capsys):
@@ -1114,11 +1164,11 @@ def test_interrupted(tmp_path, monkeypatch, capsys):
     assert sorted(os.listdir(tmp_path)) == ["hr", "mr"]  # no unit was done
 
 
-def test_an_error_late_says_that_work_is_kept(tmp_path, monkeypatch, capsys):
+def test_an_error_late_says_that_work_is_kept(tmp_path, monkeypatch, capsys, small):
     break_at(monkeypatch, 7, ValueError)
     with pytest.raises(ValueError, match="stop"):
         pack.pack(patches(), tmp_path / "store", workers=1)
-    assert "store.packing: 2 of 6 units" in capsys.readouterr().out
+    assert "store.packing: 3 of 6 units" in capsys.readouterr().out
 
 
 # memory
@@ -1150,16 +1200,16 @@ def test_no_read_is_larger_than_a_block(tmp_path, monkeypatch):
 def test_only_a_few_units_are_open_at_a_time(tmp_path, monkeypatch):
     listing, opened, done = patches(30), [], []
     units = [common.Unit(u.name, lambda u=u: opened.append(u) or u.open()) for u in listing.units]
-    lay_out, cut, most = pack.lay_out, pack.cut, []
+    cut, most = pack.cut, []
 
-    def watch(job, work):
+    def watch(job, unit, block):
         most.append(len(opened) - len(units) - len(done))  # the survey opens all of them once
-        done.extend([work] if work[2] is None else [])
-        return cut(job, work)
+        done.append(unit) if unit not in done else None
+        return cut(job, unit, block)
 
     monkeypatch.setattr(pack, "cut", watch)
     pack.pack(listing._replace(units=units), tmp_path / "store", val=0, workers=2)
-    assert len(opened) == 60 and max(most) <= 2 + 2 * 2 + 1 and lay_out is pack.lay_out
+    assert len(opened) == 60 and max(most) <= 2 + 2 * 2 + 1
 
 
 # splits
@@ -1215,9 +1265,8 @@ def test_mr_without_any_hr(tmp_path, capsys):
     meta = pack.pack(patches(hr=False), tmp_path / "store", val=0)
     assert meta["count"] == {"mr": 12, "hr": 0} and meta["pixel_ratio"] is None
     assert meta["shape"]["hr"] is None and meta["mean"]["hr"] is None and meta["bands"]["hr"] == []
-    assert not (tmp_path / "store" / "hr.npy").exists()
     store = data.Store(tmp_path / "store")
-    assert len(store) == 12 and not store.has_hr.any()
+    assert len(store) == 12 and not store.has_hr.any() and store.sensors == ["mr"]
     assert "12 chips, 0 pairs kept" in capsys.readouterr().out
 
 
@@ -1249,8 +1298,8 @@ def test_chips_without_hr_are_kept_or_skipped(tmp_path, capsys):
     assert [row["valid"] for row in rows] == ["1.0"] * 5
     assert all(row["hr_source"] == row["hr_row"] == row["hr_width"] == "" for row in rows[1:])
     scene = raster.read(mr + "/a.tif")
-    assert np.array_equal(store.mr[3], scene[:, 32:, 32:])
-    assert np.allclose(meta["mean"]["hr"], store.hr[0].mean((1, 2)))
+    assert np.array_equal(store.batch([3])["mr"][0], scene[:, 32:, 32:])
+    assert np.allclose(meta["mean"]["hr"], pixels(tmp_path / "all", "hr").mean((0, 2, 3)))
 
 
 def test_arrays_close_up_when_chips_without_hr_are_among_them(tmp_path):
@@ -1264,10 +1313,11 @@ def test_arrays_close_up_when_chips_without_hr_are_among_them(tmp_path):
     mr, hr = (raster.read(tmp_path / s / "a.tif") for s in ("mr", "hr"))
     for n, row in enumerate(rows):
         r, c = int(row["row"]), int(row["col"])
-        assert np.array_equal(store.mr[n], mr[:, r : r + 16, c : c + 16])
+        batch = store.batch([n])
+        assert np.array_equal(batch["mr"][0], mr[:, r : r + 16, c : c + 16])
         if row["hr"]:
             top, left = 2 * r - 60, 2 * c
-            assert np.array_equal(store.hr[int(row["hr"])], hr[:, top : top + 32, left : left + 32])
+            assert np.array_equal(batch["hr"][0], hr[:, top : top + 32, left : left + 32])
     assert len(rows) + len(rows_of(tmp_path / "store", "skipped")) == 100
 
 
@@ -1278,9 +1328,9 @@ def test_pairs_in_val_alone_still_have_statistics(tmp_path):
         for n, u in enumerate(listing.units)
     ]
     meta = pack.pack(listing._replace(units=units), tmp_path / "store", keep_unpaired=True)
-    store = data.Store(tmp_path / "store")
     assert meta["count"] == {"mr": 12, "hr": 2}
-    assert np.allclose(meta["mean"]["hr"], store.hr.astype(float).mean((0, 2, 3)))
+    hr = pixels(tmp_path / "store", "hr").astype(float)
+    assert np.allclose(meta["mean"]["hr"], hr.mean((0, 2, 3)))
 
 
 # ratios
@@ -1382,7 +1432,7 @@ def test_hr_has_bands_that_mr_has_not(tmp_path, monkeypatch):
     store = tmp_path / "store"
     meta = pack_files(tmp_path / "mr", tmp_path / "hr", store, chip=32, val=0)
     assert meta["bands"] == {"mr": [*radar], "hr": [*optical]}
-    assert np.array_equal(data.Store(store).hr[0], scene[:, :64, :64])
+    assert np.array_equal(pixels(store, "hr")[0], scene[:, :64, :64])
     shown, composite = [], figures.composite
 
     def seen(images, bands):
@@ -1390,9 +1440,8 @@ def test_hr_has_bands_that_mr_has_not(tmp_path, monkeypatch):
         return composite(images, bands)
 
     monkeypatch.setattr(figures, "composite", seen)
-    rows = {n: row | {"hr": int(row["hr"])} for n, row in enumerate(rows_of(store))}
-    draw_contact(store, meta, rows)
-    assert shown == [(2, [*radar]), (4, [*optical])]
+    draw_contact(store, [row | {"chip": n} for n, row in enumerate(rows_of(store))])
+    assert shown == [(4, [*optical]), (2, [*radar])]
     assert (store / "contact.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -1410,10 +1459,12 @@ def test_hr_has_some_of_many_bands(tmp_path):
     listing = listing._replace(units=units, bands={"mr": listing.bands["mr"], "hr": ["R", "B"]})
     meta = pack.pack(listing, tmp_path / "store", val=0)
     assert meta["bands"] == {"mr": ["R", "G", "B", "NIR", "S1", "S2"], "hr": ["R", "B"]}
-    store = data.Store(tmp_path / "store")
-    assert store.mr.shape[1:] == (6, 16, 16) and store.hr.shape[1:] == (2, 32, 32)
+    batch = data.Store(tmp_path / "store").batch([0])
+    assert batch["mr"].shape[1:] == (6, 16, 16) and batch["hr"].shape[1:] == (2, 32, 32)
     first = next(iter(listing.units[0].open())).hrs[0]
-    assert np.array_equal(store.hr[0], raster.masked(first.read((0, 0, 32, 32), [2, 0]), None)[0])
+    assert np.array_equal(
+        batch["hr"][0], raster.masked(first.read((0, 0, 32, 32), [2, 0]), None)[0]
+    )
 
 
 # offsets
@@ -1429,7 +1480,7 @@ def test_an_offset_is_added_and_holes_stay(tmp_path):
     )
     options = {"chip": 32, "val": 0, "min_valid": 0.9}
     meta = pack.pack(listing, tmp_path / "told", **options)
-    chip = data.Store(tmp_path / "told").mr[0]
+    chip = pixels(tmp_path / "told", "mr")[0]
     wanted = np.maximum(array.astype(int) - 1000, 0)
     assert meta["offset"]["mr"] == [-1000.0] and chip[0, 1, 1] == 0
     assert np.array_equal(chip[:, 2:], wanted[:, 2:]) and chip.dtype == np.uint16
@@ -1437,7 +1488,7 @@ def test_an_offset_is_added_and_holes_stay(tmp_path):
     assert np.allclose(meta["mean"]["mr"], wanted.reshape(2, -1)[:, 1:].mean(1))
     meta = pack.pack(listing, tmp_path / "given", offset=-100, **options)
     assert meta["offset"]["mr"] == [-100]
-    assert data.Store(tmp_path / "given").mr[0, 1, 9, 9] == array[1, 9, 9] - 100
+    assert pixels(tmp_path / "given", "mr")[0, 1, 9, 9] == array[1, 9, 9] - 100
 
 
 def test_offsets_of_signed_and_real_pixels():
@@ -1477,28 +1528,25 @@ def test_an_offset_that_was_not_removed_is_told(tmp_path, capsys, low, options, 
 
 
 def test_moments_of_parts_are_those_of_all():
-    pixels = RNG.normal(1e6, 1, (40, 3, 8, 8))
+    chips = RNG.normal(1e6, 1, (40, 3, 8, 8))
     valid = np.ones((8, 8), bool)
-    moments = np.stack([pack.channel_moments(chip, valid) for chip in pixels])
-    parts = np.stack([pack.pool_moments(moments[:7]), pack.pool_moments(moments[7:])])
-    count, mean, squares, least = pack.pool_moments(parts).T
-    assert (count == 40 * 64).all() and np.allclose(mean, pixels.mean((0, 2, 3)), rtol=1e-14)
-    assert np.allclose(squares / count, pixels.var((0, 2, 3)), rtol=1e-9)
-    assert np.array_equal(least, pixels.min((0, 2, 3)))
+    moments = np.stack([shards.channel_moments(chip, valid) for chip in chips])
+    parts = np.stack([shards.pool_moments(moments[:7]), shards.pool_moments(moments[7:])])
+    count, mean, squares, least = shards.pool_moments(parts).T
+    assert (count == 40 * 64).all() and np.allclose(mean, chips.mean((0, 2, 3)), rtol=1e-14)
+    assert np.allclose(squares / count, chips.var((0, 2, 3)), rtol=1e-9)
+    assert np.array_equal(least, chips.min((0, 2, 3)))
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_closing_up_can_be_repeated(tmp_path, seed):
+def test_numbers_have_no_gaps_and_few_chips_get_another(seed):
     rng = np.random.default_rng(seed)
     keep = rng.random(50) < rng.random()
     keep[7] = True
-    chips = rng.integers(0, 99, (50, 2, 3), dtype="uint16")
-    place, path = pack.close_up(keep), tmp_path / "x.npy"
-    assert sorted(place[keep]) == list(range(keep.sum())) and (place[~keep] == -1).all()
-    np.save(path, chips)
-    for _ in range(2):
-        pack.move_chips(path, place, (2, 3), np.dtype("uint16"))
-        assert np.array_equal(np.load(path)[place[keep]], chips[keep])
+    order = shards.number_chips(keep)
+    assert sorted(order) == np.flatnonzero(keep).tolist()
+    gaps = order != np.arange(len(order))
+    assert (gaps == ~keep[: len(order)]).all() and (np.diff(order[gaps]) > 0).all()
 
 
 # the picture
@@ -1507,7 +1555,7 @@ def test_closing_up_can_be_repeated(tmp_path, seed):
 @pytest.mark.parametrize("hr", [True, False])
 def test_contact_sheet(tmp_path, monkeypatch, hr):
     """Red left half and blue right half in HR and MR of every pair."""
-    monkeypatch.setattr(pack, "draw_contact", draw_contact)
+    monkeypatch.setattr(shards, "draw_contact", draw_contact)
     units = []
     for n in range(3):
         arrays = [np.full((3, side, side), 10, "uint8") for side in (16, 40)]
@@ -1534,15 +1582,15 @@ def test_a_picture_that_fails_loses_no_store(tmp_path, monkeypatch):
         raise ValueError("no picture")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pack, "draw_contact", fail)
+        patch.setattr(shards, "draw_contact", fail)
         with pytest.raises(ValueError, match="no picture"):
             pack.pack(patches(), tmp_path / "store")
-    monkeypatch.setattr(pack, "stream", lambda *_: None)  # nothing is packed again
+    monkeypatch.setattr(pack, "cut", None)  # nothing is packed again
     assert pack.pack(patches(), tmp_path / "store")["count"]["mr"] == 12
 
 
 def test_names_on_the_contact_sheet_are_no_formulas(tmp_path, monkeypatch):
-    monkeypatch.setattr(pack, "draw_contact", draw_contact)
+    monkeypatch.setattr(shards, "draw_contact", draw_contact)
     pairs = [common.Pair(image(r"a$\x$.tif", np.ones((1, 16, 16), "uint8")), [])]
     unit = common.Unit("u", lambda: iter(pairs))
     pack.pack(common.Listing([unit], {"mr": ["a"], "hr": []}, 16), tmp_path / "store")

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, gradient_norms, refused
-from stores import write_store
+from stores import edit_store, write_store
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -1245,9 +1245,7 @@ def test_absurd_numbers(store, words, flag):
 
 
 def test_store_without_training_chips(tmp_path):
-    path = write_store(tmp_path / "pairs")
-    index = path / "index.csv"
-    index.write_text(index.read_text().replace("train", "test"))
+    path = edit_store(write_store(tmp_path / "pairs"), rows=lambda chip: {"split": "test"})
     rejects([path], path, tmp_path / "run")
 
 
@@ -1331,9 +1329,8 @@ def test_a_kill_between_two_renames_loses_one_checkpoint_not_the_run(store, tmp_
 
 def test_a_loss_that_is_not_finite_stops_the_run(store, tmp_path):
     path = write_store(tmp_path / "pairs")
-    meta = json.loads((path / "meta.json").read_text())
-    meta["std"]["mr"] = [1e-38] * 4
-    (path / "meta.json").write_text(json.dumps(meta))
+    std = Store(path).meta["std"] | {"mr": [1e-38] * 4}
+    edit_store(path, {"std": std})
     rejects(["step 2", "nan", "2 steps in a row", f"of {path}"], path, tmp_path / "run")
     assert not (tmp_path / "run" / "ckpt.pt").exists()
 
