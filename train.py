@@ -29,6 +29,7 @@ from affinity import SpatialAffinity, gram_loss, token_mse
 from data import (
     choose_bands,
     draw_crops,
+    moved,
     next_pairs,
     open_chips,
     read_crops,
@@ -336,8 +337,7 @@ def draw_picture(args, chips, objective, teacher, device):
 
     def images(sensor, side, statistics=None):
         parts = read_crops([store], ids, sensor, whole, side, statistics)
-        return render([{k: v.to(device) if torch.is_tensor(v) else [t.to(device) for t in v]
-                        for k, v in part.items()} for part in parts])  # fmt: skip
+        return render(moved(parts, lambda x: x.to(device)))
 
     mr = images(variant.student, grid[0] * encoder.patch_size)
     hr = hr_tokens = None
