@@ -1131,9 +1131,9 @@ def test_every_flag_of_the_recipe_is_wired(store, tmp_path):
     ):
         run(store, tmp_path / name, **flags)
         log = log_of(tmp_path / name)
-        for key in ("ssl", "affinity", "place"):  # after an update all of them differ
+        for key in ("ssl", "affinity", "place"):  # after some updates all of them differ
             assert (log[0][key] != plain[0][key]) == (key in first), (name, key)
-            assert log[1][key] != plain[1][key], (name, key)
+            assert [e[key] for e in log[1:]] != [e[key] for e in plain[1:]], (name, key)
     args = parsed(store, "ijepa", hr_teacher=tmp_path / "plain", affinity_centre="image")
     chips = open_chips(args.store, pairs=1)
     teacher = train.build_teacher(args, None, chips.bands, CPU)
