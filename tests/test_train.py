@@ -1121,7 +1121,7 @@ def test_a_gpu_trains_resumes_and_never_waits(partial, tmp_path, monkeypatch, ob
 
 def test_every_flag_of_the_recipe_is_wired(store, tmp_path):
     """Each changes what it is for: terms that are logged must be trained, too."""
-    run(store, tmp_path / "plain")
+    run(store, tmp_path / "plain", steps=4)
     plain = log_of(tmp_path / "plain")
     for name, flags, first in (
         ("vicreg", dict(vicreg=1), ()),
@@ -1129,7 +1129,7 @@ def test_every_flag_of_the_recipe_is_wired(store, tmp_path):
         ("centre", dict(affinity_centre="image"), ("affinity",)),
         ("gain", dict(patch_gain=3), ("ssl", "affinity", "place")),
     ):
-        run(store, tmp_path / name, **flags)
+        run(store, tmp_path / name, steps=4, **flags)
         log = log_of(tmp_path / name)
         for key in ("ssl", "affinity", "place"):  # after some updates all of them differ
             assert (log[0][key] != plain[0][key]) == (key in first), (name, key)
