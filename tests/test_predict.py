@@ -345,7 +345,7 @@ def test_the_picture_shows_scene_and_map_pixel_by_pixel(tmp_path, trained, monke
     array = image(530, 70)
     write(tmp_path / "a.tif", array)
     main("--model", trained, tmp_path / "a.tif", tmp_path / "m.tif", "--png")
-    picture, _, ids, *_, counts = shown
+    _, picture, _, ids, *_, counts = shown
     assert np.array_equal(picture, array[:, ::6, ::6])
     whole = raster.read(tmp_path / "m.tif")[0]
     assert np.array_equal(ids, whole[::6, ::6])
