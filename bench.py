@@ -3,6 +3,7 @@
     python bench.py gram --out gram.json        times, memory and errors against eager PyTorch
     python bench.py compile --out tiles.json    registers, spills, shared memory; needs no GPU
     python bench.py step --out step.json        pretraining steps against the textbook's
+    python bench.py input --store pairs         pairs a second from a store to normalised crops
 
 `gram` runs every form on the same inputs: on a CPU in interleaved rounds, so that what disturbs the
 machine disturbs all of them, on a GPU as captured graphs, so that what Python takes is not in the
@@ -11,6 +12,7 @@ over matrix-product rate, both measured first on the device at hand.
 """
 
 import argparse
+import collections
 import concurrent.futures
 import contextlib
 import ctypes
@@ -29,6 +31,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -43,6 +46,7 @@ from torch.utils.flop_counter import (
 
 import counted
 from affinity import SpatialAffinity, gram_loss
+from data import draw_crops, open_chips, read_crops, render, sample_order, stream
 from files import write_atomic
 from model import OBJECTIVES, ema_update
 from run import keep_pages
@@ -111,19 +115,31 @@ def main():
     add("--rounds", type=int, default=5, help="timed steps of each, default 5")
     add("--seed", type=int, default=0, help="of weights, images and masks, default 0")
     add("--out", type=Path, help="JSON file to write, default none")
+    p = commands.add_parser("input", help="time the way from store to crops", allow_abbrev=False)
+    add = p.add_argument
+    add("--store", type=Path, required=True, help="a folder written by data.py pack")
+    add("--device", default=device, help="cpu or cuda, default what is there")
+    add("--batch", type=int, default=128, help="pairs at once, default 128")
+    add("--size", type=int, default=224, help="pixels a side of MR crops, HR twice, default 224")
+    add("--workers", type=int, default=2, help="processes of the DataLoader, default 2")
+    add("--steps", type=int, default=8, help="batches a round, default 8")
+    add("--rounds", type=int, default=5, help="timed rounds of each, default 5")
+    add("--seed", type=int, default=0, help="of order and crops, default 0")
+    add("--out", type=Path, help="JSON file to write, default none")
     args = parser.parse_args()
     try:
         if args.out and not args.out.parent.is_dir():
             raise ValueError(f"--out {args.out.parent}: no such folder; make it first")
         if getattr(args, "device", "cpu") not in ["cpu", "cuda"][: 1 + torch.cuda.is_available()]:
             raise ValueError(f"--device {args.device}: no such device here; use cpu")
-        for name in ("rounds", "batch", "grid"):
+        for name in ("rounds", "batch", "grid", "size", "steps"):
             value = getattr(args, name, None)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} {value}: give at least 1")
         benches = {"gram": bench_gram, "compile": bench_compile, "step": bench_step}
+        benches["input"] = bench_input
         rows = benches[args.command](args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"bench.py: {error}", file=sys.stderr)
         sys.exit(2)
     if args.out:
@@ -415,6 +431,13 @@ def bench_step(args):
     if args.device == "cuda":
         torch.cuda.set_device(rank)
     rate = ceilings(device, torch.float32)[1]
+    if args.device == "cpu":  # of the CPU's own time: others may be on the machine
+        a, times = torch.randn(2048, 2048), []
+        for _ in range(8):
+            start = time.process_time()
+            a @ a
+            times.append(time.process_time() - start)
+        rate = 2 * 2048**3 / min(times) * torch.get_num_threads()
     head = f"{'objective':11}{'affinity':9}{'step':10}{'s':>7}{'CPU s':>8}{'gain':>6}"
     head += f"{'images/s':>10}{'GFLOP':>7}{'of peak':>8}{'MB':>7}{'state MB':>9}  parts in s"
     if rank == 0:
@@ -423,7 +446,9 @@ def bench_step(args):
     rows = []
     for name, paired in itertools.product(args.objective or OBJECTIVES, (True, False)):
         for row in bench_objective(args, name, paired, device, world, rank):
-            row["peak_share"] = row["flops"] / statistics.median(row["seconds"]) / rate
+            used = [s / torch.get_num_threads() for s in row["cpu_seconds"]]
+            used = statistics.median(used if args.device == "cpu" else row["seconds"])
+            row["peak_share"] = row["flops"] / used / rate
             rows.append(row)
             print_step(row) if rank == 0 else None
     if world > 1:
@@ -570,6 +595,82 @@ class Ours:
         yield "optimizer", loss
         ema_update(objective.teacher, objective.student, momentum, self.optimizer.found_inf)
         yield "ema", loss
+
+
+# ---- input
+
+
+class Pairs(torch.utils.data.Dataset):
+    """The plain side: a chip of both sensors at a time, cropped to whole pixels and resized, as
+    torchvision's RandomResizedCrop does it, then normalised."""
+
+    def __init__(self, store, ids, crops, size):
+        self.store, self.ids, self.crops, self.size = store, ids, crops, size
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, item):
+        views, chip = [], self.store.batch(self.ids[item : item + 1])
+        for sensor, size in (("mr", self.size), ("hr", 2 * self.size)):
+            image = chip[sensor].float()
+            sides = image.shape[-2:] * 2
+            top, left, height, width = (
+                round(v * n) for v, n in zip(self.crops[item], sides, strict=True)
+            )
+            image = image[..., top : top + max(height, 1), left : left + max(width, 1)]
+            image = F.interpolate(image, (size, size), mode="bicubic", antialias=True)[0]
+            mean, std = (
+                torch.tensor(self.store.meta[key][sensor])[:, None, None] for key in ("mean", "std")
+            )
+            views.append((image - mean) / std)
+        return views
+
+
+def bench_input(args):
+    """Time reading, cropping and normalising pairs; prints pairs a second and returns the rows."""
+    device = torch.device(args.device)
+    chips = open_chips([args.store], pairs=1)
+    store, ids = chips.stores[0], chips.ids[chips.has_hr]
+    count = args.batch * args.steps
+    order = np.concatenate(
+        [sample_order(args.seed, step, args.batch, len(ids)) for step in range(args.steps)]
+    )
+    crops = draw_crops(args.seed, 0, count)
+
+    def prepare(step):
+        part = slice(step * args.batch, (step + 1) * args.batch)
+        sizes = {"mr": args.size, "hr": 2 * args.size}
+        chosen = ids[order[part]]
+        return [read_crops([store], chosen, k, crops[part], size) for k, size in sizes.items()]
+
+    def ours():
+        for parts in stream(prepare, 0, args.steps, device):
+            yield [render(part) for part in parts]
+
+    pairs = Pairs(store, ids[order, 1], crops, args.size)
+    loader = torch.utils.data.DataLoader(
+        pairs, args.batch, num_workers=args.workers, persistent_workers=args.workers > 0
+    )
+    forms = {
+        "DataLoader": lambda: ([view.to(device) for view in views] for views in loader),
+        "ours": ours,
+    }
+    rates = {form: [] for form in forms}
+    for turn in range(args.rounds + 1):  # the first one warms up
+        for form, run in forms.items():
+            start = time.perf_counter()
+            (views,) = collections.deque(run(), maxlen=1)
+            assert len(views[0]) == args.batch
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if turn:
+                rates[form].append(count / (time.perf_counter() - start))
+    print(f"{device_name(args.device)}: {args.store}, {len(ids)} pairs, crops of {args.size} and ")
+    print(f"{2 * args.size} px, batches of {args.batch}; pairs a second, medians of rounds\n")
+    for form, values in rates.items():
+        print(f"{form:12}{statistics.median(values):>8.0f} ({min(values):.0f}..{max(values):.0f})")
+    return [{"form": form, "pairs_per_s": values} for form, values in rates.items()]
 
 
 if __name__ == "__main__":
