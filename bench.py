@@ -1,7 +1,8 @@
-"""Benchmarks of the Gram loss, and what the compiler makes of its kernel.
+"""Benchmarks: the Gram loss and what the compiler makes of its kernel, and whole training steps.
 
     python bench.py gram --out gram.json        times, memory and errors against eager PyTorch
     python bench.py compile --out tiles.json    registers, spills, shared memory; needs no GPU
+    python bench.py step --out step.json        pretraining steps against the textbook's
 
 `gram` runs every form on the same inputs in interleaved rounds, so that what disturbs the machine
 disturbs all of them, and prints the roofline beside the time: the larger of bytes over copy
@@ -11,8 +12,10 @@ bandwidth and operations over matrix-product rate, both measured first on the de
 import argparse
 import concurrent.futures
 import datetime
+import inspect
 import itertools
 import json
+import os
 import platform
 import re
 import shutil
@@ -21,13 +24,27 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    register_flop_formula,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
-from affinity import gram_loss
+from affinity import SpatialAffinity, gram_loss
 from files import write_atomic
+from model import OBJECTIVES, ema_update
+from textbook import Textbook
+from vit import SIZES, vit
 
 # B, N, D, ratio: those of training, then large scenes
 SHAPES = {
@@ -76,11 +93,28 @@ def main():
     )
     add("--jobs", type=int, default=2, help="processes, default 2")
     add("--out", type=Path, help="JSON file to write, default none")
+    p = commands.add_parser("step", help="time whole pretraining steps", allow_abbrev=False)
+    add = p.add_argument
+    add("--device", default=device, help="cpu or cuda, default what is there")
+    add("--objective", choices=OBJECTIVES, action="append", help="repeatable, default all")
+    add("--model", choices=SIZES, default="small", help="of the student, default small")
+    add("--batch", type=int, default=8, help="pairs a step, and a rank, default 8")
+    add("--grid", type=int, help="MR tokens a side, default the paper's: 16, Latent MIM 14")
+    add("--precision", choices=DTYPES, default="float32", help="of ours: autocast, default float32")
+    add("--rounds", type=int, default=5, help="timed steps of each, default 5")
+    add("--seed", type=int, default=0, help="of weights, images and masks, default 0")
+    add("--out", type=Path, help="JSON file to write, default none")
     args = parser.parse_args()
     try:
         if args.out and not args.out.parent.is_dir():
             raise ValueError(f"--out {args.out.parent}: no such folder; make it first")
-        rows = {"gram": bench_gram, "compile": bench_compile}[args.command](args)
+        if getattr(args, "device", "cpu") not in ["cpu", "cuda"][: 1 + torch.cuda.is_available()]:
+            raise ValueError(f"--device {args.device}: no such device here; use cpu")
+        for name in ("rounds", "batch", "grid"):
+            if (getattr(args, name, None) or 1) < 1:
+                raise ValueError(f"--{name} {getattr(args, name)}: give at least 1")
+        benches = {"gram": bench_gram, "compile": bench_compile, "step": bench_step}
+        rows = benches[args.command](args)
     except ValueError as error:
         print(f"bench.py: {error}", file=sys.stderr)
         sys.exit(2)
@@ -131,8 +165,6 @@ def triton_version():
 
 def bench_gram(args):
     """Time the forms of the Gram loss; prints a table and returns its rows as dicts."""
-    if args.device not in SHAPES or (args.device == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"--device {args.device}: no such device here; use cpu")
     device = torch.device(args.device)
     dtype = DTYPES[args.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
     shapes = []
@@ -140,8 +172,6 @@ def bench_gram(args):
         if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*){3}", text):
             raise ValueError(f"--shape {text}: give B,N,D,R, four positive numbers: 32,256,384,2")
         shapes.append(tuple(map(int, text.split(","))))
-    if args.rounds < 1:
-        raise ValueError(f"--rounds {args.rounds}: give at least 1")
 
     forms = {"eager": lambda s, t: gram_loss(s, t, backend="eager")}
     if args.compile and (device.type == "cuda" or shutil.which("cc") or shutil.which("cl")):
@@ -251,19 +281,24 @@ def milliseconds(function, *args):
 
 def extra_memory(form, student, teacher):
     """Peak bytes of forward and backward beyond the inputs and the gradient itself."""
-    if student.is_cuda:
+    peak = peak_memory(partial(loss_and_grad, form, student, teacher), student.device)
+    return peak - student.numel() * student.element_size()
+
+
+def peak_memory(function, device):
+    """Peak bytes that a call holds beyond what was held before it."""
+    if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        loss_and_grad(form, student, teacher)
-        peak = torch.cuda.max_memory_allocated() - before
-    else:  # the CPU's allocator keeps no peak: add up what the profiler saw
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-            loss_and_grad(form, student, teacher)
-        events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
-        events.sort(key=lambda e: e.start_ns())
-        peak = max(itertools.accumulate(e.nbytes() for e in events))
-    return peak - student.numel() * student.element_size()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    # the CPU's allocator keeps no peak: add up what the profiler saw
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        function()
+    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda e: e.start_ns())
+    return max(itertools.accumulate(e.nbytes() for e in events))
 
 
 def ceilings(device, dtype):
@@ -373,6 +408,180 @@ def compiled(arch, kernel, tokens, operands, constants, options):
         "stack": int(re.search(r"STACK:(\d+)", usage).group(1)),
         "unit": next((unit for op, unit in units.items() if op in result.asm["ptx"]), "-"),
     }
+
+
+# ---- step
+
+attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+@register_flop_formula(attention)  # the CPU's, which the counter does not know
+def attention_flops(q, k, v, *_, **__):
+    return sdpa_flop_count(q, k, v)
+
+
+@register_flop_formula(attention_backward)
+def attention_backward_flops(grad, q, k, v, *_, **__):
+    return sdpa_backward_flop_count(grad, q, k, v)
+
+
+def bench_step(args):
+    """Time pretraining steps against the textbook's; prints a table and returns its rows.
+
+    Under torchrun every rank takes the same steps with images of its own, ours alone, and gradients
+    are averaged: the same command with one rank and with two gives the cost of the reduction.
+    """
+    device, world = torch.device(args.device), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    rank = dist.get_rank() if world > 1 else 0
+    if args.device == "cuda":
+        torch.cuda.set_device(rank)
+    rate = ceilings(device, torch.float32)[1]
+    head = f"{'objective':11}{'affinity':9}{'step':10}{'s':>7}{'CPU s':>8}{'gain':>6}"
+    head += f"{'images/s':>10}{'GFLOP':>7}{'of peak':>8}{'MB':>7}{'state MB':>9}  parts in s"
+    if rank == 0:
+        print(f"{device_name(args.device)}, matrix products at {rate / 1e9:.0f} GFLOP/s, {world} ")
+        print(f"ranks x {args.batch} images; medians of {args.rounds} interleaved rounds\n\n{head}")
+    rows = []
+    for name, paired in itertools.product(args.objective or OBJECTIVES, (True, False)):
+        for row in bench_objective(args, name, paired, device, world, rank):
+            row["peak_share"] = row["flops"] / statistics.median(row["seconds"]) / rate
+            rows.append(row)
+            print_step(row) if rank == 0 else None
+    if world > 1:
+        dist.destroy_process_group()
+        args.out = args.out if rank == 0 else None
+    return rows
+
+
+def bench_objective(args, name, paired, device, world, rank):
+    """The rows of an objective with or without affinity: ours, and on one rank the textbook's."""
+    batch = draw_batch(args, name, paired, device, rank)
+    forms = {"ours": Ours} if world > 1 else {"textbook": partial(Textbook, name), "ours": Ours}
+    rows = []
+    for form, kind in forms.items():
+        objective, groups = build_objective(args, name)
+        stepper = kind(objective.to(device), groups, lr=1e-4)
+        if form == "ours":
+            stepper.precision = DTYPES[args.precision]
+        weights = [p for group in groups for p in group["params"]]
+        row = {"objective": name, "affinity": paired, "form": form, "ranks": world}
+        row |= {"seconds": [], "cpu_seconds": [], "parts": {}}
+        row["reduced_bytes"] = sum(p.nbytes for p in weights) if world > 1 else 0
+        row["step"] = partial(stepper.step, *batch)
+        exhaust(row["step"]())  # warms up and makes the moments
+        with FlopCounterMode(display=False) as counter:
+            exhaust(row["step"]())
+        row["flops"] = counter.get_total_flops()
+        row["peak_bytes"] = peak_memory(lambda row=row: exhaust(row["step"]()), device)
+        teachers = getattr(stepper, "teachers", [objective.teacher])
+        held = [*weights, *weights, *weights, *(p for t in teachers for p in t.parameters())]
+        row["state_bytes"] = sum(p.nbytes for p in held)  # weights, two moments, EMA copies
+        rows.append(row)
+    for _ in range(args.rounds):
+        for row in rows:
+            time_parts(row, device)
+    for row in rows:
+        del row["step"]
+        pairs = zip(rows[0]["cpu_seconds"], row["cpu_seconds"], strict=True)
+        row["gain"] = statistics.median(plain / own for plain, own in pairs)
+        row["images_per_s"] = world * args.batch / statistics.median(row["seconds"])
+    return rows
+
+
+def exhaust(parts):
+    for _, loss in parts:
+        pass
+    return loss
+
+
+def time_parts(row, device):
+    """Take a step and add its seconds, on the clock and of the CPU, and those of its parts."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    start = last = time.perf_counter()
+    cpu = time.process_time()
+    for part, _ in row["step"]():
+        wait()
+        now = time.perf_counter()
+        row["parts"].setdefault(part, []).append(now - last)
+        last = now
+    row["seconds"].append(last - start)
+    row["cpu_seconds"].append(time.process_time() - cpu)
+
+
+def print_step(row):
+    median = statistics.median
+    print(f"{row['objective']:11}{'yes' if row['affinity'] else 'no':9}{row['form']:10}", end="")
+    print(f"{median(row['seconds']):>7.3f}{median(row['cpu_seconds']):>8.3f}", end="")
+    print(f"{row['gain']:>5.2f}x{row['images_per_s']:>10.2f}{row['flops'] / 1e9:>7.0f}", end="")
+    print(f"{row['peak_share']:>8.0%}{row['peak_bytes'] / 1e6:>7.0f}", end="")
+    print(f"{row['state_bytes'] / 1e6:>9.0f}  ", end="")
+    print(", ".join(f"{k} {median(v):.3f}" for k, v in row["parts"].items()), flush=True)
+    if row["reduced_bytes"]:
+        print(
+            f"{row['ranks']} ranks reduce {row['reduced_bytes'] / 1e6:.0f} MB of gradients a step"
+        )
+
+
+def build_objective(args, name):
+    """An objective with its paper's defaults, and the groups of weights that AdamW takes."""
+    kind = OBJECTIVES[name]
+    torch.manual_seed(args.seed)
+    student = vit(args.model, in_channels=4, patch_size=kind.defaults["patch"], **kind.encoder)
+    gap = inspect.signature(kind).parameters.get("gap")
+    cell = kind.defaults["patch"] + (gap.default if gap else 0)
+    grid = args.grid or kind.defaults["mr_size"] // cell
+    objective = kind(student, (grid, grid))
+    named = [(n, p) for n, p in objective.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for n, p in named if objective.decays(n, p) == decays], "weight_decay": wd}
+        for decays, wd in ((True, 0.04), (False, 0.0))
+    ]
+    return objective, groups
+
+
+def draw_batch(args, name, paired, device, rank=0):
+    """Normalised MR images, masks, and the HR images of the same size of ground, or None."""
+    objective, _ = build_objective(args, name)
+    generator = torch.Generator().manual_seed(args.seed + rank)
+    masks = objective.draw(args.batch, generator)
+    side = objective.hr_side(objective.student.patch_size)
+    images = torch.randn(args.batch, 4, side, side, generator=generator)
+    mr = F.avg_pool2d(images, objective.ratio).to(device)
+    return mr, {k: v.to(device) for k, v in masks.items()}, images.to(device) if paired else None
+
+
+class Ours:
+    """The step as train.py takes it; arguments and parts as `Textbook`."""
+
+    def __init__(self, objective, groups, **options):
+        self.objective, self.precision = objective, torch.float32
+        self.model = DistributedDataParallel(objective) if dist.is_initialized() else objective
+        self.optimizer = torch.optim.AdamW(groups, fused=True, **options)
+        self.weights = [p for group in groups for p in group["params"]]
+        self.affinity = SpatialAffinity(objective.hr_tokens, objective.ratio)
+
+    def step(self, images, masks, hr=None, momentum=0.996):
+        objective, low = self.objective, self.precision != torch.float32
+        with torch.autocast(images.device.type, self.precision) if low else nullcontext():
+            loss, tokens, index = self.model(images, masks)
+            yield "objective", loss
+            if hr is not None:
+                seen = objective.views(hr, masks, objective.student.patch_size)
+                loss = loss + self.affinity(tokens, index, seen, objective.grid)
+                yield "affinity", loss
+        loss.backward()
+        yield "backward", loss
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.weights])
+        self.optimizer.found_inf = (~norm.isfinite()).float()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        yield "optimizer", loss
+        ema_update(objective.teacher, objective.student, momentum, self.optimizer.found_inf)
+        yield "ema", loss
 
 
 if __name__ == "__main__":

@@ -511,7 +511,7 @@ def main():
 
     # what a reader is told, as far as it takes it
     options = "hr mr_bands hr_bands band_names hr_band_names nodata product level per_site".split()
-    options += "mr_dataset hr_dataset splits warp".split()
+    options += "mr_dataset hr_dataset splits warp clouds mask_band mask_values max_days".split()
 
     parser = argparse.ArgumentParser(
         prog="data.py", description="Paired HR and MR imagery for pretraining.", allow_abbrev=False

@@ -1,9 +1,12 @@
 """Every picture: chips in true colour, tokens as colours or similarities, maps, curves, scores."""
 
+import base64
+import json
+
 import torch
 from einops import rearrange
 
-from files import replacing
+from files import replacing, write_atomic
 from imagery.bands import meanings
 
 
@@ -47,8 +50,9 @@ def save_figure(figure, path):
         figure.savefig(partial, format="png", dpi=120, bbox_inches="tight")
 
 
-def draw_tokens(path, pictures, tokens):
-    """A row per chip: its pictures, then the tokens of student and teacher as PCA colours.
+def draw_tokens(path, pictures, tokens, rows=4):
+    """A row for each of the first chips: its pictures, then the tokens of student and teacher as
+    PCA colours, as they are and without what their place explains, the mean over all chips there.
 
     pictures: {title: (images (B, C, H, W), band names)}. tokens: {title: (tokens (B, N, D), (rows,
     cols))}, None in place of tokens that there are none of.
@@ -56,14 +60,20 @@ def draw_tokens(path, pictures, tokens):
     from matplotlib.figure import Figure  # here, so that training does not wait for its import
 
     columns = {title: composite(*picture) for title, picture in pictures.items()}
-    there = {title: pair for title, pair in tokens.items() if pair[0] is not None}
-    columns |= {title: token_colours(*pair) for title, pair in there.items()}
-    rows = len(next(iter(columns.values())))
+    for title, (x, grid) in tokens.items():
+        if x is None:
+            continue
+        columns[title] = token_colours(x, grid)
+        if len(x) >= 2 * rows:  # of fewer the mean is the ground's, too
+            bare = x - x.mean(0)
+            share = 1 - bare.square().sum() / (x - x.flatten(0, 1).mean(0)).square().sum()
+            columns[f"without place\n({share:.0%} of the variance)"] = token_colours(bare, grid)
+    rows = min(rows, len(next(iter(columns.values()))))
     figure = Figure(figsize=(2.2 * len(columns), 2.2 * rows))
     axes = figure.subplots(rows, len(columns), squeeze=False)
     for column, (title, drawn) in zip(axes.T, columns.items(), strict=True):
         column[0].set_title(title, fontsize=9)
-        for axis, picture in zip(column, drawn, strict=True):
+        for axis, picture in zip(column, drawn, strict=False):
             axis.imshow(picture.numpy(), interpolation="nearest")
             axis.axis("off")
     save_figure(figure, path)
@@ -132,10 +142,18 @@ def draw_panels(path, columns, marks=(), legend=()):
     every panel. legend: [(name, (red, green, blue) of 0..255)].
     """
     from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
 
     rows = len(next(iter(columns.values())))
     figure = Figure(figsize=(1.9 * len(columns) + 0.7, 2.0 * rows + 0.6), layout="constrained")
+    show_panels(figure, columns, marks, legend)
+    save_figure(figure, path)
+
+
+def show_panels(figure, columns, marks=(), legend=()):
+    """`draw_panels` in a figure, or a part of one."""
+    from matplotlib.patches import Patch
+
+    rows = len(next(iter(columns.values())))
     axes, image = figure.subplots(rows, len(columns), squeeze=False), None
     for column, (title, panels) in zip(axes.T, columns.items(), strict=True):
         column[0].set_title(title, fontsize=10)
@@ -157,7 +175,6 @@ def draw_panels(path, columns, marks=(), legend=()):
         handles = [Patch(color=[v / 255 for v in colour], label=name) for name, colour in legend]
         figure.legend(handles=handles, loc="outside lower center", ncols=len(legend), fontsize=9,
                       frameon=False)  # fmt: skip
-    save_figure(figure, path)
 
 
 CURVES = {"ssl": "SSL loss", "affinity": "affinity loss", "rank": "effective rank of tokens",
@@ -194,7 +211,12 @@ def draw_scores(path, scores, zero):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 0.42 * len(scores) + 1.1), layout="constrained")
-    axis = figure.subplots()
+    show_scores(figure.subplots(), scores, zero)
+    save_figure(figure, path)
+
+
+def show_scores(axis, scores, zero):
+    """`draw_scores` on an axis."""
     for k, values in enumerate(scores.values()):
         points = 100 * torch.tensor(list(values.values()))
         axis.plot(points, [k] * len(points), "o", color=CYCLE[4], ms=5, alpha=0.6)
@@ -204,6 +226,20 @@ def draw_scores(path, scores, zero):
     axis.set_yticks(range(len(scores)), list(scores))
     axis.invert_yaxis()
     axis.set_xlabel("mIoU of a ridge probe on MR images, %: a dot a seed (dotted: untrained)")
+
+
+def draw_overview(path, title, affinity, marks, maps, legend, scores, zero):
+    """A study on one slide -> PNG: affinity maps and class maps, as for `draw_panels`, and scores,
+    as for `draw_scores`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(16, 9), layout="constrained")
+    figure.suptitle(title, fontsize=15)
+    left, right = figure.subfigures(1, 2, width_ratios=(2.1, 1))
+    top, bottom = left.subfigures(2, 1, height_ratios=(len(marks) + 0.2, 1.6))
+    show_panels(top, affinity, marks)
+    show_panels(bottom, maps, legend=legend)
+    show_scores(right.subplots(), scores, zero)
     save_figure(figure, path)
 
 
@@ -223,10 +259,83 @@ def draw_gains(path, curves, levels):
         axis.plot(list(points), means, color="black", lw=1.5, label="sa")
         for (name, level), style in zip(levels.items(), (":", "--"), strict=False):
             axis.axhline(100 * level, color="grey", ls=style, lw=1, label=name)
-        axis.set_xscale("log")
+        if min(points) > 0:
+            axis.set_xscale("log")
         axis.set_xticks(list(points), [f"{value:g}" for value in points])
         axis.minorticks_off()
         axis.set_xlabel(flag)
         axis.set_ylabel("mIoU, %")
         axis.legend(fontsize=8, frameon=False)
     save_figure(figure, path)
+
+
+PAGE = """\
+<!doctype html>
+<meta charset="utf-8">
+<title>Affinity maps</title>
+<style>
+body { font: 14px sans-serif; margin: 1em; }
+figure { display: inline-block; margin: 4px; text-align: center; }
+canvas { width: 230px; height: 230px; image-rendering: pixelated; cursor: crosshair; }
+</style>
+<p>Click a place: the cosine similarity of its token to all others, from -1 (blue) to 1 (red).
+<div id="panels"></div>
+<script>
+const panels = PANELS, bytes = code => Uint8Array.from(atob(code), c => c.charCodeAt(0));
+for (const panel of panels) {
+  const figure = document.getElementById("panels").appendChild(document.createElement("figure"));
+  const canvas = figure.appendChild(document.createElement("canvas"));
+  figure.appendChild(document.createElement("figcaption")).textContent = panel.title;
+  [panel.canvas, canvas.height, canvas.width] = [canvas, ...panel.grid];
+  panel.values = bytes(panel.pixels || panel.tokens);
+  if (panel.tokens) panel.values = new Int8Array(panel.values.buffer);
+  canvas.onclick = e => {
+    const box = canvas.getBoundingClientRect();
+    show((e.clientX - box.left) / box.width, (e.clientY - box.top) / box.height);
+  };
+}
+function show(x, y) {
+  for (const {canvas, grid: [rows, cols, width], values, tokens} of panels) {
+    const context = canvas.getContext("2d"), image = context.createImageData(cols, rows);
+    const row = Math.floor(y * rows), col = Math.floor(x * cols), at = (row * cols + col) * width;
+    for (let k = 0; k < rows * cols; k++) {
+      if (!tokens) { for (let c = 0; c < 4; c++) image.data[4 * k + c] = values[4 * k + c]; }
+      else {
+        let s = 0;
+        for (let c = 0; c < width; c++) s += values[at + c] * values[k * width + c];
+        s /= 127 * 127;
+        const fade = 255 * (1 - Math.min(1, Math.abs(s)));
+        image.data.set(s > 0 ? [255, fade, fade, 255] : [fade, fade, 255, 255], 4 * k);
+      }
+    }
+    context.putImageData(image, 0, 0);
+    context.strokeStyle = "black";
+    const side = Math.max(1, cols / 20);
+    context.strokeRect(x * cols - side / 2, y * rows - side / 2, side, side);
+  }
+}
+show(0.5, 0.5);
+</script>
+"""
+
+
+def write_page(path, pictures, tokens):
+    """Affinity maps of any token, as a page that needs no server: click a place, and every panel
+    shows how alike its token is to all others.
+
+    pictures: {title: (h, w, 3) float in 0..1}, of the same ground as the tokens. tokens: {title:
+    (rows, cols, D)}; compared as `similarity` does, rounded to 8 bits.
+    """
+    panels = []
+    for title, values in tokens.items():
+        x = values.float() - values.float().flatten(0, 1).mean(0)
+        x = (127 * torch.nn.functional.normalize(x, dim=-1)).round().clamp(-127, 127)
+        code = base64.b64encode(x.to(torch.int8).numpy().tobytes()).decode()
+        panels.append({"title": title, "grid": list(x.shape), "tokens": code})
+    for title, picture in pictures.items():
+        rgb = (255 * torch.as_tensor(picture)).round().to(torch.uint8)
+        alpha = torch.full_like(rgb[..., :1], 255)
+        code = base64.b64encode(torch.cat([rgb, alpha], -1).numpy().tobytes()).decode()
+        panels.insert(0, {"title": title, "grid": list(rgb.shape), "pixels": code})
+    page = PAGE.replace("PANELS", json.dumps(panels))
+    write_atomic(path, page)

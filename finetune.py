@@ -27,6 +27,7 @@ import platform
 import time
 from datetime import datetime, timedelta
 from functools import partial
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,7 @@ from tqdm import tqdm
 
 from data import draw_crops, resample
 from datasets.common import sets
+from datasets.labels import classes_beside
 from datasets.tasks import (
     SPLITS,
     fingerprint,
@@ -46,11 +48,10 @@ from datasets.tasks import (
 )
 from files import save_sealed
 from imagery.bands import meanings
-from model import ViT, vit
+from model import SIZES, ViT, vit
 from run import (
     Parser,
     Stop,
-    Stopped,
     between,
     git_state,
     hold,
@@ -72,6 +73,7 @@ from scores import (
 )
 from segment import (
     HEADS,
+    Pixels,
     Segmenter,
     balanced_weights,
     by_name,
@@ -91,6 +93,7 @@ from weights import bands_of, load_encoder, weights_hash
 
 PROBES = ("knn", "ridge")  # protocols that train nothing
 
+UNREAD = ("random", "pixels")  # values of --encoder that name no file
 PRETRAINING = ("objective", "variant", "seed", "step", "store")  # what train.py says in weights
 
 # The flags that a seed's result depends on, beside the encoder and the task themselves
@@ -110,10 +113,9 @@ def parse_args(argv=None):
     )
     flag = parser.add_argument_group("encoder").add_argument
     flag("--encoder", required=True, help="run folder, weights file, 'random' (an untrained ViT of "
-         "--model and --patch) or 'random:RUN' (the architecture of RUN, untrained); random "
-         "weights are drawn anew for each seed")
-    flag("--model", default="small", choices=["tiny", "small", "base", "large", "huge"],
-         help="size of --encoder random (default small)")
+         "--model and --patch), 'random:RUN' (the architecture of RUN, untrained), drawn for each "
+         "seed anew, or 'pixels' (tokens are the pixels of their --patch)")
+    flag("--model", default="small", choices=SIZES, help="of --encoder random (default small)")
     flag("--patch", type=positive, default=14, help="pixels, of --encoder random (default 14)")
     flag("--heads", type=positive, help="attention heads, for weights whose width does not tell")
 
@@ -141,10 +143,14 @@ def parse_args(argv=None):
          "background and void, 19 void only, 20 nothing (default 18, as the paper)")
 
     flag = parser.add_argument_group("task geotiff").add_argument
-    flag("--images", help="folder of GeoTIFFs, or a glob pattern in quotes (default: of --root)")
-    flag("--masks", help="the same for the masks, paired by name without extension")
+    flag("--images", help="folder of images, scenes of one file per band among them, or a glob "
+         "pattern in quotes (default: of --root)")
+    flag("--masks", help="folder of GeoTIFFs or a glob pattern, paired by name without extension")
+    flag("--labels-file", metavar="FILE", help="in place of --masks: polygons of a GeoJSON file, "
+         "of a GeoPackage or shapefile where fiona is installed; pixels outside have no label")
+    flag("--label-field", metavar="NAME", help="which of its fields tells the class, as text or id")
     flag("--classes", help="text file, one class name per line, line number from 0 = class id "
-         "(default: the ids name themselves)")
+         "(default: classes.txt beside the masks; without it the ids name themselves)")
     flag("--ignore-index", type=numbers, metavar="N,N", help="mask values that are no label and no "
          "class, such as 255 or 0,255, beside the masks' nodata (default: none)")
     flag("--splits", help="folder of train.txt, val.txt and test.txt, names without extension")
@@ -216,21 +222,29 @@ def parse_args(argv=None):
                 parser.error(f"--{name.replace('_', '-')} {reason}")
 
     if args.task == "geotiff":
-        refuse(["dates", "pastis_classes"], "is for --task pastis")
+        refuse(["dates", "pastis_classes"], "is for a set of time series, such as --task pastis")
         if args.root:
-            refuse(["images", "masks"], "and --root both say where the task is; keep one")
-        elif not (args.images and args.masks):
+            refuse(["images", "masks", "labels_file"],
+                   "and --root both say where the task is; keep one")
+        elif not (args.images and (args.masks or args.labels_file)):
             parser.error("no task; name --task with --root (see --list-tasks), or --images and "
-                         "--masks of your own")
+                         "--masks, or --labels-file, of your own")
+        if args.masks:
+            refuse(["labels_file"], "and --masks are both labels; keep one")
+        if bool(args.labels_file) != bool(args.label_field):
+            parser.error("--labels-file and --label-field go together: a file of polygons, and the "
+                         "field that tells their class")
         args.tile = args.tile or 64
     else:
-        refuse(["images", "masks", "classes", "ignore_index", "splits", "block", "val", "test"],
+        refuse(["images", "masks", "labels_file", "label_field", "classes", "ignore_index",
+                "splits", "block", "val", "test"],
                f"is for --task geotiff; {args.task} has its own")
         if args.root is None:
             parser.error(f"--task {args.task} needs --root, the folder of the set as published; "
                          "--list-tasks says where to get it")
-        if args.task != "pastis":
-            refuse(["dates", "pastis_classes"], "is for --task pastis")
+        for name in ("dates", "pastis_classes"):
+            if name not in signature(sets("TASKS")[args.task].open).parameters:
+                refuse([name], f"is not for --task {args.task}, but for such as --task pastis")
         if args.bands and isinstance(args.bands[0], int):
             parser.error(f"--bands of --task {args.task} are names (see --list-tasks)")
     if args.protocol in PROBES:
@@ -247,6 +261,7 @@ def parse_args(argv=None):
         args.weight_decay = {"finetune": 0.05}.get(args.protocol, 0.0)
     if args.splits is None and args.val + args.test >= 1:
         parser.error(f"--val {args.val} and --test {args.test} leave nothing to train on")
+    args.save_model &= args.encoder != "pixels"  # predict.py maps with an encoder
     if args.heads and args.encoder == "random":
         parser.error("--heads is for weights; --encoder random has those of its --model")
     return args
@@ -272,7 +287,12 @@ def load(args):
             args.task, args.root, bands=args.bands, tile=args.tile, dates=args.dates,
             pastis_classes=args.pastis_classes, split_seed=args.split_seed,
         )  # fmt: skip
-    folder = own_folder(args.root) if args.root else {"images": args.images, "masks": args.masks}
+    folder = own_folder(args.root) if args.root else {
+        "images": args.images, "masks": args.masks, "polygons": args.labels_file,
+        "field": args.label_field, "classes": classes_beside(args.images, args.masks),
+    }  # fmt: skip
+    if folder["classes"] and not args.classes:
+        print(f"classes as {folder['classes']} names them")
     folder |= {k: v for k in ("classes", "splits") if (v := getattr(args, k)) is not None}
     return load_folder(
         **folder, bands=args.bands, ignore_index=args.ignore_index, tile=args.tile,
@@ -282,7 +302,7 @@ def load(args):
 
 def check_encoder(encoder, name, task, image_size):
     """Raise ValueError if the encoder does not read the task's bands or the image size."""
-    wanted = [] if name == "random" else bands_of(encoder)
+    wanted = [] if name in UNREAD else bands_of(encoder)
     if encoder.in_channels != len(task.bands):
         raise ValueError(
             f"--encoder {name} reads {encoder.in_channels} bands ({','.join(wanted) or 'unnamed'}),"
@@ -374,7 +394,7 @@ def train(args, segmenter, task, chosen, read, generator, ranks, path):
     modules = {"model": trained, "optimizer": optimizer, "scaler": scaler}
     done = load_epoch(path, modules, generator, ranks)
     step, stops, told = done["epoch"] * an_epoch, Stop(ranks), f"seed {seed}, {args.protocol}"
-    with Stop.listening(), tqdm(total=steps, initial=step, desc=told, unit="step") as bar:
+    with tqdm(total=steps, initial=step, desc=told, unit="step") as bar:
         for epoch in range(done["epoch"] + 1, args.epochs + 1):
             order = torch.randperm(count, generator=generator).split(batch)
             # each rank takes its share of a global batch, of the last one it may be no tile
@@ -408,9 +428,7 @@ def train(args, segmenter, task, chosen, read, generator, ranks, path):
                 optimizer.zero_grad()
                 step += 1
                 bar.update()
-                stops.share()
-                if any(stop for stop, _ in stops.hear()):
-                    raise Stopped(f"in epoch {epoch} of seed {seed}")
+                stops.check(f"in epoch {epoch} of seed {seed}")
             last = ranks.sum([total])[0].item() / an_epoch  # a device sync, so once an epoch
             if not math.isfinite(last):
                 raise ValueError(f"loss {last} in epoch {epoch}; lower --lr")
@@ -474,9 +492,11 @@ def judge_seed(args, template, tiles, seed, ranks, dtype, path):
     order = order[: max(1, round(args.labels * len(order)))].numpy()
     chosen = {**tiles.of, "train": tiles.of["train"][order]}
     if args.protocol in PROBES:
+        stops = Stop(ranks)
 
         def read(split, parts):
             for x, labels in tiles.read(split, parts):
+                stops.check(f"in seed {seed}")
                 yield x if x.ndim == 3 else segmenter.features(x), labels
 
         found = probe(
@@ -489,7 +509,7 @@ def judge_seed(args, template, tiles, seed, ranks, dtype, path):
         found |= {"best_epoch": None, "history": None}
     else:
         if args.protocol == "linear" and not tiles.kept:  # random weights are of this seed alone
-            tiles = tiles.keep(segmenter, kept_splits(args), args.global_batch, ranks)
+            tiles = keep(args, tiles, segmenter, ranks)
         found = train(args, segmenter, task, chosen, tiles.read, generator, ranks, path)
     trained = segmenter if args.protocol == "finetune" else segmenter.head
     return about | {
@@ -502,17 +522,19 @@ def judge_seed(args, template, tiles, seed, ranks, dtype, path):
     }
 
 
-def kept_splits(args):
-    """The splits whose tiles a frozen encoder sees only as they are, so that it sees them once."""
-    return [
-        split for split in SPLITS if split != "train" or not args.crop or args.protocol in PROBES
-    ]
+def keep(args, tiles, segmenter, ranks):
+    """`tiles` with the tokens of those that a frozen encoder sees only as they are, once."""
+    stops, cropped = Stop(ranks), args.crop and args.protocol not in PROBES
+    return tiles.keep(
+        segmenter, SPLITS[1:] if cropped else SPLITS, args.global_batch, ranks,
+        after=lambda: stops.check("while tiles were encoded"),
+    )  # fmt: skip
 
 
 def open_task(args):
     """The encoder and the task of the flags, and the mean and std that normalise its bands;
     everything wrong with them is raised here."""
-    if args.encoder != "random":
+    if args.encoder not in UNREAD:
         template = load_encoder(args.encoder.removeprefix("random:"), args.heads)
     task = load(args)
     if args.split_hash and args.split_hash.lower() != task.split_hash:
@@ -522,6 +544,10 @@ def open_task(args):
         )
     if args.encoder == "random":
         template = vit(args.model, in_channels=len(task.bands), patch_size=args.patch)
+    if args.encoder == "pixels":
+        if args.protocol == "finetune" or args.head == "upernet":
+            raise ValueError("--encoder pixels: has nothing to fine-tune, and no blocks; probe it")
+        template = Pixels(len(task.bands), args.patch)
     check_encoder(template, args.encoder, task, args.image_size)
     if args.stats == "task":
         return template, task, task.mean, task.std
@@ -534,7 +560,8 @@ def open_task(args):
 
 def describe(args, template, tiles, ranks, precision):
     """What the rows of all seeds share, a dict; "run" changes with all that a result depends on."""
-    task, trained = tiles.task, not untrained(args.encoder)
+    task = tiles.task
+    trained = not untrained(args.encoder) and args.encoder not in UNREAD
     commit, edits = git_state()
     cuda = ranks.device.type == "cuda"
     facts = {
@@ -545,7 +572,7 @@ def describe(args, template, tiles, ranks, precision):
         "architecture": template.config,
         "precision": precision,
     }
-    weights = weights_hash(template) if trained else "random"
+    weights = weights_hash(template) if trained else args.encoder.split(":")[0]
     on = [facts, weights, [getattr(args, name) for name in PROTOCOL]]
     meta = template.meta if trained else {}
     return facts | {
@@ -586,7 +613,7 @@ def write_seed(args, template, tiles, facts, found, rows, model):
             positions=list(task.positions), file_bands=task.file_bands, mean=facts["mean"],
             std=facts["std"], tile=facts["tile"], gsd=task.gsd, encoder=args.encoder,
             sources=template.meta.get("sources", []), task=task.name, protocol=args.protocol,
-            seed=seed, val_miou=found["val_miou"], miou=miou,
+            seed=seed, val_miou=found["val_miou"], miou=miou, scaling=task.scaling,
         )  # fmt: skip
     if found["predictions"] is not None:
         write_maps(args.maps, task, tiles.of["test"], found["predictions"].numpy())
@@ -615,16 +642,25 @@ def evaluate(args, ranks):
     frozen, drawn = args.protocol != "finetune", untrained(args.encoder)
 
     # rank 0 alone reads and writes results
-    known = read_rows(results) if ranks.rank == 0 and results.exists() else []
-    known = ranks.gather([row for row in known if row.get("run") == run])[0]
-    rows = {row["seed"]: row for row in known}
+    def there():
+        known = read_rows(results) if results.exists() else []
+        return {row["seed"]: row for row in known if row.get("run") == run}
+
+    def take():
+        """The folder for this process alone, and the rows that another one has left in it."""
+        args.out.mkdir(parents=True, exist_ok=True)
+        results.touch()
+        hold(args.out, f"{args.protocol}_{run}.lock")
+        return there()
+
+    if args.maps and ranks.rank == 0:
+        check_maps(args.maps, task, there())
+    rows = ranks.first(take)
     seeds = range(args.seeds)
     if args.protocol == "ridge" and args.labels == 1 and not drawn and args.seeds > 1:
         seeds = range(1)
         print("ridge on all labels draws nothing by the seed: one row, of seed 0")
     todo = [seed for seed in seeds if seed not in rows]
-    if args.maps and ranks.rank == 0:
-        check_maps(args.maps, task, rows)
     print(
         f"task {task.name} {facts['data_hash']}: {len(task.bands)} bands, {len(classes)} classes "
         f"({', '.join(classes)[:60]}), {facts['tile']} px tiles: "
@@ -632,32 +668,30 @@ def evaluate(args, ranks):
         + f" (split by {task.split_by}, --split-hash {task.split_hash})"
         + "".join(f"; mask value {value:g} is nodata and ignored" for value in task.nodata)
     )
-    args.out.mkdir(parents=True, exist_ok=True)
-    results.touch()
-    ranks.first(lambda: hold(args.out, f"{args.protocol}_{run}.lock"))
     model = None
     if args.save_model and args.protocol != "knn" and not args.remove_place:
         model = f"model_{args.protocol}_{run}.safetensors"
 
     # one rank and one seed of a probe: the tokens are needed once, so not kept
     once = args.protocol in PROBES and ranks.world == len(todo) == 1
-    if frozen and not drawn and todo and not once:
-        segmenter = build(args, template, len(classes), 0, ranks.device, dtype)
-        tiles = tiles.keep(segmenter, kept_splits(args), args.global_batch, ranks)
     # all ranks fine-tune one seed together; of a frozen encoder each takes another seed
     team, width = (ranks._replace(rank=0, world=1), ranks.world) if frozen else (ranks, 1)
 
     def checkpoint(seed):
         return args.out / f"ckpt_{args.protocol}_{run}_seed{seed}.pt"
 
-    for turn in chunks(todo, width):
-        own, found = turn[ranks.rank : ranks.rank + 1] if frozen else turn, None
-        for seed in own:
-            found = judge_seed(args, template, tiles, seed, team, dtype, checkpoint(seed))
-        for each in ranks.gather(found) if frozen else [found]:
-            if each and ranks.rank == 0:
-                write_seed(args, template, tiles, facts, each, rows, model)
-                checkpoint(each["seed"]).unlink(missing_ok=True)
+    with Stop.listening():
+        if frozen and not drawn and todo and not once:
+            segmenter = build(args, template, len(classes), 0, ranks.device, dtype)
+            tiles = keep(args, tiles, segmenter, ranks)
+        for turn in chunks(todo, width):
+            own, found = turn[ranks.rank : ranks.rank + 1] if frozen else turn, None
+            for seed in own:
+                found = judge_seed(args, template, tiles, seed, team, dtype, checkpoint(seed))
+            for each in ranks.gather(found) if frozen else [found]:
+                if each and ranks.rank == 0:
+                    write_seed(args, template, tiles, facts, each, rows, model)
+                    checkpoint(each["seed"]).unlink(missing_ok=True)
 
     if ranks.rank == 0:
         print_table([rows[seed] for seed in seeds], classes)

@@ -1,8 +1,8 @@
-"""Class maps of whole scenes: a GeoTIFF in, a GeoTIFF on the same pixels out.
+"""Class maps of whole scenes: an image in, a GeoTIFF on the same pixels out.
 
     python predict.py --model out/results scene.tif map.tif
     python predict.py --model out/results --probabilities --png scenes/ maps/
-    python predict.py --model out/sa --features scene.tif features.tif
+    python predict.py --model out/sa --features --int8 S2B_MSIL2A_20220301.SAFE features.tif
 
 The model says which bands it reads, their statistics and its classes. Windows of --tile px are
 resized to what the encoder sees and overlap; their logits are blended with smooth weights whose sum
@@ -12,12 +12,13 @@ height. Beyond its edges windows see its mirror image. Pixels without data stay 
 class maps, NaN in the others.
 """
 
-import argparse
 import math
 import sys
+import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +26,20 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from datasets.folder import find_files
+from datasets.images import (
+    header,
+    list_images,
+    name_of,
+    open_image,
+    read_rows,
+    scaling_of,
+    to_unit,
+)
 from figures import class_colours, composite, paint, save_figure
 from imagery import raster
 from imagery.bands import meanings, positions
 from model import ViT
-from run import positive
+from run import Parser, positive, script
 from segment import Segmenter, encode, load_segmenter, resize
 from weights import bands_of, load_encoder, read_tensors
 
@@ -40,11 +49,13 @@ PREVIEW = 1000  # px a side at most, of --png
 
 # fmt: off
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Class maps, probabilities and features of whole scenes.", allow_abbrev=False,
+    parser = Parser(
+        prog="predict.py", description="Class maps, probabilities and features of whole scenes.",
+        allow_abbrev=False,
     )
     flag = parser.add_argument
-    flag("scenes", nargs="+", help="GeoTIFFs, folders of them, or glob patterns in quotes")
+    flag("scenes", nargs="+", help="GeoTIFFs or JPEG 2000, scenes of one file per band, SAFE "
+         "folders, .zip or .tar of them, folders of any of these, or glob patterns in quotes")
     flag("out", type=Path, help="a GeoTIFF for one scene, or a folder, where each map is named as "
          "its scene")
     flag = parser.add_argument_group("model").add_argument
@@ -60,8 +71,8 @@ def parse_args(argv=None):
          "as in the model's training files, else all in order)")
     flag("--scale", type=float, default=1.0, help="pixel values are multiplied by it, such as "
          "10000 for reflectances where the model was trained on x 10000 (default 1)")
-    flag("--offset", type=float, default=0.0, help="added to pixel values before --scale, such as "
-         "-1000 for Sentinel-2 products since baseline 04.00 (default 0)")
+    flag("--offset", type=float, help="added to pixel values before --scale, such as -1000 for "
+         "Sentinel-2 products since baseline 04.00 (default: what SAFE folders say, else 0)")
 
     flag = parser.add_argument_group("windows").add_argument
     flag("--tile", type=positive, help="pixels of the scene per side of a window (default: as the "
@@ -79,14 +90,18 @@ def parse_args(argv=None):
     flag("--features", action="store_true", help="also write OUT_features.tif: the encoder's "
          "tokens, a float32 band per channel, rounded to 11 bits, a pixel per token (in a pass of "
          "its own); OUT itself for an encoder alone")
+    flag("--int8", action="store_true", help="write --features in 8 bits, a quarter of the size: "
+         "each band's scale and offset tags say what its values 0 to 254 mean, 255 is nodata")
     flag("--png", action="store_true", help="also write OUT.png: scene and map side by side, with "
          f"legend, at most {PREVIEW} px a side")
     flag("--overwrite", action="store_true", help="replace outputs that exist (default: refuse)")
     args = parser.parse_args(argv)
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not (math.isfinite(args.scale) and args.scale and math.isfinite(args.offset)):
+    if not (math.isfinite(args.scale) and args.scale and math.isfinite(args.offset or 0)):
         parser.error(f"--scale {args.scale} and --offset {args.offset} make no pixel values")
+    if args.int8 and not args.features:
+        parser.error("--int8 is for --features")
     return args
 # fmt: on
 
@@ -212,31 +227,47 @@ def gsd_warning(about, model):
     )
 
 
-def survey(path, bands, scale, offset):
+def units(source, model, scale, offset):
+    """(gain, shift), float32 (bands, 1, 1), from the pixels of a Source to the model's units: by
+    the tags of both where the model knows those of its training files, by what a product says is to
+    be added, else by `offset`, then by `scale`."""
+    if offset is not None:
+        source = source._replace(offset=offset)
+    trained, own = model.meta.get("scaling"), scaling_of(source)
+    trained = trained and [tuple(pair) for pair in trained]
+    gain, shift = to_unit(source, trained or own)
+    if trained and trained != own:
+        print(f"{source.info.path}: its tags say scale and offset {own[0]}, the model's files had "
+              f"{trained[0]}; its pixels are brought to those")  # fmt: skip
+    if source.offset and offset is None:
+        print(f"{source.info.path}: {source.offset:g} is added to its pixels, as its product says")
+    return (np.float32(each * scale)[:, None, None] for each in (gain, shift))
+
+
+def survey(source, gain, shift):
     """Read a scene once, so that a damaged tile is found before the work.
 
     Returns mean and std (bands,) of its valid pixels in the model's units, NaN if it has none, and
     a small picture (bands, h, w) float32, NaN in holes.
     """
-    about = raster.info(path)
-    step = -(-max(about.height, about.width) // PREVIEW)
+    step = -(-max(source.info.height, source.info.width) // PREVIEW)
     row, parts = 0, []
-    for part, valid in raster.read_rows(path, bands, masked=True):
+    for part, valid in read_rows(source):
         some = slice(-row % step, None, step), slice(None, None, step)
-        parts.append(pixels_of(part[:, *some], valid[some], scale, offset))
+        parts.append(pixels_of(part[:, *some], valid[some], gain, shift))
         row += part.shape[1]
     picture = np.concatenate(parts, axis=1)
     seen = picture[:, ~np.isnan(picture).any(0)].astype(np.float64)
     if not seen.size:
-        return *np.full((2, len(bands)), np.nan), picture
+        return *np.full((2, len(picture)), np.nan), picture
     return seen.mean(1), seen.std(1), picture
 
 
-def pixels_of(part, valid, scale, offset):
+def pixels_of(part, valid, gain=1, shift=0):
     """File values (bands, rows, cols) -> float32 in the model's units, NaN where one is missing or
     the pixel is not valid (rows, cols)."""
     pixels = np.where(valid, part, np.float32("nan")).astype(np.float32, copy=False)
-    return (np.where(np.isfinite(pixels), pixels, np.float32("nan")) + offset) * scale
+    return np.where(np.isfinite(pixels), pixels, np.float32("nan")) * gain + shift
 
 
 def scale_warning(path, mean, std, model):
@@ -324,18 +355,17 @@ def window_rows(parts, height, width, starts, tile):
 
 
 @torch.inference_mode()
-def predict(
-    model, scene, bands, mean, std, *, tokens=False, overlap=None, batch=32, scale=1.0, offset=0.0
-):
+def predict(model, source, mean, std, *, gain=1, shift=0, tokens=False, overlap=None, batch=32):
     """Classify or encode a scene: yields finished rows, top to bottom, on the model's device.
 
     Rows are (values, valid): logits (classes, n, width) float32 or, if `tokens`, the encoder's
     (D, n, token columns), and where there is data, bool (n, width or token columns). A token covers
     tile / grid px, the first one begins at the scene's corner; n differs between rows and may be 0.
-    scene: path. bands: positions, in the model's order. mean, std: (bands,), in its units. overlap:
-    px, default `Model.overlap`, for tokens 7/8 of a window.
+    source: datasets.common.Source of the bands in the model's order. gain, shift: of `units`. mean,
+    std: (bands,), in the model's units. overlap: px, default `Model.overlap`, for tokens 7/8 of a
+    window.
     """
-    about, tile = raster.info(scene), model.tile
+    about, tile = source.info, model.tile
     device = next(model.encoder.parameters()).device
     if overlap is None:
         # tokens carry their place in the window, which averages out over eight places a side
@@ -349,8 +379,7 @@ def predict(
     blend = Blend(channels, side, down, across, device)
 
     mean, std = (torch.tensor(x).float().to(device)[:, None, None] for x in (mean, std))
-    parts = raster.read_rows(scene, bands, masked=True)
-    parts = (pixels_of(*part, scale, offset) for part in parts)
+    parts = (pixels_of(*part, gain, shift) for part in read_rows(source))
     parts = window_rows(parts, about.height, cols[-1] + tile, rows, tile)
     label = f"{about.path.name}, {'tokens' if tokens else 'classes'}"
     with tqdm(total=len(rows) * len(cols), desc=label, unit=" windows") as bar:
@@ -378,13 +407,14 @@ def predict(
 
 
 def output_paths(scenes, out, model, args):
-    """{scene: {kind: path}} for the kinds that were asked for; raises before anything is lost."""
+    """{scene: {kind: path}} for the kinds that were asked for; raises before anything is lost.
+    scenes: {path: files}."""
     folder = out.is_dir() or len(scenes) > 1 or out.suffix.lower() not in (".tif", ".tiff")
     if folder and out.is_file():
         raise ValueError(f"{out}: a file, but {len(scenes)} scenes need a folder")
     outputs = {}
-    for scene in scenes:
-        base = out / f"{scene.stem}.tif" if folder else out
+    for scene, files in scenes.items():
+        base = out / f"{name_of(scene, files)}.tif" if folder else out
         kinds = {
             "map": base if model.classes else None,
             "probabilities": args.probabilities and base.with_stem(base.stem + "_probabilities"),
@@ -405,12 +435,13 @@ def output_paths(scenes, out, model, args):
     return outputs
 
 
-def map_scene(scene, model, bands, mean, std, picture, paths, args):
+def map_scene(source, model, change, mean, std, picture, paths, args):
     """Predict one scene and write what was asked for; returns one line on it.
 
-    picture: of `survey`. paths: kind -> path, of `output_paths`.
+    change: of `units`. picture: of `survey`. paths: kind -> path, of
+    `output_paths`.
     """
-    start, about, classes = time.perf_counter(), raster.info(scene), model.classes
+    start, about, classes = time.perf_counter(), source.info, model.classes
     size, place, crs = (about.height, about.width), about.transform, about.crs
     side = model.tile / model.grid  # px of the scene that a token covers
     token_size = [-(-n * model.grid // model.tile) for n in size]
@@ -422,15 +453,16 @@ def map_scene(scene, model, bands, mean, std, picture, paths, args):
         "features": ((model.encoder.dim, *token_size), np.float32, token_place, crs, nan),
     }
     counts, preview, step, row = np.zeros(256, np.int64), [], -(-max(size) // PREVIEW), 0
-    options = dict(overlap=args.overlap, batch=args.batch, scale=args.scale, offset=args.offset)
+    work = partial(predict, model, source, mean, std, overlap=args.overlap, batch=args.batch)
+    work = partial(work, **dict(zip(("gain", "shift"), change, strict=True)))
     with ExitStack() as stack:
         write = {
             kind: stack.enter_context(raster.writer(paths[kind], *layout))
             for kind, layout in layouts.items()
-            if kind in paths
+            if kind in paths and not (kind == "features" and args.int8)
         }
         if "map" in write:
-            for logits, valid in predict(model, scene, bands, mean, std, **options):
+            for logits, valid in work():
                 ids = logits.argmax(0).masked_fill(~valid, NO_CLASS).byte().cpu().numpy()
                 write["map"](ids[None])
                 counts += np.bincount(ids.ravel(), minlength=256)
@@ -439,11 +471,14 @@ def map_scene(scene, model, bands, mean, std, picture, paths, args):
                 if "probabilities" in write:
                     write["probabilities"](rounded(logits.softmax(0), valid))
         if "features" in write:
-            for tokens, valid in predict(model, scene, bands, mean, std, tokens=True, **options):
+            for tokens, valid in work(tokens=True):
                 write["features"](rounded(tokens, valid))
+        elif "features" in paths:
+            rows = (rounded(*part) for part in work(tokens=True))
+            write_bytes(paths["features"], rows, *layouts["features"])
     if "png" in paths:
         ids = np.concatenate(preview)
-        draw_map(paths["png"], picture, model.meta.get("bands"), ids, classes, colours, counts)
+        draw_map(paths["png"], about.path.name, picture, model.meta, ids, colours, counts)
 
     seconds, known = time.perf_counter() - start, max(1, counts[:NO_CLASS].sum())
     line = f"{next(iter(paths.values()))}: {size[0]} x {size[1]} px in {seconds:.1f} s "
@@ -459,24 +494,64 @@ def rounded(values, valid):
     return values.masked_fill(~valid, float("nan")).half().float().cpu().numpy()
 
 
-def draw_map(path, picture, bands, ids, classes, colours, counts):
-    """PNG of a scene (bands, h, w) beside its class map (h, w), commonest class first in legend."""
+def write_bytes(path, rows, shape, _, place, crs, nodata):
+    """Write parts (bands, n, cols) in 8 bits: value v of a band stands for scale * v + offset, its
+    tags, from its least value at 0 to its largest at 254. So none is off by more than half a step.
+
+    Ranges are known at the end only, so the parts wait in a temporary file beside `path`.
+    """
+    low, high, sizes = np.full(shape[0], np.inf), np.full(shape[0], -np.inf), []
+    with tempfile.TemporaryFile(dir=path.parent) as waiting:
+        for part in rows:
+            low = np.fmin(low, np.fmin.reduce(part, (1, 2), initial=np.inf))
+            high = np.fmax(high, np.fmax.reduce(part, (1, 2), initial=-np.inf))
+            waiting.write(part.astype(np.float16).tobytes())  # of 11 bits, as they came
+            sizes.append(part.shape[1])
+        step, low = np.where(high > low, (high - low) / 254, 1), np.where(low > high, 0, low)
+        waiting.seek(0)
+        scaling = list(zip(step.tolist(), low.tolist(), strict=True))
+        with raster.writer(path, shape, np.uint8, place, crs, 255, scaling=scaling) as write_rows:
+            for n in sizes:
+                data = waiting.read(2 * shape[0] * n * shape[2])
+                part = np.frombuffer(data, np.float16).reshape(shape[0], n, shape[2])
+                whole = ((part - low[:, None, None]) / step[:, None, None]).round()
+                write_rows(np.where(np.isnan(part), 255, whole).astype(np.uint8))
+
+
+def draw_map(path, name, picture, meta, ids, colours, counts):
+    """PNG of a scene (bands, h, w) beside its class map (h, w), commonest class first in legend.
+    meta: the model's, with its classes and bands."""
     from matplotlib.figure import Figure  # here, so that --help does not wait for its import
     from matplotlib.patches import Patch
 
+    classes, bands = meta["classes"], meta.get("bands") or [""] * len(picture)
     pixels = torch.from_numpy(np.nan_to_num(picture)[None])
-    scene = composite(pixels, bands or [""] * len(picture))[0].numpy()
+    scene = composite(pixels, bands)[0].numpy()
     scene[np.isnan(picture).all(0)] = 1
     height, width = ids.shape
-    figure = Figure(figsize=(12, 1 + min(6 * height / width, 60)), layout="constrained")
-    for axis, image in zip(figure.subplots(1, 2), (scene, paint(ids, colours)), strict=True):
+    figure = Figure(figsize=(12, 1.4 + min(6 * height / width, 60)), layout="constrained")
+    colour = "its first band as grey" if len(picture) < 3 else "its first three bands as colours"
+    if {*"RGB"} <= {*meanings(bands, sentinel=True)}:
+        colour = "its red, green and blue"
+    titles = f"The scene: {name}\n({colour}, stretched)", "The map: the model's class of each pixel"
+    halves = zip(figure.subplots(1, 2), (scene, paint(ids, colours)), titles, strict=True)
+    for axis, image, title in halves:
         axis.imshow(image, interpolation="nearest")
+        axis.set_title(title, fontsize=10, parse_math=False)
         axis.axis("off")
     total = max(1, counts[:NO_CLASS].sum())
     order = [k for k in np.argsort(-counts[: len(classes)], kind="stable") if counts[k]]
     labels = {k: f"{classes[k]} {100 * counts[k] / total:.1f} %" for k in order}
     handles = [Patch(color=np.array(colours[k]) / 255, label=labels[k]) for k in order]
-    figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False)
+    if counts[NO_CLASS]:
+        handles.append(Patch(facecolor="white", edgecolor="grey", label="white: no data"))
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=min(6, len(handles)),
+        frameon=False,
+        title="classes of the map, and their share of the ground that has data",
+    )
     save_figure(figure, path)
 
 
@@ -485,14 +560,7 @@ def run(args):
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: no CUDA device is available; use --device cpu")
-    found = [path for where in args.scenes for path in find_files(where, "scenes")]
-    scenes = list(dict.fromkeys(found))
-    for scene in scenes:
-        if scene.suffix.lower() == ".jp2":
-            raise ValueError(
-                f"{scene}: JPEG 2000 is not read here; convert it with gdal_translate {scene} "
-                f"{scene.with_suffix('.tif').name}"
-            )
+    scenes = dict(image for where in args.scenes for image in list_images(where, "scenes"))
     model = load_model(args.model, args.tile, args.image_size, args.heads, device)
     if not model.classes and (args.probabilities or args.png or not args.features):
         raise ValueError(
@@ -509,16 +577,19 @@ def run(args):
             f"no grid; pass --tile {max(1, round(model.tile / model.grid)) * model.grid}"
         )
     outputs = output_paths(scenes, args.out, model, args)
-    chosen = {}
-    for scene in scenes:
-        about = raster.info(scene)
-        chosen[scene], how = choose_bands(about, model, args.bands)
-        print(f"{scene}: bands {','.join(map(str, chosen[scene]))} ({how})")
-        warn(gsd_warning(about, model))
+    sources = {}
+    for scene, files in scenes.items():
+        about = header(scene, files)
+        bands, how = choose_bands(about, model, args.bands)
+        sources[scene] = open_image(scene, files, bands)
+        shown = ",".join(about.band_names[b] if files else str(b) for b in bands)
+        print(f"{scene}: bands {shown} ({how})")
+        warn(gsd_warning(sources[scene].info, model))
         if about.transform is None:
             warn(f"{scene}: has no georeference, so its map has none")
     for scene, paths in outputs.items():
-        mean, std, picture = survey(scene, chosen[scene], args.scale, args.offset)
+        gain, shift = units(sources[scene], model, args.scale, args.offset)
+        mean, std, picture = survey(sources[scene], gain, shift)
         warn(scale_warning(scene, mean, std, model))
         if "mean" in model.meta and "std" in model.meta:
             mean, std = model.meta["mean"], model.meta["std"]
@@ -526,7 +597,7 @@ def run(args):
             print(f"{scene}: the model has no statistics; normalised by those of the scene")
             std = np.maximum(std, 1e-6)
         next(iter(paths.values())).parent.mkdir(parents=True, exist_ok=True)
-        print(map_scene(scene, model, chosen[scene], mean, std, picture, paths, args))
+        print(map_scene(sources[scene], model, (gain, shift), mean, std, picture, paths, args))
 
 
 def warn(sentence):
@@ -535,15 +606,7 @@ def warn(sentence):
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    try:
-        run(args)
-    except (ValueError, OSError) as error:
-        print(f"predict.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("predict.py: interrupted; maps that were finished stay", file=sys.stderr)
-        sys.exit(130)
+    script(run, partial(parse_args, argv), "maps that were finished stay")
 
 
 if __name__ == "__main__":

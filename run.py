@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -36,6 +37,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         fail(f"{self.prog}: {message}")
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells a flag's default where it has one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, []) else super()._get_help_string(action)
 
 
 def positive(text):
@@ -134,7 +142,15 @@ def start_ranks(device, patience=None):
         where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(where)
     if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=patience)
+        backend, meeting = "nccl" if cuda else "gloo", {}
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # torchrun starts its workers again beside what the dead ones have said in its store,
+            # where nobody answers; on several nodes the counts of restarts differ (runs/nodes.sh)
+            store, *_ = next(dist.rendezvous("env://"))
+            again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            meeting = dict(store=dist.PrefixStore(again, store), rank=rank, world_size=world)
+        with handling(signal.SIG_DFL):  # it waits in C++, where a signal would not be heard
+            dist.init_process_group(backend, timeout=patience, **meeting)
     return Ranks(rank, world, where)
 
 
@@ -148,6 +164,18 @@ def precision_of(name, device):
     return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 
 
+@contextlib.contextmanager
+def handling(handler):
+    """Within, `handler` gets the signals by which a run is asked to end."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class Stopped(Exception):
     """A run that ends in the middle because it was asked to: says where."""
 
@@ -156,7 +184,8 @@ class Stop:
     """Whether someone wants the run to end, and whether its last step was bad: what all ranks are
     to know of each other after every step, without waiting for it.
 
-    A batch system asks by SIGTERM or SIGUSR1 and a user by Ctrl-C, some rank or all of them.
+    A batch system asks by SIGTERM or SIGUSR1 and a user by Ctrl-C, some rank or all of them. So
+    does the death of torchrun, whose ranks would else train on with nobody to end them.
     """
 
     asked = None  # the signal's name, once there was one
@@ -167,14 +196,15 @@ class Stop:
     def listening(cls):
         """Within, a signal only says that it came; it is the loop that stops. A second Ctrl-C ends
         the process where it is: a step may take minutes."""
-        numbers, cls.asked = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1), None
-        before = {n: signal.signal(n, lambda n, _: cls.ask(signal.Signals(n).name))
-                  for n in numbers}  # fmt: skip
+        cls.asked = None
         try:
-            yield
+            with handling(lambda number, _: cls.ask(signal.Signals(number).name)):
+                yield
+        except RuntimeError as error:
+            if cls.asked and lost(error):  # that rank has heard it first
+                raise Stopped(f"by {cls.asked}") from None
+            raise
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
             cls.asked = None
 
     @classmethod
@@ -190,16 +220,25 @@ class Stop:
 
     def __init__(self, ranks):
         self.ranks, self.told = ranks, []
+        self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def share(self, bad=None):
         """Sum the wish to stop, and `bad`, a 0-d bool tensor, over the ranks in one reduction.
         Returns on how many ranks the step was bad, a 0-d float32 tensor on the device."""
         device = self.ranks.device
+        if self.parent not in (None, os.getppid()) and not Stop.asked:
+            Stop.ask("the end of torchrun")
         told = torch.full((2,), float(Stop.asked is not None), device=device)
         told[1] = 0 if bad is None else bad
         self.ranks.sum([told])
         self.told.append(self.fetch(told))
         return told[1]
+
+    def check(self, told):
+        """Share the wish to stop, and raise Stopped(told) on all ranks where there was one."""
+        self.share()
+        if any(stop for stop, _ in self.hear()):
+            raise Stopped(told)
 
     def fetch(self, told):
         """Start to copy a tensor to the host: (its copy, the event to wait for or False)."""
@@ -243,8 +282,18 @@ def script(main, parse_args, interrupted, stops=False):
         print(f"{name}: stopped {stopped}; {interrupted}", flush=True)
         if dist.is_initialized():
             os._exit(0)
+    except RuntimeError as error:
+        if not lost(error):
+            raise
+        reason = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).split(". ")[0]
+        fail(f"{name}: another rank is gone ({reason}); {interrupted}")
     except KeyboardInterrupt:
         fail(f"{name}: interrupted; {interrupted}", 130)
+
+
+def lost(error):
+    """Whether a RuntimeError says that a rank waits for another one in vain."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 
 
 def fail(sentence, code=2):
@@ -433,20 +482,6 @@ def read_config(path):
             f"{path}: damaged, or not of a run; start a new run, from its weights with --init"
         ) from None
     return config
-
-
-def flags_of(path, leave):
-    """The flags of a run as they are typed, from its config.json, but for those to leave."""
-    words = []
-    for name, value in read_config(path)["args"].items():
-        flag = "--" + name.replace("_", "-")
-        if name in leave or value is None:
-            continue
-        if isinstance(value, bool):
-            words.append(flag if value else flag.replace("--", "--no-", 1))
-        else:
-            words += [flag, *map(str, value if isinstance(value, list) else [value])]
-    return words
 
 
 def log_until(path, step):

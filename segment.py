@@ -61,6 +61,22 @@ def encode(encoder, images, image_size, depths=None, dtype=None):
         return torch.cat(encoder.levels(images, depths), dim=2).float()
 
 
+class Pixels(nn.Module):
+    """In place of an encoder: a token is the pixels of its patch, C * patch**2 values. Whatever a
+    probe makes of images without any features, the zero of a table."""
+
+    def __init__(self, in_channels, patch_size):
+        super().__init__()
+        self.in_channels, self.patch_size, self.meta = in_channels, patch_size, {}
+        self.dim = in_channels * patch_size**2
+        self.config = {"in_channels": in_channels, "patch_size": patch_size}
+        eye = torch.eye(self.dim).view(self.dim, in_channels, patch_size, patch_size)
+        self.kernel = nn.Parameter(eye, requires_grad=False)
+
+    def forward(self, images):
+        return F.conv2d(images, self.kernel, stride=self.patch_size).flatten(2).mT
+
+
 def resize(maps, size):
     return F.interpolate(maps, size, mode="bilinear")
 

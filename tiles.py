@@ -66,10 +66,11 @@ def token_home(count, segmenter, device):
 
 
 @torch.no_grad()
-def keep_tokens(segmenter, stream, parts, ranks):
+def keep_tokens(segmenter, stream, parts, ranks, after):
     """Encode tiles once, each part by one rank -> the tokens of all on every rank, (n, N, F).
 
-    stream: from a list of parts, each a list of tiles, to their images and labels.
+    stream: from a list of parts, each a list of tiles, to their images and labels. after: called
+    by all ranks together whenever each has encoded a part.
     """
     device, grid = ranks.device, segmenter.image_size // segmenter.encoder.patch_size
     shape = (grid**2, segmenter.encoder.dim * len(segmenter.depths or [0]))
@@ -83,6 +84,7 @@ def keep_tokens(segmenter, stream, parts, ranks):
             value = encoded if mine else torch.empty(len(part), *shape, device=device)
             tokens[at : at + len(part)] = ranks.share(value.contiguous(), source)
             at += len(part)
+        after()
     return tokens
 
 
@@ -97,11 +99,12 @@ class Tiles:
     def images(self, parts):
         return batches(self.task, parts, self.mean, self.std, self.device)
 
-    def keep(self, segmenter, splits, batch, ranks):
-        """The same with the tokens of some splits, which ranks encode together."""
+    def keep(self, segmenter, splits, batch, ranks, after):
+        """The same with the tokens of some splits, which ranks encode together; `after` as
+        `keep_tokens` calls it."""
         other = copy.copy(self)
         parts = {split: chunks(self.of[split], batch) for split in splits}
-        tokens = keep_tokens(segmenter, self.images, [*chain(*parts.values())], ranks)
+        tokens = keep_tokens(segmenter, self.images, [*chain(*parts.values())], ranks, after)
         sizes = [len(self.of[split]) for split in splits]
         other.kept = dict(zip(splits, tokens.split(sizes), strict=True))
         return other

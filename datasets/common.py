@@ -71,8 +71,9 @@ DATE = re.compile(r"(?<!\d)((?:19|20)\d\d)([-_]?)([01]\d)\2([0-3]\d)(?!\d)")
 Source = namedtuple("Source", "info bands nodata read date offset parts", defaults=("", 0, ()))
 # One MR image and the HR images that may serve it, the best first, maybe none. split: "train",
 # "val", "test" or None; site: what must not be divided between splits, or None (then the ground
-# decides). Where no georeference is given the images show the same ground, edge to edge.
-Pair = namedtuple("Pair", "mr hrs split site", defaults=(None, None))
+# decides). Where no georeference is given the images show the same ground, edge to edge. reason:
+# why there is no HR image, where more is known than that.
+Pair = namedtuple("Pair", "mr hrs split site reason", defaults=(None, None, ""))
 # A piece of work. name: what a reader of reports knows it by; open() yields its Pairs, in the same
 # order each time, and raises as a reader does. key: differs where what it yields does, such as
 # other HR files, bands, dates or splits; resuming compares it.

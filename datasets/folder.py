@@ -1,36 +1,32 @@
-"""Pairs of any GeoTIFFs of one's own, and of JPEG 2000: found, described, paired by ground."""
+"""Pairs of any images of one's own: HR and MR meet by the names of bands, by ground, date or name.
+
+`datasets.images` finds and opens the images.
+"""
 
 import difflib
 import functools
-import glob
 import itertools
 import math
-import re
-import xml.etree.ElementTree as ET
+import shlex
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from datasets.common import BGRN, Listing, Pair, Source, Unit, date_of, days_between, digest
+from datasets.common import Listing, Pair, Unit, days_between, digest
+from datasets.images import (
+    find_masks,
+    header,
+    list_images,
+    open_image,
+    parse_masks,
+    scaling_of,
+    to_unit,
+    usual_bands,
+)
 from imagery import raster
-from imagery.bands import SAME_BAND, meanings, positions
-
-RASTERS = (".tif", ".tiff", ".jp2")  # of a folder; a file may be any of raster.DRIVERS
-BAND_FILE = re.compile(
-    r"(?P<scene>.*?)[_.-]?(?<![A-Za-z0-9])(?P<band>B(0?[1-9]|1[0-2]|8A)|blue|green|red|nir)"
-    r"(_\d\dm)?",
-    re.IGNORECASE,
-)
-# what producers put beside the bands: quality, clouds, pictures
-COMPANION = re.compile(
-    r"(?:^|[_.-])(SCL|TCI|PVI|AOT|WVP|CLM|CLD|SNW|QA|QA_\w+|BQA|F?mask|udm2?|thumbnail|preview|overview"
-    r"|browse|ql)(?:_\d\dm|_clip)?$",
-    re.IGNORECASE,
-)
-OFFSET_TAGS = {"BOA_ADD_OFFSET", "RADIO_ADD_OFFSET"}
+from imagery.bands import meanings, positions
 
 
 def read_geotiff(
@@ -43,197 +39,114 @@ def read_geotiff(
     hr_band_names=None,
     nodata=None,
     warp="cubic",
+    clouds=None,
+    mask_band=None,
+    mask_values=None,
+    max_days=None,
 ):
-    """Any GeoTIFFs, and JPEG 2000 where rasterio is installed, paired by their georeference.
+    """Any GeoTIFFs and JPEG 2000, paired by their georeference.
 
-    mr, hr: folder, file or glob; without hr, the folders mr/ and hr/ in mr if they are there, else
-    images without HR. A file holds all bands, or one, and then its name ends with the band's
-    ("..._B04.tif", "..._red.tif") and those next to it that differ in this alone are its scene; so
-    are the bands of a Sentinel-2 SAFE folder. mr_bands, hr_bands: names or positions from 0, as
-    text; all bands when None, but B, G, R, NIR of a scene of one file per band. band_names,
+    mr, hr: folder, archive, file or glob; without hr, the folders mr/ and hr/ in mr if they are
+    there, else images without HR. A file holds all bands, or one, and then its name ends with the
+    band's ("..._B04.tif", "..._red.tif") and those next to it that differ in this alone are its
+    scene; so are the bands of a Sentinel-2 SAFE folder. mr_bands, hr_bands: names or positions from
+    0, as text; all bands when None, but B, G, R, NIR of a scene of one file per band. band_names,
     hr_band_names: what the chosen bands are called, else as in the files. Where both sensors name
     their bands HR gives those that MR has, by what the names mean, and all of its own where MR has
     none of them or hr_bands chooses; else theirs are the same, in the same order.
-    warp: how HR of another projection is resampled, "cubic", "bilinear" or "nearest".
+    warp: how HR of another projection is resampled, "cubic", "bilinear" or "nearest". clouds,
+    mask_band, mask_values: what hides the ground, as `images.parse_masks`. max_days: most days
+    between the two of a pair, where both tell their date.
     Returns Listing, a unit per MR image. Raises FileNotFoundError or ValueError as its parts do.
     """
     if hr is None and (Path(mr) / "mr").is_dir():
         mr, hr = Path(mr) / "mr", Path(mr) / "hr"
         hr = hr if hr.is_dir() else None
-    mr_sources, names = open_sources(mr, "mr", mr_bands, band_names, nodata)
+    masks = parse_masks(mask_band, mask_values, clouds)
+    images = {"mr": list_images(mr, "--mr")} | ({"hr": list_images(hr, "--hr")} if hr else {})
+    hidden = {sensor: find_masks(some, masks) for sensor, some in images.items()}
+    tell_masks(masks, images, hidden)
+    mr_sources, names = open_sources("mr", images, hidden, mr_bands, band_names, nodata, masks)
     check_band_order({"--mr-bands": mr_sources}, band_names)
-    pairs, hr_names = [(source, []) for source in mr_sources], []
+    pairs, hr_names, unused = [Pair(source, []) for source in mr_sources], [], []
     if hr is not None:
         if called := hr_band_names:
             same = dict(zip(meanings(names), names, strict=True))
             meant = zip(called, meanings(called), strict=True)
             called = [name if name in names else same.get(m, name) for name, m in meant]
         else:
-            path, files = scenes(find_files(hr, "--hr"))[0]
-            has = list(files or describe(path).band_names)
-            hr_bands, called = shared_bands(mr_sources[0], names, path, has, hr_bands)
-        hr_sources, hr_names = open_sources(hr, "hr", hr_bands, called or names, nodata)
+            info = header(*images["hr"][0])
+            hr_bands, called = shared_bands(mr_sources[0], names, info, hr_bands, masks)
+        hr_sources, hr_names = open_sources(
+            "hr", images, hidden, hr_bands, called or names, nodata, masks
+        )
         check_band_order({"--mr-bands": mr_sources, "--hr-bands": hr_sources}, band_names)
         check_band_order({"--hr-bands": hr_sources}, hr_band_names, "--hr-band-names")
         place = [*names, *hr_names].index
         order = sorted(range(len(hr_names)), key=lambda k: place(hr_names[k]))
         hr_names = [hr_names[k] for k in order]
         hr_sources = [s._replace(bands=[s.bands[k] for k in order]) for s in hr_sources]
-        pairs = pair_up(mr_sources, hr_sources, mr, hr, warp)
+        pairs, unused = pair_up(mr_sources, hr_sources, mr, hr, warp, max_days)
     units = []
-    for source, hrs in pairs:
+    for pair in pairs:
         # all but read, whose text is another in each run
-        about = [(s.info, s.bands, s.nodata, s.date, s.offset) for s in [source, *hrs]]
-        opened = functools.partial(iter, [Pair(source, hrs)])
-        units.append(Unit(source.info.path.as_posix(), opened, digest(about)))
-    return Listing(units, {"mr": names, "hr": hr_names})
+        about = [(s.info, s.bands, s.nodata, s.date, s.offset) for s in [pair.mr, *pair.hrs]]
+        opened = functools.partial(iter, [pair])
+        units.append(Unit(pair.mr.info.path.as_posix(), opened, digest((about, masks))))
+    return Listing(units, {"mr": names, "hr": hr_names}, skipped=unused)
 
 
-def find_files(where, flag):
-    """The GeoTIFF and JPEG 2000 files of a folder and its subfolders, one file, or a glob; sorted.
-
-    Of a Sentinel-2 SAFE folder only the images of bands.
-    """
-    path = Path(where)
-    if path.is_dir():
-        files = (file for file in path.rglob("*") if not file.name.startswith("."))
-    elif path.is_file():
-        files = [path]
-    else:
-        files = map(Path, glob.glob(str(where), recursive=True))
-    kinds = RASTERS if path.is_dir() else raster.DRIVERS
-    files = [p for p in files if p.suffix.lower() in kinds and p.is_file()]
-    files = [p for p in files if not in_safe(p) or ("IMG_DATA" in p.parts and band_of(p)[1])]
-    beside = [file for file in files if COMPANION.search(file.stem)]
-    if beside and len(files) > 1:
-        kinds = sorted({COMPANION.search(file.stem)[1] for file in beside})
-        raster.say_once(
-            f"{flag} {where}: {len(beside)} companion files left alone ({', '.join(kinds)})"
-        )
-        files = [file for file in files if file not in {*beside}]
-    if not files:
-        raise FileNotFoundError(
-            f"{flag} {where}: no .tif or .tiff found; give a folder, a file or a quoted glob of "
-            "them or of .jp2"
-        )
-    return sorted(files)
-
-
-def in_safe(path):
-    return any(part.upper().endswith(".SAFE") for part in path.parts[:-1])
-
-
-def band_of(path):
-    """(scene, band): what a file's name says before its band's name, and that; (path, "") of one
-    that ends with no band."""
-    match = BAND_FILE.fullmatch(path.stem)
-    if not match:
-        return path, ""
-    folder = path.parent
-    if "IMG_DATA" in path.parts:  # L2A has a subfolder for each pixel size
-        folder = Path(*path.parts[: path.parts.index("IMG_DATA")])
-        return folder, match["band"].upper()
-    return folder / match["scene"] if match["scene"] else folder, match["band"]
-
-
-def scenes(files):
-    """Gather the files that hold one band each: [(path of the scene, {band: file})], else
-    [(path of the file, None)]."""
-    groups = {}
-    for file in files:
-        scene, band = band_of(file)
-        # sorted by path, so R10m comes first and the finest file of a band is the one that stays
-        groups.setdefault(scene, {}).setdefault(SAME_BAND.get(band.lower(), band), file)
-    listed = []
-    for scene, bands in groups.items():
-        if len(bands) > 1 or "IMG_DATA" in next(iter(bands.values())).parts:
-            listed.append((scene, bands))
-        else:
-            listed += [(file, None) for file in bands.values()]
-    return listed
-
-
-def describe(path, files=None):
-    """Info of an image: of one file, or of a scene as if its files were one."""
-    if files is None:
-        return raster.info(path)
-    first, *others = [describe(file) for file in files.values()]
-    for other in [first, *others]:
-        if other.bands != 1:
+def tell_masks(masks, images, hidden):
+    """Say how many images have each mask. Raises ValueError for one that no image has."""
+    for mask in masks:
+        said = []
+        for sensor, some in images.items():
+            without = [
+                path
+                for (path, _), has in zip(some, hidden[sensor], strict=True)
+                if mask not in [one for *_, one in has]
+            ]
+            if len(without) < len(some):
+                said.append(
+                    f"{mask.name}: hides what it marks in {len(some) - len(without)} of "
+                    f"{len(some)} {sensor.upper()} images"
+                    + (f"; {without[0]} has none and is used whole" if without else "")
+                )
+        if not said:
+            path = images["mr"][0][0]
             raise ValueError(
-                f"{other.path}: {other.bands} bands, but it is named as one band of {path}; rename "
-                "it, or give its folder apart"
+                f"{path}: no band {mask.name} in it, nor a file beside it that is called as it is "
+                f"and {mask.name}; nor has another image; choose another --mask-band or --clouds"
             )
-        here = (other.width, other.height, other.dtype, other.transform)
-        if here != (first.width, first.height, first.dtype, first.transform):
-            raise ValueError(
-                f"{other.path}: {other.height} x {other.width} {other.dtype}, but {first.path} is "
-                f"{first.height} x {first.width} {first.dtype}, or their ground differs; choose "
-                "bands of one pixel size and type"
-            )
-    return replace(first, path=path, bands=len(files), band_names=tuple(files))
+        print(*said, sep="\n")
 
 
-def read_raster(path, window=None, bands=None, grid=None):
-    return raster.read(path, window, bands, masked=True, grid=grid)
+def open_sources(sensor, images, hidden, wanted, names, nodata, masks):
+    """Describe the images of one sensor and choose their bands.
 
-
-def read_scene(files, window=None, bands=None, grid=None):
-    """Read bands that lie in a file each: (pixels, valid), as raster.read."""
-    bands = range(len(files)) if bands is None else bands
-    pixels, valid = zip(*(read_raster(files[b], window, None, grid) for b in bands), strict=True)
-    return np.concatenate(pixels), np.any(valid, 0)
-
-
-def safe_offset(path):
-    """What is to be added to the pixels of a Sentinel-2 product: -1000 from baseline 04.00 on.
-
-    Read from the product's MTD_MSI*.xml, else from the baseline in its name; 0 of other files.
-    """
-    for folder in [path, *path.parents][:4]:
-        for mtd in sorted(folder.glob("MTD_MSIL*.xml")):
-            try:
-                items = ET.parse(mtd).iter()
-            except ET.ParseError as error:
-                raise ValueError(f"{mtd}: damaged XML ({error}); fetch it again") from error
-            found = [e.text for e in items if e.tag.rpartition("}")[2] in OFFSET_TAGS]
-            return float(found[0]) if found else 0
-        if folder.name.upper().endswith(".SAFE"):
-            baseline = re.search(r"_N(\d{4})_", folder.name)
-            # 9999 are those that users processed, who are known to have an MTD
-            return -1000 if baseline and 400 <= int(baseline[1]) < 9999 else 0
-    return 0
-
-
-def open_sources(where, sensor, wanted, names, nodata):
-    """Describe the files of one sensor and choose their bands.
-
-    wanted: list of band names or indices as text, all bands when None. names: what the bands are
-    called, else as in the first file. nodata: for files that declare none. Returns sources, names.
+    images: {sensor: of `list_images`}. hidden: {sensor: of `find_masks`}. wanted: list of band
+    names or indices as text, all bands when None. names: what the bands are called, else as in the
+    first file. nodata: for files that declare none. Returns sources, names.
     Raises ValueError for a band that is not there, another number of bands, complex or mixed dtype.
     """
-    sources, flag = [], f"--{sensor}-bands"
-    listed = scenes(find_files(where, f"--{sensor}"))
-    for path, files in tqdm(listed, f"{sensor} headers", leave=False):
-        info = None if files else describe(path)
-        has = list(files) if files else info.band_names
-        count = len(files) if files else info.bands
-        usual = BGRN if files and {*BGRN} <= {*files} else list(map(str, range(count)))
-        bands = positions(wanted or usual, has)
+    sources, flag, images = [], f"--{sensor}-bands", images[sensor]
+    heads = [header(*image) for image in tqdm(images, f"{sensor} headers", leave=False)]
+    usual = [
+        usual_bands(info, files, masks) for info, (_, files) in zip(heads, images, strict=True)
+    ]
+    wanted = wanted or common_bands(heads, usual, flag)
+    rows = zip(heads, images, usual, hidden[sensor], strict=True)
+    for info, (path, files), bands, hides in rows:
+        has, count = info.band_names, info.bands
+        bands = positions(wanted, has) if wanted else bands
         if min(bands) < 0 or max(bands) >= count:
             raise ValueError(
                 f"{path}: {flag} {','.join(wanted)} asked for, the file has {count} bands "
                 f"({','.join(has) if any(has) else 'without names'}); use indices from 0"
             )
-        read, offset = functools.partial(raster.read, path), 0
-        if files:  # only the chosen are opened: the others may have another pixel size
-            files = {has[band]: files[has[band]] for band in bands}
-            bands, info = list(range(len(files))), describe(path, files)
-            read = functools.partial(read_scene, list(files.values()))
-            if "IMG_DATA" in read.args[0][0].parts:
-                offset = safe_offset(path)
-                info = replace(info, nodata=0.0)  # the product's, which its files do not declare
-        names = names or [info.band_names[b] if info.band_names else str(b) for b in bands]
+        source = open_image(path, files, bands, nodata, hides)
+        info = source.info
+        names = names or [has[b] if has else str(b) for b in bands]
         if len(bands) != len(names):
             raise ValueError(
                 f"{path}: {len(names)} bands expected ({','.join(names)}), found {len(bands)}; use "
@@ -250,42 +163,40 @@ def open_sources(where, sensor, wanted, names, nodata):
                 f"{path}: {info.dtype}, but {sources[0].info.path} is {sources[0].info.dtype}; "
                 "convert one with gdal_translate -ot, or pack them apart"
             )
-        nodata_of = nodata if info.nodata is None else info.nodata
-        date = date_in(path) or info.date
-        sources.append(Source(info, bands, nodata_of, read, date, offset))
+        sources.append(source)
     return one_unit(sources, flag), names
 
 
-def date_in(path):
-    """ISO date that a path tells: of its name, also as HLS writes it (2009230T), else of the next
-    folder that is called by one; "" without."""
-    for name in [path.name, *(folder.name for folder in path.parents[:3])]:
-        if date := date_of(re.sub(r"(?<!\d)(\d{8})\d{6}(?!\d)", r"\1", name)):
-            return date
-        if day := re.search(r"(?<!\d)((?:19|20)\d\d)([0-3]\d\d)(?=T)", name):
-            return str(datetime.strptime(day[0], "%Y%j").date()) if 0 < int(day[2]) < 367 else ""
-    return ""
+def common_bands(heads, usual, flag):
+    """The names of the bands that all images have, where they name them and have different ones,
+    as PlanetScope's of 4 and 8 bands; else None."""
+    names = [[info.band_names[b] for b in bands] for info, bands in zip(heads, usual, strict=True)
+             if info.band_names]  # fmt: skip
+    if len(names) < len(heads) or len({*map(len, names)}) == 1 or not all(map(all, names)):
+        return None
+    meant = [{*meanings(some)} for some in names]
+    common = set.intersection(*meant)
+    chosen = [n for n, m in zip(names[0], meanings(names[0]), strict=True) if m in common]
+    if chosen:
+        print(f"{flag}: {','.join(chosen)}, which all of {len(heads)} files have; some have more")
+    return chosen or None
 
 
 def one_unit(sources, flag):
     """Sources whose pixels mean the same: where files differ in their scale and offset, the first's
     are what the others are brought to."""
-    scalings = {s.info.scaling for s in sources}
-    if len(scalings) < 2:
+    if len({s.info.scaling for s in sources}) < 2:
         return sources
     first, made = sources[0], []
-    one = first.info.scaling or ((1.0, 0.0),) * first.info.bands
     for s in sources:
-        here = s.info.scaling or ((1.0, 0.0),) * s.info.bands
-        pairs = [(here[b], one[a]) for a, b in zip(first.bands, s.bands, strict=True)]
-        gain = {round(own[0] / base[0], 12) for own, base in pairs}
-        shift = {round((own[1] - base[1]) / base[0], 6) for own, base in pairs}
-        if gain != {1.0} or len(shift) > 1:
+        gain, shift = to_unit(s, scaling_of(first))
+        if np.abs(gain - 1).max() > 1e-9 or np.ptp(shift) > 1e-6:
+            own, one = scaling_of(s), scaling_of(first)
             raise ValueError(
-                f"{s.info.path}: its scale is {here[0]}, that of {first.info.path} {one[0]}; bring "
-                "them to one with gdal_translate -unscale, or pack them apart"
+                f"{s.info.path}: its scale and offset are {own[0]}, those of {first.info.path} "
+                f"{one[0]}; bring them to one with gdal_translate -unscale, or pack them apart"
             )
-        made.append(s._replace(offset=s.offset + shift.pop()))
+        made.append(s._replace(offset=round(float(shift[0]), 6)))
     moved = sum(s.offset != old.offset for s, old in zip(made, sources, strict=True))
     print(
         f"{flag[: -len('-bands')]}: {moved} of {len(made)} files have another offset in their tags "
@@ -302,16 +213,17 @@ def names_of(source):
     return names if all(name and not name.isdecimal() for name, _ in names) else []
 
 
-def shared_bands(mr, names, path, has, wanted):
+def shared_bands(mr, names, info, wanted, masks):
     """Which bands of the HR files to take, and what to call them: (hr_bands, names or None).
 
-    mr: a source, whose bands are called names. has: what the HR file at path calls all of its
-    bands. wanted: bands chosen from these by the user, or None. A band that MR has gets MR's name.
+    mr: a source, whose bands are called names. info: header of an HR file. wanted: of its bands
+    those that the user chose, or None. A band that MR has gets MR's name.
     Unless they are wanted, bands that MR has not are left out, or none where it has none of them.
     names are None, for MR's, where one sensor does not name its bands or both use the same names.
     Raises ValueError if a band is called as one of MR's that is another.
     """
-    at = positions(wanted, has) if wanted else range(len(has))
+    path, has = info.path, info.band_names
+    at = positions(wanted, has) if wanted else usual_bands(info, None, masks)
     if not has or min(at) < 0 or max(at) >= len(has):
         return wanted, None
     theirs = [(has[band], meanings(has)[band]) for band in at]
@@ -363,12 +275,13 @@ def check_band_order(flags, given, flag_given="--band-names"):
         if meant != order:
             raise ValueError(
                 f"{who}: its bands are {','.join(names)}, but {first} has {','.join(has)}; use "
-                f"{flag} {','.join(has)}"
+                f"{flag} {shlex.quote(','.join(has))}"
             )
 
 
-def pair_up(mr_sources, hr_sources, mr, hr, warp):
-    """Find the HR files that may serve each MR file: [(mr, [hr, ...])], the best first.
+def pair_up(mr_sources, hr_sources, mr, hr, warp, max_days=None):
+    """Find the HR files that may serve each MR file: ([Pair], the best first, and [(HR path,
+    reason)] of those that serve none).
 
     By ground where files are georeferenced, the nearest date first where names tell it, then the
     likest name; by name, as same_name, where none is. mr, hr: where they were looked for. Raises
@@ -377,7 +290,7 @@ def pair_up(mr_sources, hr_sources, mr, hr, warp):
     everyone = [*mr_sources, *hr_sources]
     placed = [s.info for s in everyone if s.info.transform is not None]
     if not placed:
-        pairs = same_name(mr_sources, hr_sources, mr, hr)
+        pairs, gaps = same_name(mr_sources, hr_sources, mr, hr), {}
     elif len(placed) < len(everyone):
         bare = next(s.info for s in everyone if s.info.transform is None)
         raise ValueError(
@@ -385,27 +298,56 @@ def pair_up(mr_sources, hr_sources, mr, hr, warp):
             "gdal_translate -a_srs -a_ullr, or pack them apart"
         )
     else:
-        pairs = by_ground(mr_sources, hr_sources, warp)
-    if any(hrs for _, hrs in pairs):
-        return pairs
-
-    mr, hr = mr_sources[0].info, hr_sources[0].info
-    if not placed:
-        raise ValueError(
-            f"no HR file is named as an MR file is ({mr.path} and {hr.path}, for instance); "
-            "without georeference the two of a pair need the same name"
+        pairs, gaps = by_ground(mr_sources, hr_sources, warp)
+    unknown = [s.info.path for s in everyone if not s.date]
+    if 0 < len(unknown) < len(everyone) or (unknown and max_days is not None):
+        print(
+            f"{unknown[0]}: no date in its name, as in {len(unknown)} of {len(everyone)} files; "
+            "they pair by ground and name, whatever their time"
         )
-    raise ValueError(
-        f"{hr.path}: no HR file is on the ground of {mr.path} in {raster.crs_name(mr.crs)}, nor "
-        f"of any other MR file; it lies {away(mr, hr)}; give folders of the same ground"
-    )
+    if max_days is not None:
+        pairs = [within(pair, max_days) for pair in pairs]
+    hrs = [hr for pair in pairs for hr in pair.hrs]
+    serve = {s.info.path for hr in hrs for s in [hr, *(part[0] for part in hr.parts)]}
+    if not serve:
+        first = pairs[0]
+        if placed and first.reason and max_days is None:
+            raise ValueError(
+                f"{first.mr.info.path} in {raster.crs_name(first.mr.info.crs)}: {first.reason} "
+                f"({hr_sources[0].info.path}, for instance), and so it is with every MR file; give "
+                "folders of the same ground"
+            )
+        if max_days is not None and any("days" in pair.reason for pair in pairs):
+            raise ValueError(f"--max-days {max_days:g}: no HR image is that near to its MR image; "
+                             "allow more")  # fmt: skip
+        raise ValueError(
+            f"no HR file is named as an MR file is ({mr_sources[0].info.path} and "
+            f"{hr_sources[0].info.path}, for instance); without georeference the two of a pair "
+            "need the same name"
+        )
+    idle = [s.info.path for s in hr_sources if s.info.path not in serve]
+    return pairs, [(path.as_posix(), gaps.get(path, "HR that serves no MR image")) for path in idle]
+
+
+def within(pair, most):
+    """The Pair with the HR images alone that are no more than so many days away, or whose date is
+    unknown."""
+    near = [
+        hr
+        for hr in pair.hrs
+        if not (pair.mr.date and hr.date) or days_between(pair.mr.date, hr.date) <= most
+    ]
+    reason = pair.reason if near or not pair.hrs else f"its HR is more than {most:g} days away"
+    return pair._replace(hrs=near, reason=reason)
 
 
 def by_ground(mr_sources, hr_sources, warp):
-    """[(mr, [hr, ...])] of the HR images that share ground with each MR image, the best first:
-    those nearest in time, each file alone and then, for chips that none covers alone, all of one
-    date together. HR of another projection or axes is warped to MR's, unless the two agree."""
+    """([Pair], {HR path: where it lies if no MR image shares its ground}): of each MR image the HR
+    images that do, the best first: those nearest in time, each file alone and then, for chips that
+    none covers alone, all of one date together. HR of another projection or axes is warped to MR's,
+    unless the two agree."""
     pairs, boxes, said = [], {}, {}
+    nearest = np.full(len(hr_sources), np.inf)
     for m in mr_sources:
         if m.info.crs not in boxes:
             boxes[m.info.crs] = np.array([bounds_in(hr.info, m.info.crs) for hr in hr_sources])
@@ -418,10 +360,31 @@ def by_ground(mr_sources, hr_sources, warp):
         for _, some in itertools.groupby(hrs, lambda hr: (hr.date, hr.offset)):
             some = list(some)
             together += some + mosaics(some)
-        pairs.append((m, together))
+        across = np.maximum(0, np.maximum(left - east, west - right))
+        gap = np.hypot(across, np.maximum(0, np.maximum(bottom - north, south - top)))
+        gap = np.where(np.isnan(gap), np.inf, gap)
+        gap *= 111e3 if raster.is_geographic(m.info.crs) else 1  # metres in a degree, about
+        nearest = np.minimum(nearest, gap)
+        near = away(hr_sources[gap.argmin()], gap.min())
+        reason = "" if hrs else f"no HR on its ground, the nearest is {near}"
+        pairs.append(Pair(m, together, reason=reason))
     for (crs, to, how), count in said.items():
         print(f"HR in {crs}, MR in {to} ({count} pairs of files): {how}")
-    return pairs
+    where = {
+        hr.info.path: f"HR on no MR image's ground, {away(hr, gap)}"
+        for hr, gap in zip(hr_sources, nearest, strict=True)
+        if gap
+    }
+    return pairs, where
+
+
+def away(hr, gap):
+    """Where an HR image lies that is `gap` metres from MR, in words; far ones roughly, so that a
+    report can count them."""
+    where = f"in {raster.crs_name(hr.info.crs)}"
+    if not np.isfinite(gap):
+        return f"{where}, which does not reach MR's"
+    return f"{where}, {float(f'{gap / 1000:.2g}'):g} km away" if gap else f"{where}, beside it"
 
 
 def bounds_in(info, crs):
@@ -513,20 +476,10 @@ def read_mosaic(parts, window, bands):
     return pixels, valid
 
 
-def away(mr, hr):
-    """Where an HR image lies from an MR image, in words."""
-    box = bounds_in(hr, mr.crs)
-    where = f"in {raster.crs_name(hr.crs)}"
-    if not np.isfinite(box).all() or raster.is_geographic(mr.crs):
-        return f"{where}, {hr.bounds}"
-    west, south, east, north = mr.bounds
-    gap = math.hypot(max(0, box[0] - east, west - box[2]), max(0, box[1] - north, south - box[3]))
-    return f"{where}, {gap / 1000:,.1f} km away" if gap else f"{where}, beside it"
-
-
 def same_name(mr_sources, hr_sources, mr, hr):
-    """Pairs [(mr, [hr] or [])] by file stem; where more than one file of a sensor has it, by their
-    path under the folders mr and hr."""
+    """[Pair] by file stem; where more than one file of a sensor has it, by their path under the
+    folders mr and hr. Each two are taken to show the same ground, edge to edge, which is said; two
+    of another shape are none."""
     stems = {}
     for k, sources in enumerate((mr_sources, hr_sources)):
         for source in sources:
@@ -544,7 +497,19 @@ def same_name(mr_sources, hr_sources, mr, hr):
                 "tell them apart; rename one, or give HR and MR the same subfolders"
             )
         twin |= found
-    return [(m, [twin[m.info.path]] if twin.get(m.info.path) else []) for m in mr_sources]
+    pairs = []
+    for m in mr_sources:
+        hr = twin.get(m.info.path)
+        reason = "" if hr else "no HR file of its name"
+        if hr:
+            down, across = hr.info.height / m.info.height, hr.info.width / m.info.width
+            if abs(down - across) > max(1 / m.info.height, 1 / m.info.width):  # a pixel of HR
+                hr, reason = None, "another shape than HR of its name, and no georeference"
+        pairs.append(Pair(m, [hr] if hr else [], reason=reason))
+    if count := sum(bool(pair.hrs) for pair in pairs):
+        print(f"{count} pairs by name, ground unknown: no file is georeferenced, so each two are "
+              "taken to show the same ground, edge to edge")  # fmt: skip
+    return pairs
 
 
 def under(path, where):

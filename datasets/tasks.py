@@ -2,13 +2,12 @@
 
 A `Task` is a set of square tiles with their labels, splits and origins; whatever the layout on
 disk, the probe sees only this. `load_task` reads the published sets of this folder as they come
-from their publishers, `load_folder` images and masks from two folders of GeoTIFFs.
+from their publishers, `load_folder` images and masks, or polygons, of one's own.
 
 Tiles are held as float32: 4 bands at 64 px take 64 KiB a tile, so 100,000 tiles need 6.5 GB.
 `load_folder` holds them in memory; what `load_task` reads lies in a temporary file if it is large.
 """
 
-import glob
 import hashlib
 import inspect
 import math
@@ -25,11 +24,23 @@ from einops import rearrange
 from tqdm import tqdm
 
 from datasets.common import BGRN, SPLITS, find_bands, find_folder, join_lists, read_lines, sets
+from datasets.images import scaling_of
+from datasets.labels import (
+    burn,
+    check_alike,
+    check_ids,
+    named_images,
+    open_masks,
+    open_of_task,
+    read_classes,
+    read_image,
+    read_polygons,
+    some,
+)
 from imagery import raster
 from imagery.bands import IGNORE
 
 IN_MEMORY = 2 * 2**30  # bytes of images; more of them lie in a temporary file
-UNNAMED_CLASSES = 256  # without a class file, an id beyond this is a fill value, not a class
 
 
 @dataclass(frozen=True)
@@ -51,7 +62,8 @@ class Task:
     name: the set. bands: the name of each band, "" where unknown. positions: which
         of the files' `file_bands` bands they are, from 0. mean, std: (bands,) float64, the
         publisher's, else of the training split. gsd: units per pixel of the files, or None.
-    split_hash: 12 hex digits of a SHA-256 over who is in which split.
+    split_hash: 12 hex digits of a SHA-256 over who is in which split. scaling: (scale, offset) of
+    each band from pixels to units, as the files are tagged; () of published sets.
     """
 
     images: np.ndarray
@@ -70,17 +82,22 @@ class Task:
     std: np.ndarray
     gsd: float | None
     split_hash: str
+    scaling: tuple = ()
 
 
 def load_folder(
-    images, masks, *, classes=None, bands=None, ignore_index=None, tile=64,
-    splits=None, block=4, val=0.2, test=0.2, split_seed=0,
+    images, masks=None, *, polygons=None, field=None, classes=None, bands=None, ignore_index=None,
+    tile=64, splits=None, block=4, val=0.2, test=0.2, split_seed=0,
 ):  # fmt: skip
-    """Read a task from GeoTIFF images and masks that are paired by file name without extension.
+    """Read a task from images and masks that are paired by file name without extension, or from
+    images and polygons.
 
-    images, masks: a folder, or a glob pattern. classes: text file, one name per line, the line
+    images: as `images.list_images` takes them, a scene of one file per band being one image. masks:
+    a folder, or a glob pattern. polygons, field: in place of masks, a vector file and the field
+    that tells the class (`read_polygons`). classes: text file, one name per line, the line
     number from 0 being the class id; without it the ids that occur are the classes and name
-    themselves. bands: 0-based positions or names, in the order wanted; default all. ignore_index:
+    themselves. bands: 0-based positions or names, in the order wanted; default all, B, G, R, NIR of
+    a scene of one file per band. ignore_index:
     the mask value, or values, that are no label, beside the nodata that a mask declares; none of
     them is a class, so that ids 1 to N with 0 ignored are N classes. tile: pixels.
 
@@ -93,35 +110,37 @@ def load_folder(
     file or flag, what was found and the remedy; headers are all checked before pixels are read.
     """
     ignored = (ignore_index,) if np.ndim(ignore_index) == 0 else tuple(ignore_index)
-    if bands and isinstance(bands[0], str):
-        bands = named_bands(images, bands)
     listed = None if splits is None else read_splits(splits)
-    pairs = pair_files(images, masks, listed)
     names = None if classes is None else read_classes(classes)
-    warped = []
-    checked = [check_pair(image, mask, bands, warped) for image, mask in pairs]
-    files, nodata, grids = zip(*checked, strict=True)
-    if warped:
-        print(
-            f"{warped[0]}: on another grid than its image; "
-            f"{len(warped)} of {len(pairs)} masks are warped to their images' (nearest)"
+    found = named_images(images, masks)
+    chosen = sorted(found if listed is None else listed)
+    if missing := [name for name in chosen if name not in found]:
+        raise FileNotFoundError(
+            f"{images}: no image named {missing[0]}, which the --splits lists name; add it, or "
+            "take the name off its list"
         )
-    for file in files[1:]:
-        if bands is None and file.bands != files[0].bands:
-            raise ValueError(
-                f"{file.path}: {file.bands} bands, but {files[0].path} has {files[0].bands}; "
-                "choose the common ones with --bands"
-            )
+    sources, files = zip(*(open_of_task(*found[name], bands) for name in chosen), strict=True)
+    check_alike(sources, files, bands)
+    of = masks or polygons
+    if polygons is None:
+        paths, nodata, label_of = open_masks(masks, chosen, files, names, ignored)
+    else:
+        drawn = read_polygons(polygons, field, names)
+        names, nodata, paths = drawn.classes or names, [None] * len(files), [polygons] * len(files)
+
+        def label_of(k):
+            label = burn(drawn, files[k])
+            return check_ids(label, label != IGNORE, polygons, names, ignored)
+
     side = max(max(file.height, file.width) for file in files)
     if tile > side:
         raise ValueError(
             f"--tile {tile}: the largest image is {side} px wide or high; use at most that"
         )
 
-    parts = []
+    parts, scaling = [], scaling_of(sources[0])
     for position, file in enumerate(tqdm(files, "images and masks", unit="file")):
-        image = read_image(file, bands)
-        label = read_mask(pairs[position][1], names, (*ignored, nodata[position]), grids[position])
+        image, label = read_image(sources[position], scaling), label_of(position)
         label[np.isnan(image[0])] = IGNORE
         image, label = cut(image, tile, np.nan), cut(label[None], tile, IGNORE)[:, 0]
         origin = np.insert(corners(file, tile), 0, position, axis=1)
@@ -129,7 +148,10 @@ def load_folder(
         parts.append((image[keep], label[keep], origin[keep]))
     image, label, origin = (np.concatenate(part) for part in zip(*parts, strict=True))
     if not len(label):
-        raise ValueError(f"{masks}: no labelled pixel in any mask; check --ignore-index and nodata")
+        raise ValueError(
+            f"{of}: no labelled pixel in any image; check --ignore-index, nodata, and that images "
+            "and labels show the same ground"
+        )
     ids = np.flatnonzero(np.bincount(label[label != IGNORE]))
     # a class may be absent from a sample; ids far above the others are fill values, but for the
     # 0 and 255 of a mask of two classes
@@ -137,38 +159,38 @@ def load_folder(
     if names is None and fill and ids.tolist() != [0, 255]:
         position = origin[label.max((1, 2)).argmax(), 0]
         raise ValueError(
-            f"{pairs[position][1]}: class id {ids[-1]} found, while all masks hold only "
+            f"{paths[position]}: class id {ids[-1]} found, while all masks hold only "
             f"{some(ids)}; pass --ignore-index {ids[-1]} if that is no class, or name the "
             "classes in --classes"
         )
     if len(ids) < 2:
         raise ValueError(
-            f"{masks}: all labelled pixels are of class {ids[0]}, which leaves nothing to tell "
+            f"{of}: all labelled pixels are of class {ids[0]}, which leaves nothing to tell "
             "apart; check --ignore-index and the nodata that the masks declare"
         )
     label, names = number_classes(label, ids, names, {*ignored, *nodata})
 
     if listed is not None:
-        split, split_by = np.array([listed[f.path.stem] for f in files])[origin[:, 0]], "file lists"
+        split, split_by = np.array([listed[n] for n in chosen])[origin[:, 0]], "file lists"
     else:
         split, split_by = draw_splits(files, origin, tile, block, val, test, split_seed)
     for name in SPLITS:
         if name not in split:
             raise ValueError(
-                f"{masks}: no labelled pixel falls in the {name} split ({split_by}, "
+                f"{of}: no labelled pixel falls in the {name} split ({split_by}, "
                 f"{len(label)} labelled tiles); label more, or choose other --splits or --block"
             )
     keep = split != ""
     image, label, split, origin = image[keep], label[keep], split[keep], origin[keep]
     nodata = tuple(np.unique([value for value in nodata if value is not None]).tolist())
-    positions = tuple(range(files[0].bands) if bands is None else bands)
+    positions = tuple(sources[0].bands)
     mean, std = band_stats(image, np.flatnonzero(split == "train"))
-    tiles = (f"{files[n].path.stem} {row} {col}" for n, row, col in origin)
+    tiles = (f"{chosen[n]} {row} {col}" for n, row, col in origin)
     return Task(
         image, label, split, origin, files, names, split_by, nodata, "geotiff",
         tuple(files[0].band_names[k] if files[0].band_names else "" for k in positions),
         positions, files[0].bands, mean, std, files[0].gsd,
-        hash_splits(zip(tiles, split, strict=True)),
+        hash_splits(zip(tiles, split, strict=True)), tuple(scaling),
     )  # fmt: skip
 
 
@@ -292,26 +314,6 @@ def own_folder(root):
     }
 
 
-def named_bands(images, names):
-    """The 0-based positions of named bands, the same in all GeoTIFFs of a folder, or ValueError."""
-    positions = None
-    for path in list_tiffs(images).values():
-        held = raster.info(path).band_names
-        if not held:
-            raise ValueError(
-                f"{path}: its bands are unnamed, so {','.join(names)} cannot be found; name them, "
-                "or give 0-based positions to --bands"
-            )
-        here = find_bands(names, held, path)
-        if here != (positions or here):
-            raise ValueError(
-                f"{path}: {','.join(names)} are its bands {here}, those of other images "
-                f"{positions}; bring all to one order"
-            )
-        positions = here
-    return positions
-
-
 def class_ids(raw, ids, path):
     """Replace the values of a mask by ids, {value: class id or IGNORE} -> int16 of its shape."""
     values, inverse = np.unique(raw, return_inverse=True)
@@ -379,50 +381,6 @@ def list_tasks():
     )
 
 
-def list_tiffs(where):
-    """The TIFF files of a folder, or of a glob pattern, as {name without extension: path}.
-
-    Raises FileNotFoundError if there is none, ValueError if two share a name.
-    """
-    if Path(where).is_dir():
-        files = [p for p in Path(where).iterdir() if p.suffix.lower() in (".tif", ".tiff")]
-    else:
-        files = [Path(p) for p in glob.glob(str(where), recursive=True)]
-    if not files:
-        raise FileNotFoundError(
-            f"{where}: no .tif or .tiff file there; name a folder, or a glob pattern in quotes"
-        )
-    found = {}
-    for path in sorted(files):
-        if path.stem in found:
-            raise ValueError(
-                f"{path}: shares its name with {found[path.stem]}, so images and masks cannot be "
-                "paired by name; rename one"
-            )
-        found[path.stem] = path
-    return found
-
-
-def pair_files(images, masks, stems=None):
-    """Pair images and masks by file name without extension -> [(image path, mask path)], sorted.
-
-    stems: the names to use; default every image. Raises FileNotFoundError for a missing partner.
-    """
-    image, mask = list_tiffs(images), list_tiffs(masks)
-    for stem in sorted(image if stems is None else stems):
-        if stem not in image:
-            raise FileNotFoundError(
-                f"{images}: no image named {stem}, which the --splits lists name; add it, or "
-                "take the name off its list"
-            )
-        if stem not in mask:
-            raise FileNotFoundError(
-                f"{image[stem]}: no mask of that name in {masks}; add one, or list only the "
-                "labelled images in --splits"
-            )
-    return [(image[stem], mask[stem]) for stem in sorted(image if stems is None else stems)]
-
-
 def read_splits(folder):
     """Read train.txt, val.txt and test.txt, one file name per line -> {name: split}.
 
@@ -440,111 +398,6 @@ def read_splits(folder):
                 "test.txt, one name per line"
             )
     return join_lists(lists, folder)
-
-
-def read_classes(path):
-    """Class names from a text file, one per line, the line number from 0 being the class id.
-
-    Raises FileNotFoundError, or ValueError for an empty line or a name given twice.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"{path}: no such file; --classes wants a text file with one class name per line"
-        )
-    names = tuple(read_lines(path))
-    if "" in names:
-        raise ValueError(
-            f"{path}: line {names.index('') + 1} is empty; line numbers are class ids, so give "
-            "every id a name"
-        )
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{path}: {twice} names two classes; give each line a name of its own")
-    return names
-
-
-def check_pair(image, mask, bands, warped):
-    """Compare the headers of one image and its mask -> (the image's raster.Info, mask nodata, the
-    raster.Grid of the image if the mask has another, and then it is appended to `warped`)."""
-    file, label = raster.info(image), raster.info(mask)
-    if label.bands != 1:
-        raise ValueError(
-            f"{mask}: {label.bands} bands; a mask has one band of class ids, so check --masks"
-        )
-    if label.dtype.kind not in "iuf":
-        raise ValueError(f"{mask}: values of type {label.dtype}; a mask holds class ids")
-    apart = grids_apart(file, label)
-    placed = file.crs and label.crs and file.transform and label.transform
-    if apart > 0.01 and not placed:
-        raise ValueError(
-            f"{mask}: its grid lies up to {apart:.3g} px off its image's, {label.height} x "
-            f"{label.width} pixels over {file.height} x {file.width}, and no CRS tells how the two "
-            "lie; resample the mask to the image's grid, or add the georeference"
-        )
-    grid = None
-    if apart > 0.01:
-        how = (file.height, file.width)
-        grid = raster.Grid(file.crs, file.transform, *how, "nearest")
-        warped.append(mask)
-    if bands is not None and not all(0 <= band < file.bands for band in bands):
-        raise ValueError(
-            f"{image}: --bands {','.join(map(str, bands))} asks for more than its {file.bands} "
-            f"bands; use positions 0 to {file.bands - 1}"
-        )
-    return file, label.nodata, grid
-
-
-def grids_apart(file, label):
-    """Most pixels by which the grid of a mask lies off its image's; inf of another CRS or size."""
-    if (file.height, file.width) != (label.height, label.width):
-        return math.inf
-    if not (file.transform and label.transform):
-        return 0.0
-    if file.crs and label.crs and not raster.same_ground(label, file.crs):
-        return math.inf
-    at = [np.array(raster.corners(about)) for about in (file, label)]
-    return np.abs(at[0] - at[1]).max() / file.gsd
-
-
-def some(ids):
-    return ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
-
-
-def read_image(file, bands):
-    """Read one image (bands, rows, cols) float32, NaN in all bands of a pixel without data."""
-    image, valid = raster.masked(raster.read(file.path, bands=bands, masked=True), None)
-    image = image.astype(np.float32)
-    image[:, ~valid] = np.nan
-    return image
-
-
-def read_mask(path, classes, ignored, grid=None):
-    """Read one mask as int16 class ids (rows, cols), IGNORE where it holds one of `ignored` or
-    has no data.
-
-    classes: the names, or None. ignored: numbers or None. Raises ValueError for ids that no class
-    has.
-    """
-    mask, valid = raster.read(path, masked=True, grid=grid)
-    if mask.dtype.kind == "f":
-        valid &= np.isfinite(mask[0])
-        mask = np.where(valid, mask, 0)
-        if (mask != mask.round()).any():
-            raise ValueError(
-                f"{path}: values of type {mask.dtype} such as {mask[mask != mask.round()][0]:g}; a "
-                "mask holds whole numbers, the class ids"
-            )
-    mask = mask[0].astype(np.int64)
-    ignored = np.logical_or.reduce([mask == value for value in ignored]) | ~valid
-    ids = np.unique(mask[~ignored])
-    count = UNNAMED_CLASSES if classes is None else len(classes)
-    alien = ids[(ids < 0) | (ids >= count)]
-    if len(alien):
-        raise ValueError(
-            f"{path}: class ids {some(alien)} found, but classes go from 0 to {count - 1}; name "
-            f"them in --classes, or pass --ignore-index {alien[0]} if that is no class"
-        )
-    return np.where(ignored, IGNORE, mask).astype(np.int16)
 
 
 def number_classes(label, ids, names, ignored):

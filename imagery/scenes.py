@@ -273,9 +273,11 @@ def check_output(out):
         raise ValueError(f"{out} exists; remove it, or name a new folder to write the scenes to")
 
 
-def write_scenes(out, scenes, size, seed, kind="landscape"):
+def write_scenes(out, scenes, size, seed, kind="landscape", hr_shift=0):
     """Write the folders and files of the module's docstring; all of them appear, or none.
 
+    hr_shift: HR pixels that the content of HR lies east of where its georeference says, as in a
+    badly registered image; what leaves a scene in the east enters in the west.
     Raises ValueError as `check_output` does.
     """
     check_output(out)
@@ -288,6 +290,7 @@ def write_scenes(out, scenes, size, seed, kind="landscape"):
         (new / "classes.txt").write_text("".join(f"{name}\n" for name in classes))
         for k in tqdm(range(scenes), desc="scenes", unit="scene"):
             hr, mr, label = scene(seed, k, size, kind)
+            hr = np.roll(hr, hr_shift, axis=-1)
             x, y = corner(k, size)
             for folder, array, gsd, names in (
                 ("hr", hr, HR, bands),
@@ -325,12 +328,19 @@ def main(argv=None):
         "--size", type=int, default=256, help="side of a scene, MR pixels of 10 m (default: 256)"
     )
     parser.add_argument("--seed", type=int, default=0, help="random seed, 0 or more (default: 0)")
+    parser.add_argument(
+        "--hr-shift",
+        type=int,
+        default=0,
+        help="HR pixels of 5 m that HR lies beside its "
+        "georeference, to the east: misregistration on purpose (default: 0)",
+    )
     args = parser.parse_args(argv)
     try:
         for flag, least in (("scenes", 1), ("size", 16), ("seed", 0)):
             if getattr(args, flag) < least:
                 raise ValueError(f"--{flag} {getattr(args, flag)} is below {least}")
-        write_scenes(args.out, args.scenes, args.size, args.seed, args.kind)
+        write_scenes(args.out, args.scenes, args.size, args.seed, args.kind, args.hr_shift)
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         sys.exit(2)

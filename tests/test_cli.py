@@ -34,6 +34,7 @@ def test_every_flag_has_a_help(script):
     # an option without help ends its line, and the next option follows
     bare = re.findall(r"^  (--[\w-]+)[^\n]*\n(?=  --|\n|$)", text, re.M)
     assert [flag for flag in bare if not re.search(rf"{flag}\b[^\n]*  \S", text)] == []
+    assert not re.search(r"Path\(|default: None", text)  # what a user would not type
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,8 @@
+import base64
+import json
+import re
+
+import matplotlib.axes
 import numpy as np
 import pytest
 import torch
@@ -9,12 +14,14 @@ from figures import (
     composite,
     draw_curves,
     draw_gains,
+    draw_overview,
     draw_panels,
     draw_scores,
     draw_tokens,
     paint,
     similarity,
     token_colours,
+    write_page,
 )
 
 
@@ -102,3 +109,49 @@ def test_pictures_of_a_study(tmp_path):
     assert sorted(p.stem for p in tmp_path.iterdir()) == ["a", "b", "c", "d"]
     for path in tmp_path.iterdir():
         assert np.ptp(imread(path)) > 0.5
+
+
+def test_a_page_holds_tokens_whose_cosines_are_those_of_similarity(tmp_path):
+    """Read as its script does: signed bytes, row by row, products over 127 squared. Rounding moves
+    an entry by half a step of 1/127, so a cosine of D entries by sqrt(D) / 127 and a little."""
+    tokens = torch.randn(5, 4, 16)
+    picture = torch.rand(10, 8, 3)
+    write_page(tmp_path / "page.html", {"HR": picture}, {"student": tokens})
+    text = (tmp_path / "page.html").read_text()
+    view, panel = json.loads(re.search(r"panels = (\[.*\]), bytes", text)[1])
+    assert (view["title"], panel["title"]) == ("HR", "student") and panel["grid"] == [5, 4, 16]
+    rgba = np.frombuffer(base64.b64decode(view["pixels"]), np.uint8).reshape(10, 8, 4)
+    assert np.abs(rgba[..., :3] / 255 - picture.numpy()).max() < 0.003
+    values = np.frombuffer(base64.b64decode(panel["tokens"]), np.int8).reshape(20, 16) / 127
+    expected = similarity(tokens, 1, 2).flatten().numpy()
+    assert np.abs(values @ values[6] - expected).max() < 1.1 * 16**0.5 / 127
+
+
+def test_an_overview_holds_panels_maps_and_scores(tmp_path):
+    maps, near = torch.rand(8, 8, 3).numpy(), torch.rand(4, 4).numpy()
+    draw_overview(
+        tmp_path / "o.png", "a title", {"MR": [maps] * 2, "student": [near] * 2},
+        [(0.5, 0.5), (0.2, 0.8)], {"labels": [maps]}, [("field", (10, 20, 30))],
+        {"mr": {0: 0.3}, "sa": {0: 0.4, 1: 0.5}}, 0.2,
+    )  # fmt: skip
+    assert imread(tmp_path / "o.png").shape[0] > 800
+
+
+def test_tokens_without_place_get_a_panel_where_chips_are_many(tmp_path, monkeypatch):
+    """Tokens that are place and little else: the title says so, and few chips show none."""
+    titles = []
+    title = matplotlib.axes.Axes.set_title
+
+    def spy(self, text, **kwargs):
+        titles.append(text)
+        return title(self, text, **kwargs)
+
+    monkeypatch.setattr(matplotlib.axes.Axes, "set_title", spy)
+    for chips in (8, 2):
+        tokens = 3 * torch.randn(1, 16, 6) + 0.3 * torch.randn(chips, 16, 6)
+        draw_tokens(tmp_path / "t.png", {"MR": (torch.rand(chips, 1, 8, 8), ["P"])},
+                    {"student": (tokens, (4, 4))})  # fmt: skip
+        assert ["without" in text for text in titles] == [False, False, True][: 2 + (chips == 8)]
+        if chips == 8:
+            assert int(re.search(r"(\d+)%", titles[-1])[1]) > 90
+        titles.clear()

@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -388,6 +387,17 @@ def test_other_heads_learn(narrow, scenes, encoder, tmp_path, head):
     flags = ["--head", head, "--epochs", "20", "--lr", "0.01", "--no-crop"]
     (row,) = run(scenes, encoder, tmp_path / "out", *flags)
     assert row["miou"] > 0.9 and row["head"] == head
+
+
+@pytest.mark.parametrize("protocol", ["linear", "knn", "ridge"])
+def test_pixels_are_probed_as_an_encoder_is(scenes, tmp_path, protocol):
+    """Colour gives these classes away; there is no model to map with, and nothing to fine-tune."""
+    flags = ["--patch", "4", "--protocol", protocol] + ["--lr", "0.1"] * (protocol == "linear")
+    (row,) = run(scenes, "pixels", tmp_path, *flags)
+    assert row["miou"] > 0.9 and row["model"] is None and row["encoder"] == "pixels"
+    assert run(scenes, "pixels", tmp_path, *flags) == []
+    with refused(SystemExit, "pixels", "nothing to fine-tune"):
+        run(scenes, "pixels", tmp_path / "no", "--patch", "4", "--protocol", "finetune")
 
 
 @pytest.mark.parametrize("protocol", ["knn", "ridge"])
@@ -1004,33 +1014,6 @@ def test_two_ranks_are_one(patchy, encoder, tmp_path, flags, drawn):
         assert a.meta["seed"] == b.meta["seed"]
         for key, value in a.state_dict().items():
             torch.testing.assert_close(b.state_dict()[key], value, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.slow
-def test_two_ranks_that_are_killed_go_on_bit_for_bit(scenes, encoder, tmp_path):
-    flags = ["--protocol", "finetune", "--epochs", "40", "--lr", "0.003"]
-    torchrun(2, words_of(scenes, encoder, tmp_path / "whole", *flags))
-    out = tmp_path / "killed"
-    launcher = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
-    words = [*launcher, str(ROOT / "finetune.py"), *words_of(scenes, encoder, out, *flags)]
-    process = subprocess.Popen(
-        [sys.executable, *map(str, words)], stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    deadline = time.monotonic() + 200
-    while not [*out.glob("ckpt*.pt")] and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.terminate()  # as Slurm does; torchrun passes it on to its ranks
-    process.wait()
-    (path,) = out.glob("ckpt*.pt")
-    assert 1 <= torch.load(path, weights_only=True)["epoch"] < 40
-    torchrun(2, words_of(scenes, encoder, out, *flags))
-    whole, killed = (
-        json.loads((folder / "results.jsonl").read_text()) for folder in (tmp_path / "whole", out)
-    )
-    assert without_time(whole) == without_time(killed)
-    a, b = (load_segmenter(folder).state_dict() for folder in (tmp_path / "whole", out))
-    assert alike(a, b)
 
 
 def test_accumulation_trains_the_same(patchy, encoder, tmp_path):

@@ -21,7 +21,7 @@ def test_a_sentinel_2_product(tmp_path, suffix):
     for root in (tmp_path, tmp_path / layouts.SAFE):
         listing = read_geotiff(root)
         assert listing.bands == {"mr": BGRN, "hr": []} and len(listing.units) == 1
-        ((source, hrs, split, site),) = listing.units[0].open()
+        ((source, hrs, split, site, _),) = listing.units[0].open()
         assert (hrs, split, site) == ([], None, None)
         bands = [images[band, 10] for band in ("B02", "B03", "B04", "B08")]
         assert same(source, np.concatenate(bands))
@@ -245,6 +245,61 @@ def test_the_nearest_date_serves_first(tmp_path):
     layouts.tif(tmp_path / "hr" / "S2_x.tif", layouts.pixels(1, 40, 40), 5.0)
     (pair,) = pairs_of(read_geotiff(tmp_path))
     assert [hr.date for hr in pair.hrs] == ["2018-08-01", "2018-01-01", "2016-07-10", ""]
+
+
+def test_pairs_further_apart_than_max_days_are_left_out(tmp_path, capsys):
+    for day, east in (("20180710", 300_000.0), ("20200101", 302_000.0)):
+        path = tmp_path / "mr" / f"S2_{day}.tif"
+        layouts.tif(path, layouts.pixels(1, 20, 20), 10.0, east)
+        for hr in ("20180720", "20180601", "undated"):
+            path = tmp_path / "hr" / f"naip_{east:.0f}_{hr}.tif"
+            layouts.tif(path, layouts.pixels(1, 40, 40), 5.0, east)
+    os.remove(tmp_path / "hr" / "naip_302000_undated.tif")
+    listing = read_geotiff(tmp_path, max_days=10)
+    first, second = pairs_of(listing)
+    assert [hr.date for hr in first.hrs] == ["2018-07-20", ""]  # at most, not less
+    assert (second.hrs, second.reason) == ([], "its HR is more than 10 days away")
+    reasons = {name.rpartition("/")[2]: reason for name, reason in listing.skipped}
+    assert reasons == dict.fromkeys(
+        ["naip_300000_20180601.tif", "naip_302000_20180601.tif", "naip_302000_20180720.tif"],
+        "HR that serves no MR image",
+    )
+    out = capsys.readouterr().out
+    assert "naip_300000_undated.tif: no date in its name, as in 1 of 7 files" in out
+    assert [len(pair.hrs) for pair in pairs_of(read_geotiff(tmp_path))] == [3, 2]
+    os.remove(tmp_path / "hr" / "naip_300000_undated.tif")
+    with refused(ValueError, "--max-days 3"):
+        read_geotiff(tmp_path, max_days=3)
+
+
+def test_the_reason_of_what_serves_nothing_is_where_it_lies(tmp_path):
+    layouts.tif(tmp_path / "mr" / "a.tif", layouts.pixels(1, 20, 20), 10.0)
+    layouts.tif(tmp_path / "mr" / "b.tif", layouts.pixels(1, 20, 20), 10.0, 310_000.0)
+    layouts.tif(tmp_path / "hr" / "a.tif", layouts.pixels(1, 40, 40), 5.0)
+    x, y = raster.project("EPSG:32631", "EPSG:32632", [312_345.0], [5_000_000.0])
+    place = (5.0, 0.0, float(x[0]), 0.0, -5.0, float(y[0]))
+    raster.write(tmp_path / "hr" / "c.tif", layouts.pixels(1, 40, 40), place, 32632)
+    listing = read_geotiff(tmp_path)
+    first, second = pairs_of(listing)
+    assert first.hrs and second.hrs == []
+    assert second.reason == "no HR on its ground, the nearest is in EPSG:32632, 2.1 km away"
+    ((name, reason),) = listing.skipped
+    assert name.endswith("hr/c.tif")
+    assert reason == "HR on no MR image's ground, in EPSG:32632, 2.1 km away"
+    os.remove(tmp_path / "mr" / "a.tif")
+    os.remove(tmp_path / "hr" / "a.tif")
+    with refused(ValueError, "mr/b.tif in EPSG:32631", "in EPSG:32632, 2.1 km away", "hr/c.tif"):
+        read_geotiff(tmp_path)
+
+
+def test_without_a_ground_two_of_a_name_pair_if_their_shapes_are_alike(tmp_path, capsys):
+    for name, side in (("a", 40), ("b", 45)):  # b shows other ground than its MR
+        layouts.tif(tmp_path / "mr" / f"{name}.tif", layouts.pixels(1, 20, 20))
+        layouts.tif(tmp_path / "hr" / f"{name}.tif", layouts.pixels(1, 40, side))
+    first, second = pairs_of(read_geotiff(tmp_path))
+    assert first.hrs and second.hrs == []
+    assert second.reason == "another shape than HR of its name, and no georeference"
+    assert "1 pairs by name, ground unknown" in capsys.readouterr().out
 
 
 def test_files_of_one_name_pair_by_their_folders(tmp_path):

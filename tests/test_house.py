@@ -23,7 +23,8 @@ ROOMS = {
     "data": "torch numpy safetensors",
     "figures": "torch einops matplotlib",
     "run": "torch",
-    "train": "torch einops numpy safetensors affinity data model weights run figures",
+    "flags": "torch model run",
+    "train": "torch einops numpy safetensors flags affinity data model weights run figures",
     # what images on a disk need, and what judges an encoder
     "imagery": "* data figures",
     "imagery.bands": "",
@@ -33,7 +34,8 @@ ROOMS = {
     "scores": "* segment imagery",
     "finetune": "* scores tiles segment weights model data run datasets imagery figures",
     "predict": "* segment weights model data run datasets imagery figures",
-    "study": "* run imagery figures",
+    "report": "* imagery figures",
+    "study": "* report run imagery figures",
     "bench": "* affinity kernels model data",
 }
 SCRIPTS = {"train", "finetune", "predict", "study", "bench"}

@@ -1,11 +1,14 @@
 """predict.py: blending against a slow loop, no seams, files as rasterio reads them, messages."""
 
 import os
+import zipfile
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pair_layouts
 import pytest
+import rasterio
 import tifffile
 import torch
 import torch.nn.functional as F
@@ -13,6 +16,7 @@ from conftest import refused
 
 import finetune
 import predict
+from datasets.images import open_image
 from figures import class_colours
 from imagery import raster, scenes
 from model import ViT
@@ -116,8 +120,8 @@ def slow_map(model, array, nodata, overlap, tokens):
 
 def predicted(model, path, **options):
     """All rows of predict.predict together: values, valid."""
-    parts = list(predict.predict(model, path, [0, 1, 2, 3], model.meta["mean"], model.meta["std"],
-                                 **options))  # fmt: skip
+    source = open_image(path, None, [0, 1, 2, 3])
+    parts = list(predict.predict(model, source, model.meta["mean"], model.meta["std"], **options))
     return np.concatenate([p[0] for p in parts], 1), np.concatenate([p[1] for p in parts])
 
 
@@ -465,6 +469,106 @@ def test_a_scene_without_any_data(tmp_path, trained, capsys):
     assert "100.0 % without data" in printed.out and "warning" not in printed.err
 
 
+# ---- what scenes are made of ------------------------------------------------------------------
+
+
+def test_a_scene_of_a_file_per_band_or_zipped_is_as_its_stack(tmp_path, trained, capsys):
+    array = image(40, 30)
+    array[:, 3:9, 4:20] = 0
+    write(tmp_path / "stack.tif", array)
+    folder, archive = tmp_path / "S2B_20200701", tmp_path / "zipped" / "S2B_20200702.zip"
+    folder.mkdir()
+    archive.parent.mkdir()
+    with zipfile.ZipFile(archive, "w") as file:
+        for name, band in zip(("B08", "B04", "B03", "B02"), array[::-1], strict=True):
+            write(folder / f"{name}.tif", band[None], band_names=())
+            file.write(folder / f"{name}.tif", f"{name}.tif")
+    write(folder / "SCL.tif", array[:1], band_names=())
+    options = ("--probabilities", "--features", "--png")
+    main("--model", trained, tmp_path / "stack.tif", tmp_path / "a", *options)
+    main("--model", trained, folder, archive, tmp_path / "a", *options)
+    assert "bands B,G,R,NIR (by name)" in capsys.readouterr().out
+    for kind in ("", "_probabilities", "_features"):
+        expected = raster.read(tmp_path / "a" / f"stack{kind}.tif")
+        for name in ("S2B_20200701", "S2B_20200702"):
+            found = raster.read(tmp_path / "a" / f"{name}{kind}.tif")
+            assert np.array_equal(found, expected, equal_nan=True)
+
+
+def test_the_offset_of_a_safe_folder_is_added(tmp_path, trained, capsys):
+    images = pair_layouts.safe(tmp_path, suffix=".tif")
+    stack = np.concatenate([images[band, 10] for band in ("B02", "B03", "B04", "B08")])
+    write(tmp_path / "stack.tif", stack, pair_layouts.place(10.0), 32631)
+    safe = tmp_path / pair_layouts.SAFE
+    main("--model", trained, safe, tmp_path / "a.tif", "--probabilities")
+    assert "-1000 is added to its pixels, as its product says" in capsys.readouterr().out
+    main("--model", trained, tmp_path / "stack.tif", tmp_path / "b.tif", "--offset", -1000,
+         "--probabilities")  # fmt: skip
+    main("--model", trained, safe, tmp_path / "c.tif", "--offset", 0, "--probabilities")
+    a, b, c = (raster.read(tmp_path / f"{name}_probabilities.tif") for name in "abc")
+    assert np.array_equal(a, b) and not np.array_equal(a, c)
+
+
+def test_tags_of_scale_and_offset_are_brought_to_the_models(tmp_path, capsys):
+    """One reflectance, as the model's files were tagged, and by another scale and offset."""
+    save_segmenter(tmp_path / "m.safetensors", segmenter(), **META, scaling=[[0.001, -0.1]] * 4)
+    array = image(30, 20).astype("int16")
+    raster.write(tmp_path / "a.tif", array, PLACE, 32633, scaling=[(0.001, -0.1)] * 4)
+    other = (array * 0.001 - 0.1 - 0.5).astype("float32")
+    raster.write(tmp_path / "b.tif", other, PLACE, 32633, scaling=[(1.0, 0.5)] * 4)
+    for name in "ab":
+        main("--model", tmp_path / "m.safetensors", tmp_path / f"{name}.tif",
+             tmp_path / f"map_{name}.tif", "--probabilities")  # fmt: skip
+    out = capsys.readouterr().out
+    assert "b.tif: its tags say scale and offset (1.0, 0.5)" in out and "a.tif: its tags" not in out
+    a, b = (raster.read(tmp_path / f"map_{name}_probabilities.tif") for name in "ab")
+    assert np.abs(a - b).max() < 2e-3  # of 11 bits each
+
+
+def test_features_in_8_bits_are_off_by_half_a_step_at_most(tmp_path, trained):
+    array = image(60, 45)
+    array[:, :24, :24] = 0
+    write(tmp_path / "a.tif", array)
+    for name, more in (("whole", ()), ("small", ("--int8",))):
+        main("--model", trained, tmp_path / "a.tif", tmp_path / f"{name}.tif", "--features", *more)
+    with (
+        rasterio.open(tmp_path / "whole_features.tif") as whole,
+        rasterio.open(tmp_path / "small_features.tif") as small,
+    ):
+        assert {*small.dtypes} == {"uint8"} and small.transform == whole.transform
+        scales, offsets = (np.array(v)[:, None, None] for v in (small.scales, small.offsets))
+        expected, found = whole.read(), small.read(masked=True)
+        assert np.array_equal(found.mask, np.isnan(expected)) and found.mask.any()
+        found = found.astype("float64") * scales + offsets
+        error = np.abs(found - expected).filled(0)
+        assert (error <= scales * (0.5 + 1e-6)).all()
+        assert (found.min((1, 2)) == np.nanmin(expected, (1, 2))).all()
+        assert (scales > 0).all() and (
+            np.nanmax(expected, (1, 2)) <= found.max((1, 2)) + 1e-6
+        ).all()
+
+
+def test_features_in_8_bits_of_nothing(tmp_path, trained):
+    write(tmp_path / "a.tif", np.zeros((4, 30, 20), np.uint16))
+    main("--model", trained, tmp_path / "a.tif", tmp_path / "m.tif", "--features", "--int8")
+    assert (raster.read(tmp_path / "m_features.tif") == 255).all()
+
+
+def test_the_picture_says_what_its_halves_are(tmp_path, trained, monkeypatch):
+    array, said = image(30, 20), []
+    array[:, :5] = 0
+    monkeypatch.setattr(predict, "save_figure", lambda figure, path: said.append(figure))
+    write(tmp_path / "my_scene.tif", array)
+    main("--model", trained, tmp_path / "my_scene.tif", tmp_path / "m.tif", "--png")
+    (figure,) = said
+    left, right = (axis.get_title() for axis in figure.axes)
+    assert "my_scene.tif" in left and "red, green and blue" in left and "class" in right
+    (legend,) = figure.legends
+    texts = [text.get_text() for text in legend.get_texts()]
+    assert texts[-1] == "white: no data" and any(text.startswith("water") for text in texts)
+    assert "share" in legend.get_title().get_text()
+
+
 # ---- what does not fit ------------------------------------------------------------------------
 
 
@@ -580,14 +684,13 @@ def test_what_is_refused_before_any_work(tmp_path, trained):
     (tmp_path / "other").mkdir()
     same = write(tmp_path / "other" / "a.tif", image(20, 20))
     (tmp_path / "old.tif").write_bytes(b"precious")
-    (tmp_path / "s.jp2").write_bytes(b"jp2")
     old, out = tmp_path / "old.tif", tmp_path / "new.tif"
     for words, *mentions in [
         ((scene, old), "old.tif", "--overwrite"),
         ((scene, scene, "--overwrite"), "a.tif", "itself"),
         ((scene, same, tmp_path / "maps"), "maps/a.tif", "two scenes"),
         ((scene, same, old), "old.tif", "folder"),
-        ((tmp_path / "s.jp2", out), "s.jp2", "gdal_translate"),
+        ((scene, out, "--int8"), "--int8", "--features"),
         ((tmp_path / "none*.tif", out), "none*.tif"),
         (("--model", tmp_path / "none", scene, out), "none"),
         ((scene, out, "--overlap", 12), "--overlap 12", "12 px"),
@@ -632,5 +735,8 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, trained, monkeypatch, capsy
         main("--model", trained, scene, tmp_path / "m.tif", "--features", "--png",
              "--probabilities", "--batch", 2)  # fmt: skip
     assert len(calls) == 4 and stopped.value.code == code
-    assert capsys.readouterr().err.splitlines()[-1].startswith("predict.py: ")
+    assert capsys.readouterr().err.splitlines()[-1].split(": ")[1] in (
+        "interrupted; maps that were finished stay",
+        "disk full",
+    )
     assert os.listdir(tmp_path) == ["a.tif"]

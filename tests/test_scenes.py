@@ -271,3 +271,14 @@ def test_contrast_that_sensors_leave_is_what_is_said():
         for factor, blur, left in ((1, 0.4, fine), (2, 0.8, coarse)):
             seen = scenes.sample(truth, factor, blur)[:, 20:-20, 20:-20]
             assert abs(seen.std() / np.sqrt(0.5) - left) < 0.03
+
+
+def test_hr_can_lie_beside_its_place(tmp_path):
+    """Misregistration on purpose: in HR pixels, to the east; MR and labels stay."""
+    for name, shift in (("right", 0), ("wrong", 2)):
+        scenes.write_scenes(tmp_path / name, 1, 64, 3, "rows", shift)
+    read = {n: [raster.read(tmp_path / n / k / "scene_000.tif") for k in ("hr", "mr", "masks")]
+            for n in ("right", "wrong")}  # fmt: skip
+    (hr, mr, mask), (moved, *others) = read["right"], read["wrong"]
+    assert np.array_equal(moved, np.roll(hr, 2, -1)) and not np.array_equal(moved, hr)
+    assert np.array_equal(mr, others[0]) and np.array_equal(mask, others[1])

@@ -20,6 +20,7 @@ from imagery.scenes import write_scenes
 from model import ViT
 from segment import (
     HEADS,
+    Pixels,
     Segmenter,
     UperNet,
     confusion_matrix,
@@ -712,3 +713,13 @@ def test_the_head_of_ridge_is_a_linear_segmenter():
     stream = batches(task, [np.arange(16, 24)], task.mean, task.std, torch.device("cpu"))
     assert torch.equal(torch.cat(judge(segmenter, stream, 3)[1]), found["predictions"])
     assert probe(vit, task, "knn", 12)["head"] is None
+
+
+def test_pixels_are_tokens_of_a_patch():
+    """In the order of `take_patches`, exactly, and a probe takes them for an encoder's."""
+    images = torch.randn(2, 3, 8, 12)
+    tokens = Pixels(3, 4)(images)
+    for row in range(2):
+        for col in range(3):
+            patch = images[:, :, 4 * row : 4 * row + 4, 4 * col : 4 * col + 4]
+            assert tokens[:, 3 * row + col].equal(patch.flatten(1))

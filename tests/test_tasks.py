@@ -4,6 +4,7 @@ from conftest import refused
 from real_tasks import write_eolearn, write_ukis
 
 from datasets import tasks
+from datasets.labels import list_tiffs
 from datasets.tasks import load_folder
 from imagery import raster
 from imagery.bands import IGNORE
@@ -104,7 +105,7 @@ def test_globs_and_extensions(three):
     (three.images / "notes.txt").write_text("no image")
     files = three.load(splits=three.splits).files
     assert [file.path.name for file in files] == ["a.TIFF", "b.tif", "c.tif"]
-    found = tasks.list_tiffs(str(three.images / "[bc].*"))
+    found = list_tiffs(str(three.images / "[bc].*"))
     assert {k: path.name for k, path in found.items()} == {"b": "b.tif", "c": "c.tif"}
 
 

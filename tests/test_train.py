@@ -4,8 +4,6 @@ import math
 import os
 import re
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import traceback
@@ -740,6 +738,21 @@ def test_resume_of_what_is_done_says_so(store, tmp_path, capsys):
     same_weights(before, weights_of(tmp_path / "run"))
 
 
+def test_runs_are_plotted_with_seeds_as_a_band(store, tmp_path, monkeypatch, capsys):
+    drawn = {}
+    monkeypatch.setattr(train, "draw_curves", lambda path, logs: drawn.update({path: logs}))
+    runs = [tmp_path / name for name in ("a-s0", "a-s1", "b")]
+    for run_ in runs:
+        run_.mkdir()
+        (run_ / "log.jsonl").write_text('{"step": 1, "ssl": 0.5}\n{"step": 2}\n')
+    train.main(train.parse_args(["--plot", *map(str, runs)]))
+    logs = drawn[runs[0] / "curves.png"]
+    assert {name: len(seeds) for name, seeds in logs.items()} == {"a": 2, "b": 1}
+    assert logs["b"] == [[{"step": 1, "ssl": 0.5}]] and "a, b" in capsys.readouterr().out
+    with refused(ValueError, "--plot", "log.jsonl"):
+        train.main(train.parse_args(["--plot", str(tmp_path)]))
+
+
 @pytest.mark.slow
 def test_no_flags_train_on_scenes(tmp_path):
     """As a stranger's first command, with two ranks: both wait for the scenes of the first."""
@@ -1322,14 +1335,6 @@ def test_the_script_says_one_sentence(store, tmp_path):
         assert done.stderr.startswith("train.py: ") and done.stderr.count("\n") == 1
 
 
-@pytest.mark.slow
-def test_several_ranks_say_it_once(store, tmp_path):
-    for flags in (dict(mr_size=30), dict(steps="none")):
-        done = spawn(command(store, tmp_path / "run", **flags), 2)
-        assert done.returncode != 0
-        assert sum(line.startswith("train.py: ") for line in done.stderr.splitlines()) == 1
-
-
 def test_store_is_smooth_and_paired(store):
     """The fixture itself: HR averages to MR, or the tests above mean nothing."""
     batch = Store(store).batch(np.arange(4))
@@ -1399,6 +1404,22 @@ def test_a_step_that_is_not_finite_changes_nothing(store, tmp_path, monkeypatch,
     assert "step 2: skipped" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("good", [None, 6])
+def test_ten_bad_steps_in_a_row_stop_a_run(store, tmp_path, monkeypatch, good, capsys):
+    """A good one in between counts from 0 again; the run learns of a step one step later."""
+    now, rates, affinity_of = [], model.IJEPA.rates, train.affinity_of
+    monkeypatch.setattr(model.IJEPA, "rates", lambda o, s, *v: now.append(s) or rates(o, s, *v))
+    monkeypatch.setattr(
+        train, "affinity_of", lambda *v: affinity_of(*v) + (0 if now[-1] == good else math.inf)
+    )
+    last = train.PATIENCE + (0 if good is None else good + 1)
+    rejects([f"step {last}:", "10 steps in a row", "affinity inf", "lr "], store, tmp_path / "run",
+            steps=40, log_every=100)  # fmt: skip
+    assert now == list(range(last + 1))
+    said = capsys.readouterr().out
+    assert said.count("skipped, its loss") == last - (good is not None)
+
+
 def test_the_encoder_and_the_picture_are_made_again_where_they_are_not_the_checkpoints(
     store, tmp_path
 ):
@@ -1436,55 +1457,3 @@ def test_the_same_line_goes_on_and_another_one_does_not(store, tmp_path):
     assert [e["step"] for e in log_of(out)] == [1, 2, 3, 4]
     run(store, out, steps=2, fresh=True)
     assert [e["step"] for e in log_of(tmp_path / "run-2")] == [1, 2]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
-def test_signals_end_all_ranks_with_0_and_the_same_line_goes_on(store, tmp_path, name):
-    flags = dict(steps=400, log_every=100)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"]  # fmt: skip
-    words = [sys.executable, *launcher, str(ROOT / "train.py")]
-    words += command(store, tmp_path / "run", **flags)
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while "step 00001" not in process.stdout.readline():
-        assert process.poll() is None, process.stderr.read()
-    process.send_signal(getattr(signal, name))
-    said = process.communicate(timeout=60)  # its ranks hold the pipes: none of them is left
-    assert (tmp_path / "run" / "stopped").is_file(), said
-    step = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["step"]
-    assert 1 < step < 400
-    done = spawn(command(store, tmp_path / "run", **flags, stop_at=step + 2), 2)
-    assert done.returncode == 0, done.stderr
-    assert f"steps {step} to 400" in done.stdout
-
-
-@pytest.mark.slow
-def test_two_nodes_that_share_no_disk_stop_and_go_on(store, tmp_path):
-    """Two agents over loopback; only the first has the run's folder. One dies, both start again."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-
-    def start(node, **flags):
-        launcher = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
-                    f"--node-rank={node}", "--master-addr=127.0.0.1",
-                    f"--master-port={port}"]  # fmt: skip
-        words = command(store, tmp_path / f"node{node}" / "run", **flags)
-        return subprocess.Popen([sys.executable, *launcher, str(ROOT / "train.py"), *words],
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                start_new_session=True)  # fmt: skip
-
-    def end(nodes):
-        return [node.communicate(timeout=120) for node in nodes], [n.returncode for n in nodes]
-
-    said, codes = end([start(node, steps=6, save_every=2, stop_at=4) for node in (0, 1)])
-    assert codes == [0, 0], said
-    said, codes = end([start(node, steps=6, save_every=2) for node in (0, 1)])
-    assert codes == [0, 0], said
-    assert not (tmp_path / "node1").exists()  # only the first rank writes
-    run(store, tmp_path / "whole", steps=6)
-    for a, b in zip(log_of(tmp_path / "whole"), log_of(tmp_path / "node0" / "run"), strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
-    said, codes = end([start(node, steps=6, lr=0.5) for node in (0, 1)])  # refused on both
-    assert 0 not in codes and all("--override" in err for _, err in said), said

@@ -1,0 +1,439 @@
+"""Images of one's own, as they lie on a disk: files of all bands, or of one band each, SAFE folders
+and archives; what their names tell of bands and dates; masks of clouds that lie beside them.
+
+`list_images` finds them, `header` describes one, and `open_image` makes a Source of some bands. All
+of pack, finetune and predict read through these, so an image means the same to each of them.
+"""
+
+import functools
+import glob
+import re
+import tarfile
+import xml.etree.ElementTree as ET
+import zipfile
+from collections import namedtuple
+from dataclasses import replace
+from datetime import date, timedelta
+from pathlib import Path
+
+import numpy as np
+
+from datasets.common import BGRN, Source, date_of, whole
+from imagery import raster
+from imagery.bands import SAME_BAND, positions
+
+RASTERS = (".tif", ".tiff", ".jp2")  # of a folder; a file may be any of raster.DRIVERS
+ARCHIVES = {".zip": "/vsizip", ".tar": "/vsitar"}  # which GDAL reads without unpacking
+BAND_FILE = re.compile(
+    r"(?P<scene>.*?)[_.-]?(?<![A-Za-z0-9])(?P<band>B(0?[1-9]|1[0-2]|8A)|coastal|blue|green|red"
+    r"|rededge[1-3]?|nir(?:0[89])?|swir(?:16|22|[12])?|V[VH]|H[VH])(_\d\dm)?",
+    re.IGNORECASE,
+)
+# what producers put beside the bands: quality, clouds, angles, pictures
+COMPANION = re.compile(
+    r"(?:^|[_.-])(SCL|TCI|PVI|AOT|WVP|CLM|CLD|SNW|MSK_\w+|BQA|QA(?:\d\d|_\w+)?|[FS]?mask|udm2?"
+    r"|[VS][AZ]A|ST_(?:B10|B6|ATRAN|CDIST|DRAD|EMIS|EMSD|TRAD|URAD|QA)|atmos_opacity"
+    r"|thumbnail|preview|overview|browse|visual|ql)(?:_\d\dm|_clip)?$",
+    re.IGNORECASE,
+)
+# products whose numbers are other bands than Sentinel-2's, by the names of their files
+TM = "B G R NIR SWIR1 B6 SWIR2 pan".split()
+OLI = "coastal B G R NIR SWIR1 SWIR2 pan cirrus TIRS1 TIRS2".split()
+NUMBERED = {r"L[CO]0[89]_|HLS\.L30\.": OLI, r"L[ETM]0[457]_": TM}
+# PlanetScope of 4 and 8 bands and RapidEye, where the file does not name them
+PLANET = {
+    4: ("blue", "green", "red", "nir"),
+    5: ("blue", "green", "red", "rededge", "nir"),
+    8: ("coastal", "blue", "green_i", "green", "yellow", "red", "rededge", "nir"),
+}
+OFFSET_TAGS = {"BOA_ADD_OFFSET", "RADIO_ADD_OFFSET"}
+
+# A mask band, and the values or bits of it that hide the ground; band: of its file, or None
+Mask = namedtuple("Mask", "name band values bits")
+# product -> --mask-band and --mask-values: cloud, its shadow and cirrus, as its makers tell them
+CLOUDS = {
+    "sentinel2": ("SCL", "3,8,9,10"),
+    "landsat": ("QA_PIXEL", "bit1,bit2,bit3,bit4"),
+    "hls": ("Fmask", "bit1,bit2,bit3"),
+    "planet": ("udm2:0", "0"),  # its first band says where the ground is clear
+}
+
+
+def find_files(where, flag):
+    """The images of a folder and its subfolders, of an archive, one file, or a glob; sorted.
+
+    Of a Sentinel-2 SAFE folder only the images of bands. Companions of images (quality, clouds,
+    pictures) are left alone, and named. Raises FileNotFoundError.
+    """
+    path = Path(where)
+    if path.is_dir():
+        files = [file for file in path.rglob("*") if not file.name.startswith(".")]
+    else:
+        files = [path] if path.is_file() else [*map(Path, glob.glob(str(where), recursive=True))]
+    kinds = RASTERS if path.is_dir() else raster.DRIVERS
+    packed = [file for file in files if file.suffix.lower() in ARCHIVES]
+    if path.is_dir():
+        packed = [file for file in packed if not unpacked(file)]
+    files = [p for p in files if p.suffix.lower() in kinds and p.is_file()]
+    files += [member for archive in packed for member in members(archive)]
+    files = [p for p in files if not in_safe(p) or ("IMG_DATA" in p.parts and band_of(p)[1])]
+    beside = {file for file in files if COMPANION.search(file.stem)}
+    if len(beside) < len(files) > 1:  # else the user wants them, or so calls all images
+        if beside:
+            named = sorted({COMPANION.search(file.stem)[1] for file in beside})
+            raster.say_once(
+                f"{flag} {where}: {len(beside)} companion files left alone ({', '.join(named)})"
+            )
+        files = [file for file in files if file not in beside]
+    if not files:
+        raise FileNotFoundError(
+            f"{flag} {where}: no .tif, .tiff or .jp2 found; give a folder, an archive (.zip, .tar),"
+            " a file or a quoted glob of them"
+        )
+    return sorted(files)
+
+
+def names_in(archive):
+    """The names of what a .zip or .tar holds."""
+    with whole(archive, archive.suffix):
+        if archive.suffix.lower() == ".zip":
+            with zipfile.ZipFile(archive) as file:
+                names = file.namelist()
+        else:
+            with tarfile.open(archive) as file:
+                names = file.getnames()
+    return [name for name in names if ".." not in Path(name).parts and not name.startswith("/")]
+
+
+def unpacked(archive):
+    """Whether what an archive holds lies beside it, too."""
+    tops = {archive.stem, *(name.split("/")[0] for name in names_in(archive))}
+    return any((archive.parent / top).exists() for top in tops if top not in ("", "."))
+
+
+def members(archive):
+    """The images in a .zip or .tar, as paths that GDAL reads."""
+    names = names_in(archive)
+    # GDAL would open what lies beside an image by whatever driver it likes
+    if odd := [n for n in names if n.lower().endswith((".msk", ".ovr"))]:
+        raise ValueError(f"{archive}: holds {odd[0]}, which is not read in archives; unpack it")
+    root = f"{ARCHIVES[archive.suffix.lower()]}/{{{archive.resolve()}}}"
+    return [Path(f"{root}/{name}") for name in names if name.lower().endswith(RASTERS)]
+
+
+def in_safe(path):
+    return any(part.upper().endswith(".SAFE") for part in path.parts[:-1])
+
+
+def band_of(path):
+    """(scene, band): what a file's name says before its band's name, and that; (path, "") of one
+    that ends with no band."""
+    match = BAND_FILE.fullmatch(path.stem)
+    if not match:
+        return path, ""
+    band = SAME_BAND.get(match["band"].lower(), match["band"])
+    number = int(match[3]) if match[3] and match[3].isdecimal() else 0
+    for product, names in NUMBERED.items():
+        if number and re.match(product, path.name) and number <= len(names):
+            band = names[number - 1]
+    return scene_of(path, match["scene"]), band
+
+
+def scene_of(path, stem):
+    """What the files of one scene have in common: their folder, and how their names begin."""
+    if "IMG_DATA" in path.parts:  # L2A has a subfolder for each pixel size
+        return Path(*path.parts[: path.parts.index("IMG_DATA")])
+    return path.parent / stem if stem else path.parent
+
+
+def list_images(where, flag):
+    """[(path, files)] of the images that `find_files` finds; files: None, or {band: file} of a
+    scene whose bands lie in a file each, and then path is what their names have in common."""
+    groups = {}
+    for file in find_files(where, flag):
+        scene, band = band_of(file)
+        # sorted by path, so R10m comes first and the finest file of a band is the one that stays
+        groups.setdefault(scene, {}).setdefault(band, file)
+    listed = []
+    for scene, bands in groups.items():
+        if len(bands) > 1 or "IMG_DATA" in next(iter(bands.values())).parts:
+            listed.append((scene, bands))
+        else:
+            listed += [(file, None) for file in bands.values()]
+    return listed
+
+
+def name_of(path, files=None):
+    """What an image is called, without extension."""
+    return path.stem if files is None or path.suffix.endswith("}") else path.name
+
+
+def header(path, files=None):
+    """Info of an image with all of its bands; of a scene that of its first file, as its bands may
+    have several pixel sizes."""
+    if files:
+        first = raster.info(next(iter(files.values())))
+        return replace(first, path=path, bands=len(files), band_names=tuple(files))
+    info = raster.info(path)
+    if not info.band_names and "_Analytic" in path.name and info.bands in PLANET:
+        return replace(info, band_names=PLANET[info.bands])
+    return info
+
+
+def usual_bands(info, files=None, masks=()):
+    """Which bands of an image are meant where none are named, as positions: B, G, R, NIR of a scene
+    of one file per band, else all that are no mask."""
+    names = info.band_names
+    if files and {*BGRN} <= {*names}:
+        return positions(BGRN, names)
+    hide = {mask.name.lower() for mask in masks}
+    no_image = [k for k, n in enumerate(names) if n.lower() in hide or COMPANION.fullmatch(n)]
+    if 0 < len(no_image) < info.bands:
+        left = ",".join(names[k] for k in no_image)
+        raster.say_once(
+            f"{info.path}: {left} is no image and left out; name the bands to take it; in other "
+            "files alike",
+            (left, info.path.parent),
+        )
+        return [k for k in range(info.bands) if k not in no_image]
+    return list(range(info.bands))
+
+
+def open_image(path, files=None, bands=None, nodata=None, masks=()):
+    """The Source of some bands of an image. bands: positions among those of `header`, None for
+    `usual_bands`. nodata: for files that declare none. masks: [(file, band, Mask)], `find_masks`.
+
+    Raises ValueError where the files of a scene do not fit each other.
+    """
+    info = header(path, files)
+    bands = usual_bands(info, files) if bands is None else bands
+    offset = 0
+    if files:  # only the chosen are opened: the others may have another pixel size
+        files = [files[info.band_names[band]] for band in bands]
+        info, bands = join(path, files, [info.band_names[b] for b in bands]), range(len(bands))
+        if "IMG_DATA" in files[0].parts:
+            offset = safe_offset(path)
+            info = replace(info, nodata=0.0)  # the product's, which its files do not declare
+    nodata = nodata if info.nodata is None else info.nodata
+    masks = [(*place_mask(info, *mask), mask[-1]) for mask in masks]
+    read = functools.partial(read_image, files or [path], masks)
+    return Source(info, list(bands), nodata, read, date_in(path) or info.date, offset)
+
+
+def join(path, files, names):
+    """Info of a scene of one file per band, as if its files were one."""
+    first, *others = [raster.info(file) for file in files]
+    for other in [first, *others]:
+        if other.bands != 1:
+            raise ValueError(
+                f"{other.path}: {other.bands} bands, but it is named as one band of {path}; rename "
+                "it, or give its folder apart"
+            )
+        here = (other.width, other.height, other.dtype, other.transform)
+        if here != (first.width, first.height, first.dtype, first.transform):
+            raise ValueError(
+                f"{other.path}: {other.height} x {other.width} {other.dtype}, but {first.path} is "
+                f"{first.height} x {first.width} {first.dtype}, or their ground differs; choose "
+                "bands of one pixel size and type"
+            )
+    every = [each.scaling or ((1.0, 0.0),) for each in [first, *others]]
+    scaling = tuple(pair for each in every for pair in each)
+    scaling = () if {*scaling} == {(1.0, 0.0)} else scaling
+    return replace(first, path=path, bands=len(files), band_names=tuple(names), scaling=scaling)
+
+
+def read_image(files, masks, window=None, bands=None, grid=None):
+    """Read bands that lie in one file, or in a file each: (pixels, valid), as raster.read; what a
+    mask hides is not valid. masks: [(file, band, Grid or None, Mask)]."""
+    if len(files) == 1:
+        pixels, valid = raster.read(files[0], window, bands, masked=True, grid=grid)
+    else:
+        bands = range(len(files)) if bands is None else bands
+        read = (raster.read(files[band], window, masked=True, grid=grid) for band in bands)
+        pixels, valid = zip(*read, strict=True)
+        pixels, valid = np.concatenate(pixels), np.any(valid, 0)
+    for file, band, own, mask in masks:
+        own = grid._replace(resampling="nearest") if grid else own
+        values, known = raster.read(file, window, [band], masked=True, grid=own)
+        hidden = np.isin(values[0], mask.values) | ((values[0].astype(np.int64) & mask.bits) != 0)
+        valid = valid & known & ~hidden
+    return pixels, valid
+
+
+def read_rows(source):
+    """Read a Source from top to bottom: yields (pixels, valid) of n rows until all were given."""
+    about, files = source.info, source.read.args[0]
+    if len(files) == 1 and not source.read.args[1]:
+        parts = raster.read_rows(files[0], source.bands, masked=True)
+    else:  # 1024 rows are whole tiles of nearly all files, so that few are decoded twice
+        steps = range(0, about.height, 1024)
+        windows = ((row, 0, min(1024, about.height - row), about.width) for row in steps)
+        parts = (source.read(window, source.bands) for window in windows)
+    for pixels, valid in parts:
+        if source.nodata is not None:
+            valid = valid & (pixels != source.nodata).any(0)
+        yield pixels, valid
+
+
+# masks of clouds
+
+
+def parse_masks(mask_band=None, mask_values=None, clouds=None):
+    """[Mask] of --mask-band, --mask-values and --clouds, which are text or None.
+
+    mask_band: the name of a band, or of a file beside the image; after a colon the band in that
+    file, by name or from 0. mask_values: whole numbers, or bits as bit3, with commas. clouds:
+    products of CLOUDS, with commas. Raises ValueError.
+    """
+    if (mask_band is None) != (mask_values is None):
+        raise ValueError("--mask-band and --mask-values go together; give both, or --clouds")
+    wanted = [] if mask_band is None else [(mask_band, mask_values)]
+    for product in filter(None, (clouds or "").split(",")):
+        if product not in CLOUDS:
+            raise ValueError(f"--clouds {product}: one of {', '.join(CLOUDS)} expected")
+        wanted.append(CLOUDS[product])
+    masks = []
+    for name, values in wanted:
+        words = [word.strip().lower() for word in values.split(",")]
+        wrong = [word for word in words if not re.fullmatch(r"-?\d+|bit(\d|[1-5]\d)", word)]
+        if wrong:
+            raise ValueError(f"--mask-values {values}: whole numbers expected, or bits as bit3")
+        bits = sum({1 << int(word[3:]) for word in words if word.startswith("bit")})
+        name, _, band = name.partition(":")
+        plain = tuple(int(word) for word in words if not word.startswith("bit"))
+        masks.append(Mask(name, band or None, plain, bits))
+    return masks
+
+
+def find_masks(images, masks):
+    """What hides the ground of some images: [[(file, band, Mask)]] in their order.
+
+    images: of `list_images`. A mask is a band of the image, or lies beside it in a file that is
+    called as the image is, or begins to be, and then as the mask.
+    """
+    listings, found = {}, []
+
+    def beside(path):
+        """[(scene, mask, file)] of the companions where an image lies, and in it if a folder."""
+        for folder in (path.parent, path):
+            if folder not in listings:
+                files = [f for f in files_in(folder) if f.suffix.lower() in RASTERS]
+                about = [(f, COMPANION.search(f.stem)) for f in sorted(files)]
+                listings[folder] = [
+                    (scene_of(f, f.stem[: m.start()]), m[1], f) for f, m in about if m
+                ]
+            yield from listings[folder]
+
+    for path, files in images:
+        own, hides = path if files else path.with_suffix(""), []
+        names = [] if files else [name.lower() for name in header(path).band_names]
+        for mask in masks:
+            if mask.name.lower() in names:
+                hides.append((path, names.index(mask.name.lower()), mask))
+                continue
+            near = [
+                (scene, file)
+                for scene, kind, file in beside(own)
+                if kind.lower() == mask.name.lower() and begins(own, scene)
+            ]
+            if near:
+                _, file = max(near, key=lambda one: len(one[0].name))  # of equals the first
+                hides.append((file, band_in(file, mask), mask))
+        found.append(hides)
+    return found
+
+
+def begins(path, scene):
+    """Whether a path is a scene's, or goes on after its name with a sign."""
+    rest = path.name[len(scene.name) :]
+    alike = path.parent == scene.parent and path.name.startswith(scene.name)
+    return path == scene or (alike and not rest[:1].isalnum())
+
+
+def files_in(folder):
+    """The files of a folder, which may lie in an archive; of a SAFE folder those of its bands."""
+    if folder.parts[1:2] in (("vsizip",), ("vsitar",)):
+        if "}" not in str(folder):
+            return []  # of the folder that the archive lies in
+        all_of = members(Path(str(folder).partition("{")[2].partition("}")[0]))
+        return [f for f in all_of if f.parent == folder or (folder in f.parents and in_safe(f))]
+    return [*(folder.rglob if (folder / "IMG_DATA").is_dir() else folder.glob)("*")]
+
+
+def band_in(file, mask):
+    """The position of a mask's band in its file. Raises ValueError where nothing tells."""
+    info = raster.info(file)
+    if mask.band is None and info.bands == 1:
+        return 0
+    (band,) = positions([mask.band], info.band_names) if mask.band else (-1,)
+    if not 0 <= band < info.bands:
+        raise ValueError(
+            f"{file}: {info.bands} bands ({','.join(info.band_names) or 'unnamed'}); say which is "
+            f"the mask, such as --mask-band {mask.name}:0"
+        )
+    return band
+
+
+def place_mask(info, file, band, mask):
+    """(file, band, the Grid to read it on): an image's own, None where the mask has that."""
+    about = raster.info(file)
+    if about.dtype.kind not in "iu":
+        raise ValueError(f"{file}: {about.dtype} pixels; a mask holds whole numbers")
+    same = (about.height, about.width) == (info.height, info.width)
+    if same and (about.transform, about.crs) == (info.transform, info.crs):
+        return file, band, None
+    if not (about.crs and about.transform and info.crs and info.transform):
+        if same:
+            return file, band, None
+        raise ValueError(
+            f"{file}: {about.height} x {about.width} pixels over {info.height} x {info.width} of "
+            f"{info.path}, and no georeference; resample it to the image's grid"
+        )
+    return file, band, raster.Grid(info.crs, info.transform, info.height, info.width, "nearest")
+
+
+# what pixels mean, and when
+
+
+def safe_offset(path):
+    """What is to be added to the pixels of a Sentinel-2 product: -1000 from baseline 04.00 on.
+
+    Read from the product's MTD_MSI*.xml, else from the baseline in its name; 0 of other files.
+    """
+    for folder in [path, *path.parents][:4]:
+        for mtd in sorted(folder.glob("MTD_MSIL*.xml")):
+            try:
+                items = ET.parse(mtd).iter()
+            except ET.ParseError as error:
+                raise ValueError(f"{mtd}: damaged XML ({error}); fetch it again") from error
+            found = [e.text for e in items if e.tag.rpartition("}")[2] in OFFSET_TAGS]
+            return float(found[0]) if found else 0
+        if folder.name.upper().endswith(".SAFE"):
+            baseline = re.search(r"_N(\d{4})_", folder.name)
+            # 9999 are those that users processed, who are known to have an MTD
+            return -1000 if baseline and 400 <= int(baseline[1]) < 9999 else 0
+    return 0
+
+
+def date_in(path):
+    """ISO date that a path tells: of its name, also as HLS writes it (2009230T), else of the next
+    folder that is called by one; "" without."""
+    for name in [path.name, *(folder.name for folder in path.parents[:3])]:
+        if found := date_of(re.sub(r"(?<!\d)(\d{8})\d{6}(?!\d)", r"\1", name)):
+            return found
+        if day := re.search(r"(?<!\d)((?:19|20)\d\d)([0-3]\d\d)(?=T)", name):
+            found = date(int(day[1]), 1, 1) + timedelta(int(day[2]) - 1)
+            return str(found) if found.year == int(day[1]) else ""  # day 366, or other digits
+    return ""
+
+
+def scaling_of(source):
+    """[(scale, offset)] of a Source's bands, from pixels to units."""
+    return [(source.info.scaling or ((1.0, 0.0),) * source.info.bands)[b] for b in source.bands]
+
+
+def to_unit(source, scaling):
+    """(gain, shift), arrays (bands,), by which a Source's pixels become those of files that are
+    tagged by `scaling`, the offset of its product included."""
+    own, base = np.array(scaling_of(source)).T, np.array(scaling).T
+    return own[0] / base[0], (source.offset * own[0] + own[1] - base[1]) / base[0]
