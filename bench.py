@@ -4,13 +4,16 @@
     python bench.py compile --out tiles.json    registers, spills, shared memory; needs no GPU
     python bench.py step --out step.json        pretraining steps against the textbook's
 
-`gram` runs every form on the same inputs in interleaved rounds, so that what disturbs the machine
-disturbs all of them, and prints the roofline beside the time: the larger of bytes over copy
-bandwidth and operations over matrix-product rate, both measured first on the device at hand.
+`gram` runs every form on the same inputs: on a CPU in interleaved rounds, so that what disturbs the
+machine disturbs all of them, on a GPU as captured graphs, so that what Python takes is not in the
+times. It prints the roofline beside them: the larger of bytes over copy bandwidth and operations
+over matrix-product rate, both measured first on the device at hand.
 """
 
 import argparse
 import concurrent.futures
+import contextlib
+import ctypes
 import datetime
 import inspect
 import itertools
@@ -22,9 +25,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -40,22 +41,18 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
+import counted
 from affinity import SpatialAffinity, gram_loss
 from files import write_atomic
 from model import OBJECTIVES, ema_update
+from run import keep_pages
 from textbook import Textbook
 from vit import SIZES, vit
 
-# B, N, D, ratio: those of training, then large scenes
-SHAPES = {
-    "cpu": ["128,20,384,2", "32,110,384,2", "32,256,384,1", "32,256,384,2", "1,4096,384,1"],
-    "cuda": [
-        *("512,20,384,2", "128,60,384,2", "128,110,384,2", "128,196,768,2", "128,256,384,2"),
-        *("128,256,1024,2", "4,1024,768,2", "1,4096,384,2", "1,16384,384,1"),
-    ],
-}
+# B, N, D, ratio
+CPU_SHAPES = ["128,20,384,2", "32,110,384,2", "32,256,384,1", "32,256,384,2", "1,4096,384,1"]
+PARTS = ("forward", "backward", "both")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SHARED_LIMIT = {80: 163, 90: 227, 100: 227}  # KB of shared memory that one program may have
 
 
 def main():
@@ -66,14 +63,24 @@ def main():
     p = commands.add_parser("gram", help="time the forms of the Gram loss", allow_abbrev=False)
     add = p.add_argument
     add("--device", default=device, help="cpu or cuda, default what is there")
-    add("--dtype", choices=DTYPES, help="of the tokens, default float32; bfloat16 on cuda")
+    add("--dtype", choices=DTYPES, default="float32", help="of the tokens, default float32")
+    add(
+        "--autocast",
+        choices=["none", "bfloat16", "float16"],
+        help="around the forms, as in training; default bfloat16 on cuda, none on cpu",
+    )
     add(
         "--shape",
         action="append",
         metavar="B,N,D,R",
         help="images, tokens, width, HR tokens per side; repeatable, default a list",
     )
-    add("--rounds", type=int, default=11, help="timed runs of each form, default 11")
+    add("--rounds", type=int, default=11, help="timed runs of each form on a CPU, default 11")
+    add(
+        "--model",
+        action="store_true",
+        help="print what counting says of an H100, the table in kernels/gram.py, and run nothing",
+    )
     add(
         "--compile",
         action=argparse.BooleanOptionalAction,
@@ -88,7 +95,7 @@ def main():
         "--arch",
         type=int,
         action="append",
-        choices=SHARED_LIMIT,
+        choices=counted.SHARED_LIMIT,
         help="80, 90 or 100; repeatable, default all",
     )
     add("--jobs", type=int, default=2, help="processes, default 2")
@@ -111,8 +118,9 @@ def main():
         if getattr(args, "device", "cpu") not in ["cpu", "cuda"][: 1 + torch.cuda.is_available()]:
             raise ValueError(f"--device {args.device}: no such device here; use cpu")
         for name in ("rounds", "batch", "grid"):
-            if (getattr(args, name, None) or 1) < 1:
-                raise ValueError(f"--{name} {getattr(args, name)}: give at least 1")
+            value = getattr(args, name, None)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} {value}: give at least 1")
         benches = {"gram": bench_gram, "compile": bench_compile, "step": bench_step}
         rows = benches[args.command](args)
     except ValueError as error:
@@ -165,41 +173,64 @@ def triton_version():
 
 def bench_gram(args):
     """Time the forms of the Gram loss; prints a table and returns its rows as dicts."""
+    if args.device not in ("cpu", "cuda")[: 1 + torch.cuda.is_available()]:
+        raise ValueError(f"--device {args.device}: no such device here; use cpu")
     device = torch.device(args.device)
-    dtype = DTYPES[args.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
-    shapes = []
-    for text in args.shape or SHAPES[device.type]:
+    dtype, cuda = DTYPES[args.dtype], device.type == "cuda"
+    shapes = [] if args.shape else list(counted.SHAPES)
+    for text in args.shape or ([] if cuda or args.model else CPU_SHAPES):
         if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*){3}", text):
             raise ValueError(f"--shape {text}: give B,N,D,R, four positive numbers: 32,256,384,2")
         shapes.append(tuple(map(int, text.split(","))))
+    if args.rounds < 1:
+        raise ValueError(f"--rounds {args.rounds}: give at least 1")
+    if args.model:
+        print(counted.table(shapes, counted.H100))
+        return []
 
+    low = args.autocast or ("bfloat16" if cuda and args.dtype == "float32" else "none")
+    low = None if low == "none" else DTYPES[low]
     forms = {"eager": lambda s, t: gram_loss(s, t, backend="eager")}
-    if args.compile and (device.type == "cuda" or shutil.which("cc") or shutil.which("cl")):
+    if args.compile and (cuda or shutil.which("cc") or shutil.which("cl")):
         torch._dynamo.config.recompile_limit = 64  # one per shape and per pass
+        torch._functorch.config.donated_buffer = False  # its backward pass is timed again and again
         forms["compile"] = torch.compile(forms["eager"], dynamic=False)
     elif args.compile:
         print("torch.compile is left out: no C compiler")
     forms["ours"] = gram_loss
 
-    bandwidth, rate = ceilings(device, dtype)
-    print(f"{device_name(args.device)}, {dtype}: copies at {bandwidth / 1e9:.0f} GB/s, ", end="")
-    print(f"multiplies matrices at {rate / 1e12:.2f} TFLOP/s")
-    print("medians of interleaved rounds in ms (smallest..largest)\n")
-    print(f"{'B, N, D, ratio':22}{'form':9}{'forward':>24}{'with gradient':>26}", end="")
-    print(f"{'eager/it':>10}{'of floor':>10}{'extra MB':>10}{'loss err':>10}{'grad err':>10}")
+    bandwidth, rate = ceilings(device, low or dtype)
+    print(f"{device_name(args.device)}, {dtype}, autocast {low}: copies at ", end="")
+    print(f"{bandwidth / 1e9:.0f} GB/s, multiplies matrices at {rate / 1e12:.2f} TFLOP/s")
+    chip = {"bandwidth": bandwidth, "rate": rate}
+    if cuda:  # what counting says of this device
+        found = torch.cuda.get_device_properties(device)
+        chip |= {"capability": (found.major, found.minor), "launch": 2e-6}
+        chip |= {"processors": found.multi_processor_count}
+        print(counted.table(shapes, chip | {"float32": ceilings(device, torch.float32)[1]}))
+    print("medians in ms (10..90 %) and the roofline's share of each; Python: of a call, in us\n")
+    print(f"{'B, N, D, ratio':20}{'form':8}", end="")
+    print("".join(f"{name:>30}" for name in ("forward", "backward", "both")), end="")
+    print(f"{'eager/it':>9}{'extra MB':>9}{'loss err':>9}{'grad err':>9}{'Python':>7}")
     rows = []
     for shape in shapes:
-        student, teacher = draw_tokens(shape, args.seed, device, dtype)
-        b, n, d, ratio = shape
-        # count once: student in, gradient out, teacher in; two symmetric products, or linear
-        floor = (2 + ratio**2) * b * n * d * student.element_size() / bandwidth
-        floor = max(floor, min(4 * n, 10 * d) * b * n * d / rate)
-        for row in bench_shape(forms, student, teacher, args.rounds):
-            row["shape"], row["dtype"], row["floor_ms"] = shape, str(dtype), floor * 1e3
-            row["floor_share"] = row["floor_ms"] / statistics.median(row["gradient_ms"])
+        with own_stream(device):
+            student, teacher = draw_tokens(shape, args.seed, device, dtype)
+            found = bench_shape(forms, student, teacher, args.rounds, low)
+        for row in found:
+            row |= {"shape": shape, "dtype": str(dtype), "autocast": str(low)}
+            for part in PARTS:
+                size = student.element_size()
+                row[f"{part}_floor_ms"] = 1e3 * counted.floor(shape, size, chip, part)
             rows.append(row)
             print_row(row)
     return rows
+
+
+def own_stream(device):
+    """A GPU's stream for what is to be captured: a backward pass runs on its forward pass's."""
+    cuda = device.type == "cuda"
+    return torch.cuda.stream(torch.cuda.Stream()) if cuda else contextlib.nullcontext()
 
 
 def draw_tokens(shape, seed, device, dtype):
@@ -212,45 +243,47 @@ def draw_tokens(shape, seed, device, dtype):
 
 
 def print_row(row):
-    shape = ", ".join(map(str, row["shape"]))
-    time_cells = ""
-    for key, width in (("forward_ms", 24), ("gradient_ms", 26)):
-        values = row[key]
-        cell = f"{statistics.median(values):.3f} ({min(values):.3f}..{max(values):.3f})"
-        time_cells += f"{cell:>{width}}"
-    print(f"{shape:22}{row['form']:9}{time_cells}{row['speedup']:>9.2f}x", end="")
-    print(f"{row['floor_share']:>9.0%} {row['extra_mb']:>9.1f}", end="")
-    print(f"{row['loss_error']:>10.0e}{row['grad_error']:>10.0e}", flush=True)
+    print(f"{', '.join(map(str, row['shape'])):20}{row['form']:8}", end="")
+    for part in PARTS:
+        values = sorted(row[f"{part}_ms"])
+        low, middle, high = (values[round(q * (len(values) - 1))] for q in (0.1, 0.5, 0.9))
+        share = row[f"{part}_floor_ms"] / middle
+        cell = f"{middle:.3f} ({low:.3f}..{high:.3f}) {share:>4.0%}"
+        print(f"{cell:>30}", end="")
+    print(f"{row['speedup']:>8.2f}x{row['extra_mb']:>9.1f}", end="")
+    print(f"{row['loss_error']:>9.0e}{row['grad_error']:>9.0e}{row['python_us']:>7.0f}", flush=True)
 
 
-def bench_shape(forms, student, teacher, rounds):
-    """One row per form: times of each round in ms, forward alone and with the gradient; the
-    speed-up over eager as the median of paired ratios; memory; errors against float64."""
+def bench_shape(forms, student, teacher, rounds, low=None):
+    """One row per form: times in ms, forward alone, backward alone and both; the speed-up over
+    eager as the median of paired ratios; memory; errors against float64; Python's share of a call
+    in us. low: dtype of autocast around the forms, None for none."""
+    device = student.device
     exact, exact_grad = loss_and_grad(
         lambda s, t: gram_loss(s, t, backend="matmul"), student.double(), teacher.double()
     )
-    rows = []
-    for name, form in forms.items():
-        with torch.no_grad():
-            form(student, teacher)
-        loss, grad = loss_and_grad(form, student, teacher)  # both calls warm up and compile, too
-        rows.append(
-            {
-                "form": name,
-                "forward_ms": [],
-                "gradient_ms": [],
-                "extra_mb": extra_memory(form, student, teacher) / 2**20,
-                "loss_error": abs(float(loss) / float(exact) - 1),
-                "grad_error": float((grad.double() - exact_grad).norm() / exact_grad.norm()),
-            }
-        )
-    for _ in range(rounds):
-        for row, form in zip(rows, forms.values(), strict=True):
-            with torch.no_grad():
-                row["forward_ms"].append(milliseconds(form, student, teacher))
-            row["gradient_ms"].append(milliseconds(loss_and_grad, form, student, teacher))
+    rows, calls = [], {}
+    with torch.autocast(device.type, low, enabled=low is not None):
+        for name, form in forms.items():
+            leaf = student.detach().requires_grad_()
+            loss, grad = loss_and_grad(form, student, teacher)  # warms up and compiles, too
+            calls[name, "forward"] = partial(torch.no_grad()(form), student, teacher)
+            # a gradient kept for many calls, where in training it is for one
+            backward = partial(torch.autograd.grad, form(leaf, teacher), leaf, retain_graph=True)
+            calls[name, "backward"] = backward
+            calls[name, "both"] = both = partial(loss_and_grad, form, student, teacher)
+            memory = peak_memory(both, device) - student.numel() * student.element_size()
+            row = {"form": name, "extra_mb": memory / 2**20}
+            row["loss_error"] = abs(float(loss) / float(exact) - 1)
+            row["grad_error"] = float((grad.double() - exact_grad).norm() / exact_grad.norm())
+            row["python_us"] = host_time(both, device) * 1e6
+            rows.append({**row, **{f"{part}_ms": [] for part in PARTS}})
+        for _ in range(rounds if device.type == "cpu" else 1):
+            for row in rows:
+                for part in PARTS:
+                    row[f"{part}_ms"] += milliseconds(calls[row["form"], part], device)
     for row in rows:
-        pairs = zip(rows[0]["gradient_ms"], row["gradient_ms"], strict=True)
+        pairs = zip(rows[0]["both_ms"], row["both_ms"], strict=False)
         row["speedup"] = statistics.median(eager / own for eager, own in pairs)
     return rows
 
@@ -262,27 +295,34 @@ def loss_and_grad(form, student, teacher):
     return loss.detach(), grad
 
 
-def milliseconds(function, *args):
-    """Time of one call; on a GPU between two events, with the inputs out of its cache."""
-    device = args[-1].device
+def milliseconds(function, device):
+    """Times of a call: one on a CPU. On a GPU many, of a captured graph that no Python holds up,
+    each with the inputs out of the cache."""
     if device.type == "cpu":
         start = time.perf_counter()
-        function(*args)
-        return (time.perf_counter() - start) * 1e3
-    torch.empty(2**28, dtype=torch.int8, device=device).zero_()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        function()
+        return [(time.perf_counter() - start) * 1e3]
+    from triton.testing import do_bench
+
+    for _ in range(3):
+        function()
     torch.cuda.synchronize()
-    events[0].record()
-    function(*args)
-    events[1].record()
-    torch.cuda.synchronize()
-    return events[0].elapsed_time(events[1])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        function()
+    return do_bench(graph.replay, return_mode="all")
 
 
-def extra_memory(form, student, teacher):
-    """Peak bytes of forward and backward beyond the inputs and the gradient itself."""
-    peak = peak_memory(partial(loss_and_grad, form, student, teacher), student.device)
-    return peak - student.numel() * student.element_size()
+def host_time(function, device):
+    """Median seconds after which a call returns: Python's and the launches', while the device works
+    on behind it. 0 on a CPU, where nothing works behind it."""
+    times = []
+    for _ in range(20 if device.type == "cuda" else 0):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times or [0])
 
 
 def peak_memory(function, device):
@@ -301,14 +341,23 @@ def peak_memory(function, device):
     return max(itertools.accumulate(e.nbytes() for e in events))
 
 
+def extra_memory(form, student, teacher):
+    """Peak bytes of forward and backward beyond the inputs and the gradient itself."""
+    peak = peak_memory(partial(loss_and_grad, form, student, teacher), student.device)
+    return peak - student.numel() * student.element_size()
+
+
 def ceilings(device, dtype):
     """Bytes per second of a large copy, operations per second of a large matrix product."""
     side, count = (8192, 2**28) if device.type == "cuda" else (2048, 2**25)
-    a = torch.randn(count, device=device)
-    b = torch.empty_like(a)
-    copies = [milliseconds(b.copy_, a) for _ in range(8)]
-    a, b = torch.randn(2, side, side, device=device).to(dtype)
-    products = [milliseconds(torch.matmul, a, b) for _ in range(8)]
+    rounds = 1 if device.type == "cuda" else 8
+    with own_stream(device):
+        a = torch.randn(count, device=device)
+        b = torch.empty_like(a)
+        copies = [t for _ in range(rounds) for t in milliseconds(partial(b.copy_, a), device)]
+        a, b = torch.randn(2, side, side, device=device).to(dtype)
+        product = partial(torch.matmul, a, b)
+        products = [t for _ in range(rounds) for t in milliseconds(product, device)]
     return 8 * count / min(copies) * 1e3, 2 * side**3 / min(products) * 1e3
 
 
@@ -319,95 +368,22 @@ def bench_compile(args):
     """Compile every launch that "auto" can choose; prints a table and returns its rows as dicts."""
     if triton_version() is None:
         raise ValueError("compile needs Triton, which is not installed: pip install 'triton>=3.5'")
-    cells = {"arch": 4, "kernel": 6, "tokens": 6, "operands": 8, "gradient": 8, "tiles": 10}
+    cells = {"arch": 4, "kernel": 7, "tokens": 6, "operands": 8, "gradient": 8, "tiles": 10}
     cells |= {"panels": 6, "warps": 5, "stages": 6, "shared_kb": 9, "registers": 9, "stack": 5}
     cells |= {"unit": 7}
     print(" ".join(f"{name:>{width}}" for name, width in cells.items()))
     rows = []
     with concurrent.futures.ProcessPoolExecutor(args.jobs) as pool:
-        for row in pool.map(compiled, *zip(*launches(args.arch or SHARED_LIMIT), strict=True)):
+        for row in pool.map(
+            counted.compiled,
+            *zip(*counted.launches(args.arch or counted.SHARED_LIMIT), strict=True),
+        ):
             rows.append(row)
             print(" ".join(f"{row[name]!s:>{width}}" for name, width in cells.items()), flush=True)
     print(f"\nTriton {triton_version()}. ", end="")
     print("stack: bytes per thread in memory, 0 where no register spills. N and D are arguments:")
     print("a line of gram serves all N of its panels and all D, one of unit all D up to its tile.")
     return rows
-
-
-def launches(archs):
-    """Yield (arch, kernel, tokens, operands, constants, options) of all that "auto" can choose."""
-    from kernels import gram
-
-    pairs = ("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "bf16"), ("fp32", "fp32"), ("fp32", "tf32")
-    for arch, (tokens, operands) in itertools.product(archs, pairs):
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(operands, torch.float32)
-        seen = []
-        for n in (20, 64, 128, 196, 256, 4096):
-            launch = gram.tiles_for((arch // 10, 0), dtype, n, operands == "tf32")
-            if launch not in seen:
-                seen.append(launch)
-                for want_grad in (True, False):
-                    constants = {**launch[0], "WANT_GRAD": want_grad}
-                    yield arch, "gram", tokens, operands, constants, launch[1]
-        for width in (256, 512, 1024, 2048) if operands != "tf32" else ():  # D of 192 to 1280
-            constants = {"G": 4, "WIDTH": width, "ROWS": 2048 // width}
-            yield arch, "unit", tokens, operands, constants, gram.UNIT_OPTIONS
-
-
-def compiled(arch, kernel, tokens, operands, constants, options):
-    """Compile a kernel for an architecture and read the resources off the result."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from kernels import gram
-
-    function = {"gram": gram.gram_kernel, "unit": gram.unit_kernel}[kernel]
-    held = "fp32" if operands == "tf32" else operands
-    types = dict.fromkeys(("inverse", "loss", "scratch"), "*fp32")
-    types |= dict.fromkeys(("student", "teacher", "grad"), f"*{tokens}")
-    types |= dict.fromkeys(("u", "s", "u_i", "s_i", "u_j", "s_j"), f"*{held}")
-    if constants.get("TMA"):
-        for name, rows in itertools.product("us", "ij"):
-            block = f"{constants['BM' if rows == 'i' else 'BN']}, {constants['BK']}"
-            types[f"{name}_{rows}"] = f"tensordesc<{held}[{block}]>"
-    # as a launch has it: channels adjacent, torch's tensors aligned, D a multiple of 16
-    constants = {**constants, "s_channel": 1, "t_channel": 1} if kernel == "unit" else constants
-    types |= dict.fromkeys(constants, "constexpr")
-    signature = {name: types.get(name, "i32") for name in function.arg_names}
-    aligned = "width", "t_width", "pad", "s_image", "s_token", "t_image", "t_token"
-    attributes = {
-        (place,): [["tt.divisibility", 16]]
-        for place, (name, kind) in enumerate(signature.items())
-        if kind[0] == "*" or name in aligned
-    }
-    source = ASTSource(function, signature, constants, attributes)
-    result = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(result.asm["cubin"])
-        command = [tools / "cuobjdump", "-res-usage", cubin]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    tiles = ("BM", "BN", "BK") if kernel == "gram" else ("ROWS", "WIDTH")
-    units = {"wgmma.mma_async": "wgmma", "tcgen05.mma": "tcgen05", "mma.sync": "mma"}
-    return {
-        "arch": arch,
-        "kernel": kernel,
-        "tokens": tokens,
-        "operands": operands,
-        "tiles": " ".join(str(constants[key]) for key in tiles),
-        "gradient": {True: "yes", False: "no"}.get(constants.get("WANT_GRAD"), "-"),
-        "panels": {True: "one", False: "many"}.get(constants.get("ONE_PANEL"), "-"),
-        "warps": result.metadata.num_warps,
-        "stages": result.metadata.num_stages,
-        "shared_kb": round(result.metadata.shared / 1024, 1),
-        "shared_limit_kb": SHARED_LIMIT[arch],
-        "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
-        "stack": int(re.search(r"STACK:(\d+)", usage).group(1)),
-        "unit": next((unit for op, unit in units.items() if op in result.asm["ptx"]), "-"),
-    }
 
 
 # ---- step
@@ -492,13 +468,23 @@ def bench_objective(args, name, paired, device, world, rank):
 
 
 def exhaust(parts):
-    for _, loss in parts:
-        pass
+    *_, (_, loss) = parts
     return loss
+
+
+def set_malloc(form):
+    """Of ours as train.py sets it; of the textbook's what glibc has come to by itself."""
+    if form == "ours":
+        keep_pages()
+    elif platform.libc_ver()[0] == "glibc":
+        for option, value in ((-4, 65536), (-3, 2**25), (-1, 2**26)):
+            ctypes.CDLL(None).mallopt(option, value)
 
 
 def time_parts(row, device):
     """Take a step and add its seconds, on the clock and of the CPU, and those of its parts."""
+    if device.type == "cpu":
+        set_malloc(row["form"])
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
     start = last = time.perf_counter()
@@ -566,7 +552,9 @@ class Ours:
 
     def step(self, images, masks, hr=None, momentum=0.996):
         objective, low = self.objective, self.precision != torch.float32
-        with torch.autocast(images.device.type, self.precision) if low else nullcontext():
+        with (
+            torch.autocast(images.device.type, self.precision) if low else contextlib.nullcontext()
+        ):
             loss, tokens, index = self.model(images, masks)
             yield "objective", loss
             if hr is not None:

@@ -18,6 +18,7 @@ import functools
 import hashlib
 import inspect
 import json
+import math
 import os
 import shlex
 import sys
@@ -358,41 +359,56 @@ def resample(images, windows, size):
     """
     windows = torch.as_tensor(windows)
     rows, cols = (
-        [tap.to(images.device) for tap in _taps(windows[:, k], windows[:, 2 + k], size[k])]
+        moved(_taps(windows[:, k], windows[:, 2 + k], size[k]), lambda x: x.to(images.device))
         for k in (0, 1)
     )
     return _resample(images, rows, cols)
 
 
 def _taps(start, length, size):
-    """Where the output pixels of one axis lie among the input's: (base, rest, reach), float32.
+    """Where the output pixels of one axis lie among the input's: (base, rest, reach, band).
 
-    start, length: (B,) pixels. base + rest: (B, size) centres; base is whole and rest in 0..1, so
-    that float32 loses nothing far from the origin, and devices without float64 can go on from here.
-    reach: (B,) how much wider the kernel is than in an enlargement.
+    start, length: (B,) pixels. base + rest: (B, size) float32 centres; base is whole and rest in
+    0..1, so that float32 loses nothing far from the origin, and devices without float64 can go on
+    from here. reach: (B,) float32, how much wider the kernel is than in an enlargement. band: int,
+    no pixel further than that from `base` has a weight.
     """
     step = length / size
     centre = start[:, None] + (torch.arange(size, device=step.device) + 0.5) * step[:, None]
     base = centre.floor()
-    return base.float(), (centre - base).float(), step.clamp(min=1).float()
+    reach = step.clamp(min=1).float()
+    band = math.ceil(2 * reach.max()) + 1 if len(reach) else 0
+    return base.float(), (centre - base).float(), reach, band
 
 
-def _cubic_weights(taps, pixels):
-    """(B, size, pixels) float32 weights of the pixels of one axis."""
-    base, rest, reach = taps
-    pixel = torch.arange(pixels, device=base.device) + 0.5
-    x = ((pixel - base[..., None] - rest[..., None]) / reach[:, None, None]).abs()
+def _cubic_weights(taps, pixels, part):
+    """(B, size, pixels) float32 weights of the pixels of one axis, of a part of the images. They
+    are worked out within the band, which is all that is not 0."""
+    base, rest, reach = (tap[part] for tap in taps[:3])
+    offset = torch.arange(-taps[3], taps[3] + 1, device=base.device)
+    x = ((offset + 0.5 - rest[..., None]) / reach[:, None, None]).abs()
     near = (1.5 * x - 2.5) * x**2 + 1
     far = ((2.5 - 0.5 * x) * x - 4) * x + 2
-    weights = torch.where(x < 1, near, torch.where(x < 2, far, 0))
-    return weights / weights.sum(-1, keepdim=True)
+    pixel = base[..., None].long() + offset
+    inside = (pixel >= 0) & (pixel < pixels)
+    weights = torch.where(x < 1, near, torch.where(x < 2, far, 0)) * inside
+    weights = weights / weights.sum(-1, keepdim=True)
+    dense = weights.new_zeros(*base.shape, pixels)
+    return dense.scatter_add_(-1, pixel.clamp(0, pixels - 1), weights)
 
 
 def _resample(images, rows, cols):
-    rows, cols = _cubic_weights(rows, images.shape[2]), _cubic_weights(cols, images.shape[3])
+    # on a CPU so many at a time stay in its cache
+    group = 8 if images.device.type == "cpu" else max(len(images), 1)
+    out = []
     with torch.autocast(images.device.type, enabled=False):  # 16 bits would round the reflectances
-        out = torch.einsum("bchw,btw->bcht", images.float(), cols)
-        return torch.einsum("bsh,bcht->bcst", rows, out)
+        for first in range(0, max(len(images), 1), group):
+            part = slice(first, first + group)
+            row_weights = _cubic_weights(rows, images.shape[2], part)
+            col_weights = _cubic_weights(cols, images.shape[3], part)
+            wide = torch.einsum("bchw,btw->bcht", images[part].float(), col_weights)
+            out.append(torch.einsum("bsh,bcht->bcst", row_weights, wide))
+    return torch.cat(out)
 
 
 # ---- from chips to crops: what a step needs is read and worked out on the CPU, as tensors that

@@ -2,6 +2,7 @@
 
 import base64
 import json
+from contextlib import contextmanager
 
 import torch
 from einops import rearrange
@@ -42,6 +43,17 @@ def token_colours(tokens, grid):
     low, high = torch.quantile(x, torch.tensor([0.02, 0.98], dtype=x.dtype), dim=0)
     colours = ((x - low) / (high - low).clamp_min(1e-9)).clamp(0, 1)
     return colours.view(len(tokens), *grid, 3)
+
+
+@contextmanager
+def optional(path):
+    """Whatever fails within, while a picture is drawn, is a warning: results do not hang on it."""
+    try:
+        yield
+    except Exception as error:  # whatever it trips over
+        missing = error.name if isinstance(error, ImportError) else None
+        reason = f" without {missing}" if missing else f": {error!r}"
+        print(f"{path.parent}: warning: no {path.name}{reason}")
 
 
 def save_figure(figure, path):

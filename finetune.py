@@ -24,6 +24,7 @@ import hashlib
 import json
 import math
 import platform
+import shlex
 import time
 from datetime import datetime, timedelta
 from functools import partial
@@ -213,7 +214,11 @@ def parse_args(argv=None):
          "else float16; float32 on the CPU)")
     flag("--compile", action=argparse.BooleanOptionalAction, default=False,
          help="torch.compile the encoder (default no)")
-    args = parser.parse_args(argv)
+    return checked(parser, parser.parse_args(argv))
+
+
+def checked(parser, args):
+    """The args, completed; the parser says which do not go together."""
     changed = {name for name, value in vars(args).items() if value != parser.get_default(name)}
 
     def refuse(names, reason):
@@ -221,8 +226,11 @@ def parse_args(argv=None):
             if name in changed:
                 parser.error(f"--{name.replace('_', '-')} {reason}")
 
+    for name in ("dates", "pastis_classes"):
+        takes = [k for k, v in sets("TASKS").items() if name in signature(v.open).parameters]
+        if args.task not in takes:
+            refuse([name], f"is not for --task {args.task}, but --task {' or '.join(takes)}")
     if args.task == "geotiff":
-        refuse(["dates", "pastis_classes"], "is for a set of time series, such as --task pastis")
         if args.root:
             refuse(["images", "masks", "labels_file"],
                    "and --root both say where the task is; keep one")
@@ -242,9 +250,6 @@ def parse_args(argv=None):
         if args.root is None:
             parser.error(f"--task {args.task} needs --root, the folder of the set as published; "
                          "--list-tasks says where to get it")
-        for name in ("dates", "pastis_classes"):
-            if name not in signature(sets("TASKS")[args.task].open).parameters:
-                refuse([name], f"is not for --task {args.task}, but for such as --task pastis")
         if args.bands and isinstance(args.bands[0], int):
             parser.error(f"--bands of --task {args.task} are names (see --list-tasks)")
     if args.protocol in PROBES:
@@ -320,7 +325,8 @@ def check_encoder(encoder, name, task, image_size):
             order = [str(places[found.index(band)]) for band in meant] if own else wanted
             raise ValueError(
                 f"--encoder {name} reads the bands {','.join(wanted)}, but those of {path} come as "
-                f"{','.join(names[place] for place in places)}; pass --bands {','.join(order)}"
+                f"{','.join(names[place] for place in places)}; pass --bands "
+                + shlex.quote(",".join(order))
             )
     patch = encoder.patch_size
     if image_size % patch:
@@ -701,7 +707,8 @@ def evaluate(args, ranks):
         if model and (args.out / model).is_file():
             print(
                 f"model of the best seed: {args.out / model}; a map with it:\n"
-                f"    python predict.py --model {args.out / model} scene.tif map.tif"
+                "    python predict.py --model "
+                f"{shlex.quote(str(args.out / model))} scene.tif map.tif"
             )
 
 

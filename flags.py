@@ -22,7 +22,7 @@ from run import Formatter, Parser, between, positive, read_config, whole
 FREE_ON_RESUME = {
     "out", "resume", "override", "fresh", "config", "trial", "device", "device_batch", "compile",
     "checkpoint_activations", "log_every", "save_every", "stop_at", "probe_task", "probe_every",
-    "plot", "store",  # a moved store is the same: `chips` tells others
+    "plot", "profile", "store",  # a moved store is the same: `chips` tells others
 }  # fmt: skip
 
 # Flags of the affinity, which variants without one refuse
@@ -177,6 +177,8 @@ def build_parser(variants):
     g.add_argument("--checkpoint-activations", action=on_off, default=False, help="compute the "
                    "student's blocks again in the backward pass: the same losses in less memory, "
                    "a third slower")
+    g.add_argument("--profile", type=positive, metavar="STEPS", help="record so many steps, after "
+                   "two, in OUT/trace-START.json, which ui.perfetto.dev shows")
     g.add_argument("--log-every", type=positive, default=50, help="steps between log lines")
     g.add_argument("--save-every", type=positive, default=1000, help="steps between checkpoints")
     return p

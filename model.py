@@ -233,9 +233,11 @@ class Predictor(nn.Module):
         asked = self.mask_token + position[target.flatten(0, 1)]
         # each target block is predicted by itself: blocks become images
         x = torch.cat([repeat(seen, "b k d -> (b m) k d", m=blocks), asked], dim=1)
-        for block in self.blocks:
+        *before, last = self.blocks
+        for block in before:
             x = block(x)
-        return rearrange(self.proj(self.norm(x[:, -length:])), "(b m) t d -> b m t d", m=blocks)
+        x = last(x, length)  # nobody reads the context after it
+        return rearrange(self.proj(self.norm(x)), "(b m) t d -> b m t d", m=blocks)
 
 
 class IJEPA(Objective):
@@ -628,9 +630,11 @@ class MAE(Objective):
         position = position_table(self.student.grid(images), width, "ijepa", device=images.device)
         seen, asked = self.embed(tokens) + position[context], self.mask_token + position[target]
         x = torch.cat([seen, asked], dim=1)
-        for block in self.blocks:
+        *before, last = self.blocks
+        for block in before:
             x = block(x)
-        predicted = self.proj(self.norm(x[:, -target.shape[1] :]))
+        x = last(x, target.shape[1])  # nobody reads the context after it
+        predicted = self.proj(self.norm(x))
         loss = F.mse_loss(predicted.float(), self.target_tokens(images, masks))
         return loss, tokens, context
 

@@ -35,7 +35,7 @@ from datasets.images import (
     scaling_of,
     to_unit,
 )
-from figures import class_colours, composite, paint, save_figure
+from figures import class_colours, composite, optional, paint, save_figure
 from imagery import raster
 from imagery.bands import meanings, positions
 from model import ViT
@@ -478,7 +478,8 @@ def map_scene(source, model, change, mean, std, picture, paths, args):
             write_bytes(paths["features"], rows, *layouts["features"])
     if "png" in paths:
         ids = np.concatenate(preview)
-        draw_map(paths["png"], about.path.name, picture, model.meta, ids, colours, counts)
+        with optional(paths["png"]):
+            draw_map(paths["png"], about.path.name, picture, model.meta, ids, colours, counts)
 
     seconds, known = time.perf_counter() - start, max(1, counts[:NO_CLASS].sum())
     line = f"{next(iter(paths.values()))}: {size[0]} x {size[1]} px in {seconds:.1f} s "
@@ -581,7 +582,7 @@ def run(args):
     for scene, files in scenes.items():
         about = header(scene, files)
         bands, how = choose_bands(about, model, args.bands)
-        sources[scene] = open_image(scene, files, bands)
+        sources[scene] = open_image(about, files, bands)
         shown = ",".join(about.band_names[b] if files else str(b) for b in bands)
         print(f"{scene}: bands {shown} ({how})")
         warn(gsd_warning(sources[scene].info, model))

@@ -323,13 +323,15 @@ def draw(out, task, cells):
         logs = {row: [log_of(out / "runs" / facts["run"]) for facts in rows[row].values()]
                 for row in sorted(rows, key=order_of)
                 if row not in ("untrained", "pixels") and " --" not in row}  # fmt: skip
-        figures.draw_curves(out / f"curves_{objective}.png", logs)
+        with figures.optional(curves := out / f"curves_{objective}.png"):
+            figures.draw_curves(curves, logs)
         scores = scores_of({row: rows[row] for row in sorted(rows, key=order_of)})
         if "untrained" in scores:
             zero = np.mean([*scores["untrained"].values()])
             lines = {row: values for row, values in scores.items() if " --" not in row}
-            figures.draw_scores(out / f"scores_{objective}.png", lines, zero)
-            figures.draw_gains(out / f"gains_{objective}.png", *gains(scores))
+            with figures.optional(out / f"scores_{objective}.png"):
+                figures.draw_scores(out / f"scores_{objective}.png", lines, zero)
+                figures.draw_gains(out / f"gains_{objective}.png", *gains(scores))
         if {"untrained", "mr", "sa", "hr"} <= {row for row in rows if 0 in rows[row]}:
             draw_scene(out, objective, rows, f"scene_{sum(task) - 1:03d}.tif")
 

@@ -79,7 +79,7 @@ def latentmim(self, teacher, images, masks):
     )
     seen, asked, memory = position[context], position[target], head.embed(tokens)
     near = torch.softmax(asked @ seen.mT / math.sqrt(seen.shape[-1]), dim=-1)
-    x = head.mask_token + near @ memory[:, 1:] + asked
+    x = head.mask_token + near @ memory[:, 1:].to(near.dtype) + asked
     x = torch.cat([head.cls_token.expand(len(x), -1, -1), x], dim=1)
     memory = torch.cat([memory[:, :1], memory[:, 1:] + seen], dim=1)
     for block in head.blocks:

@@ -29,6 +29,7 @@ from affinity import SpatialAffinity, gram_loss, token_mse
 from data import (
     choose_bands,
     draw_crops,
+    moved,
     next_pairs,
     open_chips,
     read_crops,
@@ -37,7 +38,8 @@ from data import (
     sample_order,
     stream,
 )
-from figures import draw_curves, draw_tokens
+from figures import draw_curves, draw_tokens, optional
+from files import write_atomic
 from flags import FREE_ON_RESUME, draw_trial
 from imagery.bands import meanings
 from model import OBJECTIVES, Plan, draw_rectangle, ema_update, regularise, vit
@@ -335,8 +337,7 @@ def draw_picture(args, chips, objective, teacher, device):
 
     def images(sensor, side, statistics=None):
         parts = read_crops([store], ids, sensor, whole, side, statistics)
-        return render([{k: v.to(device) if torch.is_tensor(v) else [t.to(device) for t in v]
-                        for k, v in part.items()} for part in parts])  # fmt: skip
+        return render(moved(parts, lambda x: x.to(device)))
 
     mr = images(variant.student, grid[0] * encoder.patch_size)
     hr = hr_tokens = None
@@ -435,6 +436,7 @@ def main(args):
     seen = chips.bands[variant.teacher or "hr"]
     ready = partial(prepare, args, chips, objective, teacher, ranks, device_batch)
     stops, stopping = Stop(ranks), False
+    watch = profiler(args, start) if args.profile and ranks.rank == 0 else None
 
     # The loop. `stream` reads the next step's chips and draws its masks while this one computes.
     for step, parts in zip(range(start, stop), stream(ready, start, stop, device), strict=True):
@@ -492,6 +494,8 @@ def main(args):
             entry |= health(*sums) | {"grad_norm": float(norm)} | rates._asdict()
             # rank 0 probes while the others wait in the next step's reduction
             run.log(step, entry, args.global_batch, probe if probes else None)
+        if watch:
+            watch.step()
         stopping = run.hear(stops, now=run.saves(step))
         if run.in_a_row >= min(PATIENCE, stop - start):
             raise ValueError(fault(args, chips, run.heard - 1, run.in_a_row, losses, rates.lr))
@@ -511,9 +515,25 @@ def main(args):
             stop = step + 1
             break
 
+    if watch:
+        watch.stop()
     if ranks.rank == 0:
         run.close(stopping and stop < total)
         leave(args, chips, objective, teacher, device, stop, start, total)
+
+
+def profiler(args, start):
+    """Record --profile steps, after two, for https://ui.perfetto.dev; to be told of each step."""
+    path = args.out / f"trace-{start}.json"
+
+    def write(profile):
+        write_atomic(path, lambda part: profile.export_chrome_trace(str(part)))
+        print(f"{path}: open it in https://ui.perfetto.dev", flush=True)
+
+    steps = torch.profiler.schedule(wait=1, warmup=1, active=args.profile, repeat=1)
+    watch = torch.profiler.profile(schedule=steps, on_trace_ready=write)
+    watch.start()
+    return watch
 
 
 def enter(args, ranks, config, objective, optimizer, scaler):
@@ -584,13 +604,10 @@ def leave(args, chips, objective, teacher, device, done, start, total):
     picture, checkpoint = args.out / "tokens.png", args.out / "ckpt.pt"
     if picture.is_file() and picture.stat().st_mtime >= checkpoint.stat().st_mtime:
         return
-    try:
+    with optional(picture):
         draw_picture(args, chips, objective, teacher, device)
-        print(f"{args.out}: encoder.safetensors to share, tokens.png to look at")
-    except Exception as error:  # a picture, whatever it trips over, is no reason to fail
-        missing = error.name if isinstance(error, ImportError) else None
-        reason = f" without {missing}" if missing else f": {error!r}"
-        print(f"{args.out}: encoder.safetensors to share; warning: no tokens.png{reason}")
+    look = ", tokens.png to look at" if picture.is_file() else ""
+    print(f"{args.out}: encoder.safetensors to share{look}")
 
 
 def fault(args, chips, step, count, losses, lr):

@@ -54,7 +54,7 @@ def position_table(grid, dim, kind, spacing=1.0, device="cpu"):
 
 def take(tokens, index):
     """Tokens (B, N, D) at index (B, K) int64 -> (B, K, D)."""
-    return torch.take_along_dim(tokens, index[:, :, None], dim=1)
+    return tokens.gather(1, index[:, :, None].expand(-1, -1, tokens.shape[2]))
 
 
 def take_patches(images, patch, gap, offset):
@@ -75,14 +75,12 @@ def take_patches(images, patch, gap, offset):
             f"resize to {rows * cell} x {cols * cell}"
         )
     device = images.device
-    pixel = torch.arange(patch, device=device)
     top = torch.arange(rows, device=device)[:, None] * cell + offset[..., 0]  # (B, rows, cols)
     left = torch.arange(cols, device=device) * cell + offset[..., 1]
-    y = (top[..., None] + pixel)[..., :, None]  # (B, rows, cols, patch, 1)
-    x = (left[..., None] + pixel)[..., None, :]
-    image = torch.arange(b, device=device).view(-1, 1, 1, 1, 1)
-    patches = images[image, :, y, x]  # (B, rows, cols, patch, patch, C)
-    return rearrange(patches, "b i j p q c -> b c (i p) (j q)")
+    image = torch.arange(b, device=device)[:, None, None]
+    windows = images.unfold(2, patch, 1).unfold(3, patch, 1)  # a view: a patch at every pixel
+    patches = windows[image, :, top, left]  # (B, rows, cols, C, patch, patch)
+    return rearrange(patches, "b i j c p q -> b c (i p) (j q)")
 
 
 # ---- the vision transformer -------------------------------------------------------------------
@@ -113,6 +111,15 @@ def check_heads(dim, heads):
     return heads
 
 
+def lean(function, x):
+    """function(x), a linear map of something cheap, which is computed again in the backward pass
+    instead of kept. The map is not: recomputation ends where all that the gradient needs is there.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # a compiler decides itself
+        return function(x)
+    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
+
+
 class Attention(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
@@ -120,8 +127,15 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x):
-        q, k, v = rearrange(self.qkv(x), "b n (t h d) -> t b h n d", t=3, h=self.heads)
+    def forward(self, x, last=0):
+        """Tokens (B, N, D), each attending to all -> (B, N, D), or the `last` of them alone."""
+        if last:
+            parts = [p.tensor_split([x.shape[2]]) for p in (self.qkv.weight, self.qkv.bias)]
+            of_query, of_rest = zip(*parts, strict=True)
+            q = rearrange(F.linear(x[:, -last:], *of_query), "b n (h d) -> b h n d", h=self.heads)
+            k, v = rearrange(F.linear(x, *of_rest), "b n (t h d) -> t b h n d", t=2, h=self.heads)
+        else:
+            q, k, v = rearrange(self.qkv(x), "b n (t h d) -> t b h n d", t=3, h=self.heads)
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(rearrange(x, "b h n d -> b n (h d)"))
 
@@ -148,7 +162,8 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
+        # a quarter of what a block would keep for its backward pass is the GELU of this
+        return lean(lambda hidden: self.fc2(F.gelu(hidden)), self.fc1(x))
 
 
 class Block(nn.Module):
@@ -159,8 +174,9 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x):
-        x = x + self.attn(self.norm1(x))
+    def forward(self, x, last=0):
+        """Tokens (B, N, D) -> (B, N, D), or the `last` of them alone, all that the caller reads."""
+        x = x[:, -last:] + self.attn(self.norm1(x), last)
         return x + self.mlp(self.norm2(x))
 
 

@@ -17,12 +17,14 @@ import importlib
 import io
 import json
 import logging
+import math
 import os
 import pickle
 import pkgutil
 import re
 import struct
 import threading
+import tokenize
 import xml.etree.ElementTree as ET
 import zipfile
 import zlib
@@ -45,6 +47,7 @@ logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it logs of a fi
 HEADERS = threading.Lock()  # of numpy's files; read_numpy says why
 GDAL_METADATA, GDAL_NODATA = 42112, 42113  # tags
 COMPRESSED = 2**17  # pixels shrink to no less than 1 in this, whatever the codec
+MOST = 2**30  # bytes of pixels that are read at once
 
 SPLITS = ("train", "val", "test")
 SPLIT_NAMES = {name: name for name in SPLITS} | {"valid": "val", "validation": "val"}
@@ -370,8 +373,9 @@ def whole(path, kind):
     try:
         yield
     except (
-        ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError,
-        ValueError, csv.Error, pickle.UnpicklingError, struct.error, zipfile.BadZipFile, zlib.error,
+        ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError,
+        OSError, RuntimeError, SyntaxError, TypeError, ValueError, csv.Error,
+        pickle.UnpicklingError, struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error,
     ) as error:  # fmt: skip
         if str(error).startswith(f"{path}: "):
             raise
@@ -393,6 +397,16 @@ def check_array(array, shape):
     return array
 
 
+def check_claim(path, claimed, parts=1):
+    """Raise ValueError where a file claims to hold more bytes than it can, or more in one of the
+    `parts` that it is read by than memory is to hold: before any are asked for."""
+    size = Path(path).stat().st_size
+    if claimed > COMPRESSED * size:
+        raise ValueError(f"pixels of {claimed} bytes in a file of {size}")
+    if claimed > MOST * parts:
+        raise ValueError(f"{claimed // parts} bytes of pixels at once, at most {MOST} are read")
+
+
 def read_numpy(path, shape):
     """The array of a .npy file, mapped, so that only what is taken of it is read; of a .npz file
     that which is called arr_0. shape: as of `check_array`."""
@@ -403,6 +417,11 @@ def read_numpy(path, shape):
         if path.suffix == ".npy":
             return check_array(file, shape)
         with file:
+            with file.zip.open("arr_0.npy") as member:
+                one = np.lib.format.read_magic(member) == (1, 0)
+                header = "read_array_header_1_0" if one else "read_array_header_2_0"
+                claimed, _, dtype = getattr(np.lib.format, header)(member)
+            check_claim(path, math.prod(claimed) * dtype.itemsize)
             return check_array(file["arr_0"], shape)
 
 
@@ -411,6 +430,9 @@ def open_hdf5(path):
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
     with whole(path, "HDF5"), h5py.File(path, "r") as file:
+        for held in file.values():
+            if isinstance(held, h5py.Dataset) and held.shape:  # of many images some are read
+                check_claim(path, held.nbytes, held.shape[0] if held.ndim == 4 else 1)
         yield file
 
 
@@ -430,8 +452,7 @@ def open_tiff(path):
         end = max(np.add(page.dataoffsets, page.databytecounts).max() for page in pages)
         if end > size:  # whatever the codec makes of what is cut off
             raise ValueError(f"pixels up to byte {end}, it ends at {size}")
-        if first.nbytes > COMPRESSED * size:  # would ask for all the memory there is
-            raise ValueError(f"pixels of shape {first.shape} in {size} bytes")
+        check_claim(path, sum(page.nbytes for page in pages))
         yield pages, describe(Path(path), first, first.samplesperpixel * len(pages))
 
 
@@ -516,22 +537,22 @@ def unit(name, opens, *about):
     return Unit(name, functools.partial(opens, *about), digest(about))
 
 
-def tiff_units(places, mr_orders, hr_orders=None):
-    """Units of GeoTIFFs of B, G, R, NIR. places: (name, [(mr path, hr path, mr date, hr date)],
+def tiff_units(places, mr_orders, hr_orders=None, bands=BGRN):
+    """Units of GeoTIFFs of these bands. places: (name, [(mr path, hr path, mr date, hr date)],
     split, site); orders: number of bands -> their positions, in files that do not name them."""
-    orders = mr_orders, hr_orders or mr_orders
-    return [unit(name, open_tiffs, files, *orders, *more) for name, files, *more in places]
+    about = mr_orders, hr_orders or mr_orders, bands
+    return [unit(name, open_tiffs, files, *about, *more) for name, files, *more in places]
 
 
 def digest(about):
     return hashlib.sha256(repr(about).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
-def open_tiffs(files, mr_orders, hr_orders, split, site):
+def open_tiffs(files, mr_orders, hr_orders, bands, split, site):
     """Yield the Pair of each of the files of `tiff_units`."""
     for mr_path, hr_path, mr_date, hr_date in files:
-        mr = tiff_source(Path(mr_path), mr_orders, mr_date)
-        hr = tiff_source(Path(hr_path), hr_orders, hr_date)
+        mr = tiff_source(Path(mr_path), mr_orders, bands, mr_date)
+        hr = tiff_source(Path(hr_path), hr_orders, bands, hr_date)
         # publishers cut both to the same ground; a georeference that only one has, or another CRS,
         # cannot say it better
         if not (mr.info.transform and hr.info.transform and mr.info.crs == hr.info.crs):
@@ -539,16 +560,16 @@ def open_tiffs(files, mr_orders, hr_orders, split, site):
         yield Pair(mr, [hr], split, site)
 
 
-def tiff_source(path, orders, date):
-    """A Source of B, G, R, NIR, by the names in the file, else by orders: bands -> positions."""
+def tiff_source(path, orders, names, date):
+    """A Source of the named bands, by the names in the file, else by orders: bands -> positions."""
     with open_tiff(path) as (_, info):
         pass
-    bands = positions(BGRN, info.band_names, sentinel=True)  # sets without it write no B2
+    bands = positions(names, info.band_names, sentinel=True)  # sets without it write no B2
     if min(bands) < 0:
         bands = orders.get(info.bands)
     if bands is None:
         raise ValueError(
-            f"{path}: {info.bands} bands without the names B, G, R, NIR, "
+            f"{path}: {info.bands} bands without the names {', '.join(names)}, "
             f"{' or '.join(map(str, orders))} expected; pack it with --format geotiff, --mr-bands"
         )
     return Source(info, bands, info.nodata, functools.partial(read_tiff, path), date)

@@ -144,7 +144,7 @@ def open_sources(sensor, images, hidden, wanted, names, nodata, masks):
                 f"{path}: {flag} {','.join(wanted)} asked for, the file has {count} bands "
                 f"({','.join(has) if any(has) else 'without names'}); use indices from 0"
             )
-        source = open_image(path, files, bands, nodata, hides)
+        source = open_image(info, files, bands, nodata, hides)
         info = source.info
         names = names or [has[b] if has else str(b) for b in bands]
         if len(bands) != len(names):
@@ -156,12 +156,13 @@ def open_sources(sensor, images, hidden, wanted, names, nodata, masks):
         if info.dtype.kind == "c":
             raise ValueError(
                 f"{path}: complex pixels ({info.dtype}); convert them to amplitudes, such as with "
-                "gdal_calc.py --calc 'abs(A)'"
+                f"gdal_calc.py -A {shlex.quote(str(path))} --calc 'abs(A)' --outfile OUT.tif"
             )
         if sources and info.dtype != sources[0].info.dtype:
             raise ValueError(
                 f"{path}: {info.dtype}, but {sources[0].info.path} is {sources[0].info.dtype}; "
-                "convert one with gdal_translate -ot, or pack them apart"
+                f"pack them apart, or convert one: gdal_translate -ot {gdal_type(sources[0])} "
+                f"{shlex.quote(str(path))} OUT.tif"
             )
         sources.append(source)
     return one_unit(sources, flag), names
@@ -182,6 +183,13 @@ def common_bands(heads, usual, flag):
     return chosen or None
 
 
+def gdal_type(source):
+    """What gdal_translate -ot calls the pixels of a Source."""
+    names = {"i": "Int", "u": "UInt", "f": "Float"}
+    kind, size = source.info.dtype.kind, 8 * source.info.dtype.itemsize
+    return "Byte" if (kind, size) == ("u", 8) else f"{names[kind]}{size}"
+
+
 def one_unit(sources, flag):
     """Sources whose pixels mean the same: where files differ in their scale and offset, the first's
     are what the others are brought to."""
@@ -194,7 +202,8 @@ def one_unit(sources, flag):
             own, one = scaling_of(s), scaling_of(first)
             raise ValueError(
                 f"{s.info.path}: its scale and offset are {own[0]}, those of {first.info.path} "
-                f"{one[0]}; bring them to one with gdal_translate -unscale, or pack them apart"
+                f"{one[0]}; pack them apart, or unscale each: gdal_translate -unscale -ot Float32 "
+                f"{shlex.quote(str(s.info.path))} OUT.tif"
             )
         made.append(s._replace(offset=round(float(shift[0]), 6)))
     moved = sum(s.offset != old.offset for s, old in zip(made, sources, strict=True))
@@ -294,8 +303,9 @@ def pair_up(mr_sources, hr_sources, mr, hr, warp, max_days=None):
     elif len(placed) < len(everyone):
         bare = next(s.info for s in everyone if s.info.transform is None)
         raise ValueError(
-            f"{bare.path}: no georeference, but {placed[0].path} has one; add it with "
-            "gdal_translate -a_srs -a_ullr, or pack them apart"
+            f"{bare.path}: no georeference, but {placed[0].path} has one; pack them apart, or add "
+            "it: gdal_translate -a_srs EPSG:CODE -a_ullr LEFT TOP RIGHT BOTTOM "
+            f"{shlex.quote(str(bare.path))} OUT.tif"
         )
     else:
         pairs, gaps = by_ground(mr_sources, hr_sources, warp)

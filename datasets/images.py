@@ -199,13 +199,14 @@ def usual_bands(info, files=None, masks=()):
     return list(range(info.bands))
 
 
-def open_image(path, files=None, bands=None, nodata=None, masks=()):
-    """The Source of some bands of an image. bands: positions among those of `header`, None for
-    `usual_bands`. nodata: for files that declare none. masks: [(file, band, Mask)], `find_masks`.
+def open_image(info, files=None, bands=None, nodata=None, masks=()):
+    """The Source of some bands of an image. info: its `header`. bands: positions among those, None
+    for `usual_bands`. nodata: for files that declare none. masks: [(file, band, Mask)] of
+    `find_masks`.
 
     Raises ValueError where the files of a scene do not fit each other.
     """
-    info = header(path, files)
+    path = info.path
     bands = usual_bands(info, files) if bands is None else bands
     offset = 0
     if files:  # only the chosen are opened: the others may have another pixel size

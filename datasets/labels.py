@@ -23,8 +23,7 @@ UNNAMED_CLASSES = 256  # without a class file, an id beyond this is a fill value
 WITH_FIONA = (".gpkg", ".shp")
 
 # path: of the file. crs: text. shapes: [(GeoJSON geometry, class id)]. boxes: (n, 4) their bounds
-# in the crs: left, bottom, right, top. classes: names in the order of the ids, None where the field
-# holds whole numbers, which are the ids.
+# in the crs: left, bottom, right, top. classes: names in the order of the ids.
 Polygons = namedtuple("Polygons", "path crs shapes boxes classes")
 
 
@@ -65,7 +64,7 @@ def open_of_task(path, files, bands):
             f"{path}: --bands {','.join(map(str, bands))} asks for more than its {about.bands} "
             f"bands; use positions 0 to {about.bands - 1}"
         )
-    source = open_image(path, files, None if bands is None else list(bands))
+    source = open_image(about, files, None if bands is None else list(bands))
     return source, source.info if files else about  # of a scene only the chosen are opened
 
 
@@ -261,12 +260,12 @@ def read_classes(path):
 # polygons
 
 
-def read_polygons(path, field, classes=None):
+def read_polygons(path, field, classes=None, ignored=()):
     """The polygons of a file with the class that a field tells -> Polygons.
 
-    A field of text holds the names of classes, which are those of `classes` or, without it, all
-    that occur, sorted; one of whole numbers holds ids. Features without a value have no label.
-    Raises FileNotFoundError, or ValueError in one sentence.
+    A field of text holds names of classes, one of whole numbers their ids in `classes`; without
+    `classes` all values that occur, sorted, are the classes. Features whose value is none or one of
+    `ignored` have no label. Raises FileNotFoundError, or ValueError in one sentence.
     """
     path = Path(path)
     if not path.is_file():
@@ -281,25 +280,29 @@ def read_polygons(path, field, classes=None):
                 f"{', '.join(fields[:10]) or 'nothing, as there are none'}"
             )
         values = [f["properties"].get(field) for f in drawn]
-        labelled = [(f["geometry"], v) for f, v in zip(drawn, values, strict=True) if v is not None]
+        labelled = [
+            (f["geometry"], value)
+            for f, value in zip(drawn, values, strict=True)
+            if value is not None and value not in ignored
+        ]
         boxes = [rasterio.features.bounds(geometry) for geometry, _ in labelled]
-    names = None
-    if any(isinstance(value, str) for _, value in labelled):
-        names = tuple(classes or sorted({str(value) for _, value in labelled}))
-        if alien := sorted({str(v) for _, v in labelled} - {*names}):
-            raise ValueError(
-                f"{path}: {field} holds {alien[0]}, which --classes does not name "
-                f"({', '.join(names[:10])}); add a line for it"
-            )
-    shapes = []
-    for geometry, value in labelled:
-        number = names.index(str(value)) if names else value
-        if number != int(number) or not 0 <= number < 2**15:
-            raise ValueError(
-                f"{path}: {field} holds {value}; names of classes are text, ids whole numbers"
-            )
-        shapes.append((geometry, int(number)))
-    return Polygons(path, crs, shapes, np.array(boxes).reshape(-1, 4), names)
+    text = any(isinstance(value, str) for _, value in labelled)
+    if not text and (odd := [v for _, v in labelled if v != int(v) or not 0 <= v < 2**15]):
+        raise ValueError(
+            f"{path}: {field} holds {odd[0]}; names of classes are text, ids whole numbers"
+        )
+    labelled = [(g, str(v) if text else int(v)) for g, v in labelled]
+    if classes and not text:  # numbers are ids of the classes
+        return Polygons(path, crs, labelled, np.array(boxes), classes)
+    values = sorted({value for _, value in labelled})
+    names = classes or tuple(map(str, values))
+    if alien := [value for value in values if str(value) not in names]:
+        raise ValueError(
+            f"{path}: {field} holds {alien[0]}, which --classes does not name "
+            f"({', '.join(names[:10])}); add a line for it"
+        )
+    shapes = [(geometry, names.index(str(value))) for geometry, value in labelled]
+    return Polygons(path, crs, shapes, np.array(boxes), names)
 
 
 def geojson(path):
@@ -343,7 +346,7 @@ def burn(polygons, info):
     size = info.height, info.width
     label = np.full(size, IGNORE, np.int16)
     x, y = raster.project(info.crs, polygons.crs, *raster.corners(info, 21))
-    left, bottom, right, top = polygons.boxes.T
+    left, bottom, right, top = polygons.boxes.reshape(-1, 4).T
     near = (left <= x.max()) & (right >= x.min()) & (bottom <= y.max()) & (top >= y.min())
     near = [polygons.shapes[k] for k in np.flatnonzero(near)]
     if not near:

@@ -63,7 +63,7 @@ def read(root, *, product="10m"):
             units.append(common.unit(place, open_patches, mr, hr, date, site))
         else:
             places = [(place, [(mr, hr, date, date)], None, site)]
-            units += common.tiff_units(places, {len(names): [0, 1, 2, 3]})
+            units += common.tiff_units(places, {len(names): [0, 1, 2, 3]}, bands=names)
     return common.listing(units, chip, SOURCES, skipped, names)
 
 

@@ -92,19 +92,19 @@ def load_folder(
     """Read a task from images and masks that are paired by file name without extension, or from
     images and polygons.
 
-    images: as `images.list_images` takes them, a scene of one file per band being one image. masks:
-    a folder, or a glob pattern. polygons, field: in place of masks, a vector file and the field
-    that tells the class (`read_polygons`). classes: text file, one name per line, the line
-    number from 0 being the class id; without it the ids that occur are the classes and name
-    themselves. bands: 0-based positions or names, in the order wanted; default all, B, G, R, NIR of
-    a scene of one file per band. ignore_index:
-    the mask value, or values, that are no label, beside the nodata that a mask declares; none of
-    them is a class, so that ids 1 to N with 0 ignored are N classes. tile: pixels.
+    images: as `list_images` takes them, a scene of one file per band being one image. masks: a
+    folder, or a glob pattern. polygons, field: in place of masks, a vector file and the field that
+    tells the class (`read_polygons`). classes: text file, one name per line, the line number from 0
+    being the class id; without it the ids that occur are the classes and name themselves. bands:
+    0-based positions or names, in the order wanted; default all, B, G, R, NIR of a scene of one
+    file per band. ignore_index: the mask value, or values, that are no label, beside the nodata
+    that a mask declares; none of them is a class, so that ids 1 to N with 0 ignored are N classes.
+    tile: pixels.
 
     splits: a folder with train.txt, val.txt and test.txt of file names without extension; images
     in none of them are left out. Without it the fractions `val` and `test` are held out: by
-    ground, in square blocks of `block` tiles, where all images are georeferenced in one CRS, and
-    by whole images elsewhere. Drawn with split_seed.
+    ground, in square blocks of `block` tiles, where all images are georeferenced, whatever their
+    CRS, and by whole images elsewhere. Drawn with split_seed.
 
     Tiles without a single label are dropped. Raises ValueError or FileNotFoundError naming the
     file or flag, what was found and the remedy; headers are all checked before pixels are read.
@@ -125,8 +125,8 @@ def load_folder(
     if polygons is None:
         paths, nodata, label_of = open_masks(masks, chosen, files, names, ignored)
     else:
-        drawn = read_polygons(polygons, field, names)
-        names, nodata, paths = drawn.classes or names, [None] * len(files), [polygons] * len(files)
+        drawn = read_polygons(polygons, field, names, ignored)
+        names, nodata, paths = drawn.classes, [None] * len(files), [polygons] * len(files)
 
         def label_of(k):
             label = burn(drawn, files[k])
@@ -429,9 +429,8 @@ def draw_splits(files, origin, tile, block, val, test, seed):
     covers ground of another split, which happens where images overlap off each other's grid.
     Raises ValueError if there are fewer groups than splits need.
     """
-    same = [f.transform and f.crs == files[0].crs for f in files]
-    if all(same):
-        bounds = ground(files, origin, tile)
+    bounds = ground(files, origin, tile)
+    if bounds is not None:
         side = block * tile * files[0].gsd
         centre = (bounds[:, :2] + bounds[:, 2:]) / 2
         # from the upper left corner, where the tiles of the first image begin
@@ -446,18 +445,23 @@ def draw_splits(files, origin, tile, block, val, test, seed):
     if sum(held) >= groups:
         raise ValueError(
             f"--images: {groups} separate groups (by {how}) are too few for train, val and test; "
-            "use a smaller --block, --tile, --val or --test, or --splits with lists of your own"
+            + ("use a smaller --block, --tile, --val or --test" if how != "image" else "add images")
+            + ", or --splits with lists of your own"
         )
     names = np.repeat(SPLITS, [groups - sum(held), *held])
     split = np.random.default_rng(seed).permutation(names)[group.ravel()]
-    if all(same):
+    if bounds is not None:
         for keep, others in (("test", ("train", "val")), ("val", ("train",))):
             split[overlaps(bounds, split == keep) & np.isin(split, others)] = ""
     return split, how
 
 
 def ground(files, origin, tile):
-    """Bounding box of each tile's part inside its image -> (N, 4) left, bottom, right, top."""
+    """Bounding box of each tile's part inside its image -> (N, 4) left, bottom, right, top, in the
+    CRS of the first image; None where an image has no ground, or none that reaches there."""
+    crs = [file.crs for file in files]
+    if not all(file.transform for file in files) or (None in crs and len({*crs}) > 1):
+        return None
     size = np.array([(f.height, f.width) for f in files])[origin[:, 0]]
     first, last = origin[:, 1:], np.minimum(origin[:, 1:] + tile, size)
     a, b, c, d, e, f = np.array([file.transform for file in files])[origin[:, 0]].T
@@ -465,7 +469,15 @@ def ground(files, origin, tile):
                (last[:, 0], first[:, 1]), (last[:, 0], last[:, 1])]  # fmt: skip
     x = np.stack([a * col + b * row + c for row, col in corners])
     y = np.stack([d * col + e * row + f for row, col in corners])
-    return np.stack([x.min(0), y.min(0), x.max(0), y.max(0)], axis=1)
+    for other in {*crs} - {crs[0]}:
+        mine = np.array([each == other for each in crs])[origin[:, 0]]
+        try:
+            moved = raster.project(other, crs[0], x[:, mine].ravel(), y[:, mine].ravel())
+        except ValueError:
+            return None
+        x[:, mine], y[:, mine] = (v.reshape(4, -1) for v in moved)
+    box = np.stack([x.min(0), y.min(0), x.max(0), y.max(0)], axis=1)
+    return box if np.isfinite(box).all() else None
 
 
 def overlaps(bounds, chosen):

@@ -19,7 +19,6 @@ import logging
 import torch
 import torch.nn.functional as F
 
-LINEAR_FROM = 2  # tokens per channel from which the linear form is tried; see `pick`
 CHUNK = 2**21  # elements of a temporary: 8 MB in float32
 NO_FLOAT64 = {"mps"}  # types of device that have none: sums over an image stay in float32 there
 
@@ -89,8 +88,8 @@ def project(g, s, inverse, out):
 
 
 def wide_sum(x):
-    """The sum of x in float64 where its device has that."""
-    return x.sum(dtype=x.dtype if x.device.type in NO_FLOAT64 else torch.float64)
+    """The sum over the last two axes, in float64 where the device has that."""
+    return x.sum((-2, -1), dtype=x.dtype if x.device.type in NO_FLOAT64 else torch.float64)
 
 
 def squares(delta):
@@ -99,28 +98,42 @@ def squares(delta):
     return wide_sum(rows.square_())
 
 
+def empty_grad(student, want_grad):
+    """Where a gradient goes: of the student's shape, empty if not wanted; float32 even of tokens in
+    16 bits, since near the teacher it would vanish in float16."""
+    exact = torch.promote_types(student.dtype, torch.float32)
+    return student.new_empty(student.shape if want_grad else 0, dtype=exact)
+
+
+def mean(total, student):
+    """The loss from the sum of all d_ij^2."""
+    b, n, _ = student.shape
+    return total.div(b * n**2).to(torch.promote_types(student.dtype, torch.float32))
+
+
 def matmul(student, teacher, want_grad):
-    """Sum of d_ij^2, and (g - (g.s) s) / |S| with g_i = sum_j d_ij s_j, by matrix products.
+    """The loss, and the gradient 4 / (B N^2) (g - (g.s) s) / |S| with g_i = sum_j d_ij s_j, by
+    matrix products.
 
     4 B N^2 D operations; a few images at a time, of large ones a few rows, so that the temporaries
-    stay small. Shapes as `gram_loss`; the gradient is empty if not wanted.
+    stay small. Shapes as `gram_loss`; the gradient as `empty_grad`.
     """
     b, n, d = student.shape
-    total = 0
-    grad = student.new_empty(student.shape if want_grad else 0)
+    total, grad = 0, empty_grad(student, want_grad)
     largest = n * max(n, d, teacher.shape[2])
     images, rows = max(1, CHUNK // largest), min(n, max(1, CHUNK // n))
     for first in range(0, b, images):
         part = slice(first, first + images)
         s, u, v, inverse = sums_and_differences(student[part], teacher[part])
+        inverse *= 2 / (b * n**2)
         for row in range(0, n, rows):
             i = slice(row, row + rows)
             double = u[:, i] @ v.mT  # 2 delta, when its mirror image is added
             double = double + double.mT if rows == n else double.baddbmm_(v[:, i], u.mT)
             total = total + squares(double) / 4
             if want_grad:
-                project(double @ s, s[:, i], inverse[:, i] / 2, out=grad[part, i])
-    return total, grad
+                project(double @ s, s[:, i], inverse[:, i], out=grad[part, i])
+    return mean(total, student), grad
 
 
 def linear(student, teacher, want_grad):
@@ -128,21 +141,24 @@ def linear(student, teacher, want_grad):
 
     With A = U'U, B = V'V, C = U'V (D x D): the sum is (<A, B> + <C, C'>) / 2 and g is
     (U (C' + B) + V (A + C)) / 4. The two terms of the sum cancel where the student is a rotation of
-    its teacher: the third result tells whether, in every image, less than two digits were lost.
+    its teacher: the third result, a bool on the device, tells whether in every image less than two
+    digits were lost.
     """
-    d = student.shape[2]
-    total, sound = 0, True
-    grad = student.new_empty(student.shape if want_grad else 0)
-    for image in range(len(student)):
-        s, u, v, inverse = sums_and_differences(student[image, None], teacher[image, None])
-        a, b, c = u.mT @ u, v.mT @ v, u.mT @ v
-        ab = wide_sum(a * b)
-        part = ((ab + wide_sum(c * c.mT)) / 2).clamp_min(0)
-        total, sound = total + part, sound & (ab <= 100 * part)
+    b, n, d = student.shape
+    total, sound, grad = 0, True, empty_grad(student, want_grad)
+    # on a CPU an image at a time stays in the cache, on a GPU several share a launch
+    images = 1 if student.device.type == "cpu" else max(1, CHUNK // (n * teacher.shape[2]))
+    for first in range(0, b, images):
+        part = slice(first, first + images)
+        s, u, v, inverse = sums_and_differences(student[part], teacher[part])
+        uu, vv, uv = u.mT @ u, v.mT @ v, u.mT @ v
+        first_term = wide_sum(uu * vv)
+        squared = ((first_term + wide_sum(uv * uv.mT)) / 2).clamp_min(0)
+        total, sound = total + squared.sum(), sound & (first_term <= 100 * squared).all()
         if want_grad:  # of the student's own channels
-            g = (u @ (c.mT + b)[..., :d]).baddbmm_(v, (a + c)[..., :d])
-            project(g, s, inverse / 4, out=grad[image, None])
-    return total, grad, sound
+            g = (u @ (uv.mT + vv)[..., :d]).baddbmm_(v, (uu + uv)[..., :d])
+            project(g, s, inverse / (b * n**2), out=grad[part])
+    return mean(total, student), grad, sound
 
 
 # ---- the choice, and the operator that carries all forms
@@ -162,17 +178,18 @@ def kernel_missing(device, dtype):
     return reason
 
 
-def pick(student, teacher, operand, linear=True):
-    """What "auto" takes: the kernel where it runs, else `matmul`; `linear` if it may be cheaper.
+def pick(student, teacher, operand):
+    """What "auto" takes: the linear form where it is cheaper, else the kernel, else `matmul`.
 
-    The linear form wants operands of float32 or better. Counting operations it overtakes the
-    kernel's 6 N^2 D at N = 1.7 D and `matmul`'s 4 at 2.5 D; timed, on the CPU, at N = 2 D.
+    Counting operations the linear form, in float32, overtakes `matmul` at N = 2.5 D, the kernel at
+    1.7 D; timed, on the CPU, at 2 D. In 16 bits the kernel multiplies faster, and counting puts it
+    at about 16 D: see the table in `gram.py`.
     """
     missing = kernel_missing(student.device, student.dtype)
-    exact = missing or operand == torch.float32
-    capturing = student.is_cuda and torch.cuda.is_current_stream_capturing()  # no sync allowed
-    long = student.shape[1] >= LINEAR_FROM * max(student.shape[2], teacher.shape[2])
-    if linear and exact and long and not capturing:
+    tokens, width = student.shape[1], max(student.shape[2], teacher.shape[2])
+    # without the kernel the host reads whether it is sound, which a captured graph forbids
+    capturing = missing and student.is_cuda and torch.cuda.is_current_stream_capturing()
+    if tokens >= (2 if missing or operand == torch.float32 else 16) * width and not capturing:
         return "linear"
     return "matmul" if missing else "triton"
 
@@ -190,40 +207,43 @@ def gram_fused(
     operand: torch.dtype,
     want_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The operator: the loss, and (g - (g.s) s) / |S|, the student's gradient but for 4 / (B N^2).
+    """The operator: the loss, and its gradient as `empty_grad`, kept for the backward pass.
 
     Arguments as `gram_loss`, checked there; operand is the dtype that the kernel multiplies in.
-    The gradient is kept without its factor, or it would vanish in float16. Empty if not wanted.
     """
-    b, n, _ = student.shape
     auto = backend == "auto"
     if auto:
         backend = pick(student, teacher, operand)
-    if backend == "linear":
-        total, grad, sound = linear(student, teacher, want_grad)
-        if auto and not sound:
-            backend = pick(student, teacher, operand, linear=False)
-    if auto:
         say(backend, student.device, operand)
-    if backend == "triton":
-        if missing := kernel_missing(student.device, student.dtype):
-            raise RuntimeError(f"gram_loss: {missing}; use backend='auto'")
-        from kernels import gram
-
-        return gram.loss_and_grad(student, teacher, operand, want_grad)
+    missing = kernel_missing(student.device, student.dtype)
+    otherwise = None
+    if backend == "linear":
+        *result, sound = linear(student, teacher, want_grad)
+        # where digits are lost `matmul` or the kernel takes over, unless that rounds to 16 bits: it
+        # would lose more
+        if not auto or (not missing and operand != torch.float32) or (missing and sound):
+            return tuple(result)
+        # no host waits for the device to know whether the result is sound: the kernel looks there
+        backend, otherwise = ("matmul", None) if missing else ("triton", (*result, sound))
     if backend == "matmul":
-        total, grad = matmul(student, teacher, want_grad)
-    return total.div(b * n**2).to(torch.promote_types(student.dtype, torch.float32)), grad
+        return matmul(student, teacher, want_grad)
+    if missing:
+        raise RuntimeError(f"gram_loss: {missing}; use backend='auto'")
+    from kernels import gram
+
+    return gram.loss_and_grad(student, teacher, operand, want_grad, otherwise)
 
 
 @gram_fused.register_fake
 def _(student, teacher, backend, operand, want_grad):
-    loss = student.new_empty((), dtype=torch.promote_types(student.dtype, torch.float32))
-    return loss, student.new_empty(student.shape if want_grad else 0)
+    grad = empty_grad(student, want_grad)
+    return grad.new_empty(()), grad
 
 
 def keep_grad(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # or zeros of the gradient's size come for the second output
     ctx.save_for_backward(output[1])
+    ctx.dtype = inputs[0].dtype
 
 
 def scale_grad(ctx, grad_loss, _):
@@ -232,12 +252,12 @@ def scale_grad(ctx, grad_loss, _):
             "gram_loss keeps its gradient from the forward pass and cannot be differentiated "
             "twice; use backend='eager' for that"
         )
+    if grad_loss is None:
+        return (None,) * 5
     (grad,) = ctx.saved_tensors
-    b, n, _ = grad.shape
-    # one pass, multiplied in float32 and rounded once: as a scalar the factor would be rounded to
-    # the 16 bits of the gradient first
-    factor = grad_loss.reshape(1) * (4 / (b * n**2))
-    return torch.mul(grad, factor, out=torch.empty_like(grad)), None, None, None, None
+    # one pass, multiplied in float32 and rounded to the tokens' dtype once
+    out = torch.empty_like(grad, dtype=ctx.dtype)
+    return torch.mul(grad, grad_loss, out=out), None, None, None, None
 
 
 gram_fused.register_autograd(scale_grad, setup_context=keep_grad)

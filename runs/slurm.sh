@@ -16,6 +16,8 @@ set -euo pipefail
 
 out=${OUT:-out/$SLURM_JOB_NAME}
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# torchrun keeps what dead ranks said in a store that all restarts share; each is to make its own
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # Slurm sends USR1 to each task, 300 s before the end: torchrun passes it on, and every rank ends
 # its step, writes a checkpoint and leaves with 0; the first writes $out/stopped
 srun --kill-on-bad-exit=1 torchrun --nnodes="$SLURM_NNODES" --nproc_per_node=8 --max-restarts=3 \

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +28,8 @@ def test_gram_prints_a_table_and_writes_what_repeats_it(tmp_path):
     assert {"device", "date", "commit", "python", "torch", "triton", "flags"} <= set(found)
     assert [row["form"] for row in found["rows"]] == ["eager", "ours"] * 2
     for row in found["rows"]:
-        assert len(row["forward_ms"]) == len(row["gradient_ms"]) == 3
+        assert len(row["forward_ms"]) == len(row["backward_ms"]) == len(row["both_ms"]) == 3
+        assert row["both_floor_ms"] >= row["forward_floor_ms"] > 0
         assert row["loss_error"] < 1e-5 and row["grad_error"] < 1e-5
     assert list(tmp_path.iterdir()) == [out]
 
@@ -46,6 +48,47 @@ def test_bad_flags_are_named_before_any_work(arguments, message):
     done = run("gram", *arguments)
     assert done.returncode == 2 and done.stderr.startswith(message), done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_bad_flags_of_step():
+    done = run("step", "--batch", "0")
+    assert done.returncode == 2 and done.stderr == "bench.py: --batch 0: give at least 1\n"
+
+
+STEP = "step --device cpu --model tiny --batch 2 --grid 6 --rounds 2 --objective mae".split()
+
+
+def test_step_pairs_ours_with_the_textbooks(tmp_path):
+    out = tmp_path / "step.json"
+    done = run(*STEP, "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    forms = [(row["form"], row["affinity"]) for row in rows]
+    assert forms == [("textbook", True), ("ours", True), ("textbook", False), ("ours", False)]
+    for row in rows:
+        parts = ["objective", "affinity", "backward", "optimizer", "ema"]
+        assert list(row["parts"]) == [p for p in parts if row["affinity"] or p != "affinity"]
+        assert len(row["seconds"]) == len(row["cpu_seconds"]) == 2
+        assert row["flops"] > 0 and row["peak_bytes"] > 0 and not row["reduced_bytes"]
+    for plain, ours in (rows[:2], rows[2:]):  # less work, less memory: counted, not timed
+        assert ours["flops"] < plain["flops"]
+        assert ours["peak_bytes"] < plain["peak_bytes"]
+        assert ours["state_bytes"] < plain["state_bytes"]
+
+
+@pytest.mark.slow
+def test_ranks_say_what_they_reduce(tmp_path):
+    out = tmp_path / "step.json"
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    command += [str(ROOT / "bench.py"), *STEP, "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["form"], row["ranks"]) for row in rows] == [("ours", 2)] * 2
+    objective, _ = bench.build_objective(Namespace(seed=0, model="tiny", grid=6), "mae")
+    trainable = sum(p.numel() for p in objective.parameters() if p.requires_grad)
+    assert rows[0]["reduced_bytes"] == 4 * trainable
+    assert [path for path in tmp_path.iterdir()] == [out]
 
 
 def test_extra_memory_counts_the_peak():

@@ -1,8 +1,12 @@
 """datasets/common.py: a file dropped into the folder is a set; pixels of TIFFs of any layout."""
 
 import dataclasses
+import io
 import sys
+import tracemalloc
+import zipfile
 
+import h5py
 import layouts
 import numpy as np
 import pair_layouts
@@ -62,6 +66,15 @@ def test_a_labelled_file_that_is_dropped_in_is_a_task(drop, tmp_path, capsys):
     assert "my-set: Mine: marine debris" in capsys.readouterr().out
     with refused(SystemExit, "--task my-set needs --root"):
         finetune.main(["--task", "my-set", "--encoder", "random"])
+
+
+def test_a_time_series_that_is_dropped_in_takes_dates(drop):
+    text = (ROOT / "datasets/pastis.py").read_text("utf-8")
+    drop("mine", text.replace('"pastis": common', '"my-crops": common'))
+    words = ["--encoder", "random", "--root", "r", "--dates", "3", "--task"]
+    assert finetune.parse_args([*words, "my-crops"]).dates == 3
+    with refused(SystemExit, "--dates", "marida", "--task my-crops or pastis"):
+        finetune.parse_args([*words, "marida"])
 
 
 def test_two_files_of_one_name_are_told(drop):
@@ -201,8 +214,49 @@ def test_a_tiff_that_is_cut_off_or_claims_too_much_is_refused(tmp_path):
     with tifffile.TiffFile(path, mode="r+b") as tif:
         for name in ("ImageWidth", "ImageLength", "RowsPerStrip"):
             tif.pages[0].tags[name].overwrite(2**20)
-    with refused(ValueError, path, "(1048576, 1048576)"):
+    with refused(ValueError, path, "2199023255552 bytes"):
         common.read_tiff(path)
     path.write_bytes(b"<VRTDataset/>")
     with refused(ValueError, path):
         common.read_tiff(path)
+
+
+# ---- files that claim to be larger than they are
+
+
+def claims(name, path):
+    """A small file that claims to hold `name` bytes of pixels, and its reader."""
+    if path.suffix == ".h5":
+        with h5py.File(path, "w") as file:  # nothing of it is on the disk
+            shape = {
+                "many": (10**9, 4, 32, 32),
+                "one": (2, 4, 2**15, 2**14),
+                "flat": (2**17, 2**17),
+            }
+            file.create_dataset("x", shape[name], "float32", chunks=True)
+    else:
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            header, side = io.BytesIO(), 2**17 if name == "many" else 2**15
+            facts = {"descr": "<f4", "fortran_order": False, "shape": (side, side)}
+            np.lib.format.write_array_header_1_0(header, facts)
+            archive.writestr("arr_0.npy", header.getvalue() + bytes(10**6))
+    return path
+
+
+@pytest.mark.parametrize("name, file", [
+    ("many", "a.h5"), ("one", "a.h5"), ("flat", "a.h5"), ("many", "a.npz"), ("one", "a.npz"),
+])  # fmt: skip
+def test_what_a_file_claims_is_checked_before_memory_is_asked_for(tmp_path, name, file):
+    path = claims(name, tmp_path / file)
+    assert path.stat().st_size < 10_000
+    readers = {
+        ".h5": lambda: common.open_hdf5(path).__enter__()["x"][0],
+        ".npz": lambda: common.read_numpy(path, (None, None)),
+    }
+    tracemalloc.start()
+    try:
+        with refused(ValueError, path, "bytes"):
+            readers[path.suffix]()
+        assert tracemalloc.get_traced_memory()[1] < 10**8  # numpy's arrays are in it
+    finally:
+        tracemalloc.stop()

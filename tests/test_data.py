@@ -86,6 +86,18 @@ def test_resample_uses_the_pixels_beyond_the_window():
     assert not torch.allclose(out, cut, atol=1e-3)
 
 
+def test_resample_of_many_images_is_that_of_each():
+    """More than are taken at a time, enlarged and shrunk in one batch, so that a kernel's band is
+    wider than one of them needs."""
+    images = torch.rand(19, 2, 30, 40, generator=torch.Generator().manual_seed(2))
+    side = torch.linspace(3, 30, 19).double()
+    windows = torch.stack([30 - side, 0 * side, side, side], 1)
+    out = data.resample(images, windows, (11, 9))
+    for image, window, found in zip(images, windows, out, strict=True):
+        alone = data.resample(image[None], window[None], (11, 9))[0]
+        assert torch.allclose(found, alone, atol=1e-5)
+
+
 def test_resample_ignores_autocast():
     images, windows = torch.full((1, 1, 8, 8), 4097.0), full((8, 8))
     with torch.autocast("cpu", torch.bfloat16):

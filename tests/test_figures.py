@@ -18,6 +18,7 @@ from figures import (
     draw_panels,
     draw_scores,
     draw_tokens,
+    optional,
     paint,
     similarity,
     token_colours,
@@ -155,3 +156,14 @@ def test_tokens_without_place_get_a_panel_where_chips_are_many(tmp_path, monkeyp
         if chips == 8:
             assert int(re.search(r"(\d+)%", titles[-1])[1]) > 90
         titles.clear()
+
+
+def test_a_picture_that_fails_is_a_warning_and_no_more(tmp_path, capsys):
+    for error in (MemoryError(), ModuleNotFoundError("no", name="matplotlib"), ValueError("x")):
+        with optional(tmp_path / "a.png"):
+            raise error
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 3 and all("warning: no a.png" in line for line in said)
+    assert "without matplotlib" in said[1]
+    with pytest.raises(KeyboardInterrupt), optional(tmp_path / "a.png"):
+        raise KeyboardInterrupt

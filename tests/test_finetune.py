@@ -574,7 +574,8 @@ def test_the_saved_model_is_the_best_seeds_and_scores_as_its_row(
         matrix, _, _ = judge(model, [(images, labels)], 3)
     assert mean_iou(matrix)[0] == pytest.approx(best["miou"])
     assert model.meta == {
-        "classes": ["0", "1", "2"], "bands": ["R", "NIR"], "positions": [0, 1], "file_bands": 2,
+        "classes": ["field", "forest", "soil"],  # of classes.txt beside the masks
+        "bands": ["R", "NIR"], "positions": [0, 1], "file_bands": 2, "scaling": [[1.0, 0.0]] * 2,
         "mean": best["mean"], "std": best["std"], "tile": 16, "gsd": 10.0,
         "encoder": str(encoder), "sources": [], "task": "geotiff", "protocol": best["protocol"],
         "seed": best["seed"], "val_miou": best["val_miou"], "miou": best["miou"],
@@ -934,17 +935,6 @@ def test_real_scenes_are_probed(real, tmp_path, name, write, source):
 # ---- ranks, and what a kill leaves -------------------------------------------------------------
 
 
-def torchrun(ranks, words):
-    """The script as a user starts it; returns what its ranks printed."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    done = subprocess.run(
-        [sys.executable, *launcher, str(ROOT / "finetune.py"), *map(str, words)],
-        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def words_of(scenes, encoder, out, *flags):
     """A command whose last global batch of an epoch has one tile: of two ranks one has none."""
     return [
@@ -958,42 +948,86 @@ def losses_of(row):
     return [loss for loss, _ in row["history"]]
 
 
-@pytest.fixture
-def patchy(scenes, tmp_path):
+def patched(scenes, folder):
     """The scenes with labels here and there, so that tiles differ in how many pixels count."""
     rng = np.random.default_rng(0)
 
     def change(k, mask):
         return np.where(rng.random(mask.shape) < np.linspace(0, 1, mask.shape[1]), mask, 255)
 
-    return relabelled(scenes, tmp_path / "patchy", *range(6), change=change)
+    return relabelled(scenes, folder / "patchy", *range(6), change=change)
+
+
+@pytest.fixture
+def patchy(scenes, tmp_path):
+    return patched(scenes, tmp_path)
+
+
+SHARED = [
+    ["--protocol", "linear", "--epochs", "3", "--seeds", "3", "--lr", "0.02"],
+    ["--protocol", "linear", "--epochs", "3", "--seeds", "2", "--lr", "0.02", "--no-crop"],
+    ["--protocol", "finetune", "--epochs", "3", "--seeds", "2", "--lr", "0.003"],
+    ["--protocol", "finetune", "--epochs", "3", "--lr", "0.003", "--clip", "0.5",
+     "--class-weights", "balanced", "--device-batch", "5", "--schedule", "cosine"],
+    ["--protocol", "ridge"],
+    ["--protocol", "ridge", "--labels", "0.2", "--seeds", "3"],
+    ["--protocol", "knn", "--labels", "0.2", "--seeds", "2"],
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shared(scenes, encoder, tmp_path_factory):
+    """All commands of SHARED on two ranks, which start once: (number, drawn, out) -> the words of a
+    command, and the folder whose out-... and maps-... hold what the ranks have made."""
+    folder = tmp_path_factory.mktemp("shared")
+    task = patched(scenes, folder)
+
+    def words(number, drawn, out):
+        name = f"random:{encoder}" if drawn else encoder
+        more = [
+            *SHARED[number],
+            "--ignore-index",
+            "255",
+            "--maps",
+            out.with_name("maps-" + out.name),
+        ]
+        return [*map(str, words_of(task, name, out, *more))]
+
+    names = {(k, drawn): folder / f"{k}-{drawn}" for k in range(len(SHARED)) for drawn in (0, 1)}
+    (folder / "commands").write_text(json.dumps([words(*key, out) for key, out in names.items()]))
+    (folder / "ranks.py").write_text(
+        "import json, os, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import finetune, run\n"
+        "ranks = run.start_ranks('cpu')\n"
+        "with ranks.quiet():\n"
+        "    for words in json.load(open(sys.argv[1])):\n"
+        "        finetune.evaluate(finetune.parse_args(words), ranks)\n"
+        "ranks.wait()\n"
+        "sys.stdout.flush()\n"
+        "os._exit(0)\n"
+    )
+    launcher = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
+    done = subprocess.run(
+        [sys.executable, *launcher, str(folder / "ranks.py"), str(folder / "commands")],
+        capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("class                        IoU") == len(names)  # one rank speaks
+    return words, names
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--protocol", "linear", "--epochs", "3", "--seeds", "3", "--lr", "0.02"],
-        ["--protocol", "linear", "--epochs", "3", "--seeds", "2", "--lr", "0.02", "--no-crop"],
-        ["--protocol", "finetune", "--epochs", "3", "--seeds", "2", "--lr", "0.003"],
-        ["--protocol", "finetune", "--epochs", "3", "--lr", "0.003", "--clip", "0.5",
-         "--class-weights", "balanced", "--device-batch", "5", "--schedule", "cosine"],
-        ["--protocol", "ridge"],
-        ["--protocol", "ridge", "--labels", "0.2", "--seeds", "3"],
-        ["--protocol", "knn", "--labels", "0.2", "--seeds", "2"],
-    ],
-    ids=lambda flags: "-".join(flags[1:]),
-)  # fmt: skip
-@pytest.mark.parametrize("drawn", [False, True], ids=["trained", "random"])
-def test_two_ranks_are_one(patchy, encoder, tmp_path, flags, drawn):
-    name = f"random:{encoder}" if drawn else encoder
-    flags = [*flags, "--ignore-index", "255"]
+@pytest.mark.parametrize("drawn", [0, 1], ids=["trained", "random"])
+@pytest.mark.parametrize("number", range(len(SHARED)), ids=lambda k: "-".join(SHARED[k][1:]))
+def test_two_ranks_are_one(shared, tmp_path, number, drawn):
+    words, names = shared
+    alone, both = tmp_path / "one", names[number, drawn]
+    finetune.main(words(number, drawn, alone))
     found = []
-    for ranks in (1, 2):
-        out, maps = tmp_path / f"out{ranks}", tmp_path / f"maps{ranks}"
-        said = torchrun(ranks, words_of(patchy, name, out, *flags, "--maps", maps))
-        assert said.count("class                        IoU") == 1  # one rank speaks
+    for ranks, out in ((1, alone), (2, both)):
         rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+        maps = out.with_name("maps-" + out.name)
         found.append((rows, {p.name: raster.read(p) for p in maps.iterdir()}))
         assert not [*out.glob("ckpt*"), *out.glob("*.partial")]
         assert {row["ranks"] for row in rows} == {ranks}
@@ -1010,7 +1044,7 @@ def test_two_ranks_are_one(patchy, encoder, tmp_path, flags, drawn):
     changed = [(maps[name] != others[name]).mean() for name in maps]
     assert np.mean(changed) <= 0.005
     if two[0]["model"]:
-        a, b = (load_segmenter(tmp_path / f"out{ranks}") for ranks in (1, 2))
+        a, b = (load_segmenter(out) for out in (alone, both))
         assert a.meta["seed"] == b.meta["seed"]
         for key, value in a.state_dict().items():
             torch.testing.assert_close(b.state_dict()[key], value, rtol=1e-3, atol=1e-4)

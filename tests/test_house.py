@@ -36,7 +36,9 @@ ROOMS = {
     "predict": "* segment weights model data run datasets imagery figures",
     "report": "* imagery figures",
     "study": "* report run imagery figures",
-    "bench": "* affinity kernels model data",
+    "textbook": "torch einops affinity model vit",
+    "counted": "torch affinity kernels",  # without Triton, until a function is called
+    "bench": "* affinity kernels model vit data run textbook counted",
 }
 SCRIPTS = {"train", "finetune", "predict", "study", "bench"}
 LONGEST = 150  # lines of a function

@@ -92,9 +92,15 @@ def test_polygons_of_names_and_of_ids(tmp_path, scene):
     assert np.array_equal(
         labels.burn(found, scene), np.select([expected == 0, expected == 1], [3, 1], IGNORE)
     )
-    found = labels.read_polygons(path, "code")
-    assert found.classes is None
+    found = labels.read_polygons(path, "code")  # whatever the numbers are
+    assert found.classes == ("0", "3")
+    assert np.array_equal(labels.burn(found, scene), expected)
+    found = labels.read_polygons(path, "code", ("maize", "rye", "oats", "wheat"))
     assert np.array_equal(labels.burn(found, scene), slowly(lambda about: about["code"]))
+    found = labels.read_polygons(path, "code", ignored=(0, 7))
+    assert np.array_equal(
+        labels.burn(found, scene), slowly(lambda about: {3: 0}.get(about["code"]))
+    )
 
 
 def test_polygons_in_degrees_are_brought_to_the_image(tmp_path, scene):

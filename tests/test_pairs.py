@@ -52,6 +52,19 @@ def test_sen2venus_of_20_m(tmp_path):
         sen2venus.read(tmp_path, product="60m")
 
 
+@pytest.mark.parametrize("names", [None, ["B8A", "B7", "B06", "B5"]])
+def test_sen2venus_of_20_m_names_its_own_bands(tmp_path, names):
+    """A GeoTIFF is read by the names in it, and those are of the 20 m bands."""
+    arrays = {}
+    for gsd, side in (("05m", 32), ("20m", 8)):
+        path = tmp_path / f"ATTO/ATTO_20NQF_2018-08-01_b4b5b6b8a_{gsd}/patch_0000_{gsd}.tif"
+        about = {"band_names": names} if names else {}
+        arrays[gsd] = layouts.tif(path, layouts.pixels(4, side, side), float(gsd[:-1]), **about)
+    (pair,) = pairs_of(sen2venus.read(tmp_path, product="20m"))
+    order = [3, 2, 1, 0] if names else [0, 1, 2, 3]
+    assert same(pair.mr, arrays["20m"][order]) and same(pair.hrs[0], arrays["05m"][order])
+
+
 def test_sen2venus_files_of_before_torch_1_6_are_read_too(tmp_path):
     images = layouts.sen2venus(tmp_path, ["ARM_14SPE_2018-01-01"])
     for path in (tmp_path / "ARM").glob("*.pt"):

@@ -16,7 +16,7 @@ from conftest import refused
 
 import finetune
 import predict
-from datasets.images import open_image
+from datasets.images import header, open_image
 from figures import class_colours
 from imagery import raster, scenes
 from model import ViT
@@ -120,7 +120,7 @@ def slow_map(model, array, nodata, overlap, tokens):
 
 def predicted(model, path, **options):
     """All rows of predict.predict together: values, valid."""
-    source = open_image(path, None, [0, 1, 2, 3])
+    source = open_image(header(path), None, [0, 1, 2, 3])
     parts = list(predict.predict(model, source, model.meta["mean"], model.meta["std"], **options))
     return np.concatenate([p[0] for p in parts], 1), np.concatenate([p[1] for p in parts])
 
@@ -345,7 +345,7 @@ def test_the_picture_shows_scene_and_map_pixel_by_pixel(tmp_path, trained, monke
     array = image(530, 70)
     write(tmp_path / "a.tif", array)
     main("--model", trained, tmp_path / "a.tif", tmp_path / "m.tif", "--png")
-    picture, _, ids, *_, counts = shown
+    _, picture, _, ids, *_, counts = shown
     assert np.array_equal(picture, array[:, ::6, ::6])
     whole = raster.read(tmp_path / "m.tif")[0]
     assert np.array_equal(ids, whole[::6, ::6])

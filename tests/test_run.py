@@ -1,6 +1,7 @@
 """What scripts share: health figures, log lines, a run's folder, errors said once."""
 
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -79,6 +80,26 @@ def test_only_the_first_rank_prints(capsys):
 def test_alone_a_rank_shares_with_nobody():
     ranks, x = Ranks(0, 1, torch.device("cpu")), torch.ones(2)
     assert ranks.gather("x") == ["x"] and ranks.share(x, 0) is x and ranks.sum([x])[0] is x
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="no glibc, whose setting this is")
+def test_pages_that_are_freed_are_kept():
+    """Blocks of 64 MB, taken and given back: from the kernel once, where glibc alone asks again."""
+    code = (
+        "import resource, sys, torch, run\n"
+        "if sys.argv[1] == 'keep': run.start_ranks('cpu')\n"
+        "for k in range(9):\n"
+        "    torch.empty(2**24 + 2**23 * (k == 0)).zero_()\n"  # glibc before 2.38 wants room
+        "    if k == 0: first = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - first)"
+    )
+    faults = {}
+    for word in ("keep", "leave"):
+        line = [sys.executable, "-c", code, word]
+        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True)
+        faults[word] = int(done.stdout)
+    assert faults["keep"] < 1000
+    assert faults["leave"] > 10 * faults["keep"] + 1000 or faults["leave"] < 1000  # huge pages
 
 
 # ---- the run directory

@@ -290,7 +290,31 @@ def test_split_is_drawn_by_seed(folder):
     assert not np.array_equal(first, other)
 
 
-@pytest.mark.parametrize("crs", [[None] * 5, [UTM, UTM + 1] * 3])
+@pytest.mark.parametrize("seed", range(3))
+def test_one_ground_in_two_zones_is_in_one_split(folder, seed):
+    """Points all over each tile lie in no tile of another split, in whichever zone it was cut."""
+    rng, zones = np.random.default_rng(0), (UTM, UTM + 1)
+    x, y = raster.project(f"EPSG:{UTM}", f"EPSG:{UTM + 1}", [740000.0], [5000000.0])
+    places = (740000, 5000000), (float(x[0]) - 100, float(y[0]) + 50)
+    for zone, place in zip(zones, places, strict=True):
+        folder(f"{zone}", pixels(rng, 96, 96), labels(rng, 96, 96), place=place, crs=zone)
+    task = folder.load(block=3, split_seed=seed)
+    assert "ground" in task.split_by and {*task.split} == {"train", "val", "test"}
+    assert {*task.origin[:, 0]} == {0, 1} and len(task.split) > 144  # of 288 tiles
+    corner = np.array(places)[task.origin[:, 0]] + task.origin[:, :0:-1] * [10, -10]
+    at = np.linspace(4, 76, 5)
+    for mine, other in ((0, 1), (1, 0)):
+        own, theirs = (task.origin[:, 0] == n for n in (mine, other))
+        left, top = corner[theirs].T
+        for (x0, y0), split in zip(corner[own], task.split[own], strict=True):
+            x, y = np.meshgrid(x0 + at, y0 - at)
+            crs = (f"EPSG:{zones[n]}" for n in (mine, other))
+            x, y = (v[:, None] for v in raster.project(*crs, x.ravel(), y.ravel()))
+            hit = ((x > left) & (x < left + 80) & (y < top) & (y > top - 80)).any(0)
+            assert {*task.split[theirs][hit]} <= {split}
+
+
+@pytest.mark.parametrize("crs", [[None] * 5, [UTM, None] * 3])
 def test_without_common_ground_whole_images_are_split(folder, crs):
     rng = np.random.default_rng(0)
     for i in range(5):

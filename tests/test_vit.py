@@ -3,6 +3,7 @@ import re
 
 import pytest
 import torch
+import torch.utils.flop_counter
 from conftest import refused
 
 import vit as vits
@@ -103,6 +104,41 @@ def test_vit_attention_reference():
     q, k, v = block.qkv(x).view(2, 5, 3, 3, 4).permute(2, 0, 3, 1, 4)
     weights = (q @ k.mT / math.sqrt(4)).softmax(-1)
     close(block(x), block.proj((weights @ v).transpose(1, 2).flatten(2)))
+
+
+def test_a_block_for_its_last_tokens_alone():
+    """As the whole block's last tokens, with their gradients to all tokens and weights."""
+    block = vits.Block(12, 3).double()
+    x, weight = torch.randn(2, 7, 12).double(), torch.randn(2, 3, 12).double()
+    found = []
+    for function in (lambda x: block(x, 3), lambda x: block(x)[:, -3:]):
+        x = x.detach().requires_grad_()
+        out = function(x)
+        found.append([out, *torch.autograd.grad((out * weight).sum(), [x, *block.parameters()])])
+    for ours, expected in zip(*found, strict=True):
+        close(ours, expected, atol=1e-13, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_lean_mlp_has_the_plain_ones_gradients(dtype):
+    """Bit for bit, also under autocast, though the GELU is computed twice."""
+    mlp, x, found = vits.Mlp(8, 32), torch.randn(2, 5, 8), []
+    for function in (mlp, lambda x: mlp.fc2(torch.nn.functional.gelu(mlp.fc1(x)))):
+        x = x.detach().requires_grad_()
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            out = function(x)
+        found.append(
+            [out, *torch.autograd.grad(out.float().square().sum(), [x, *mlp.parameters()])]
+        )
+    for ours, expected in zip(*found, strict=True):
+        assert ours.equal(expected)
+
+
+def test_a_lean_mlp_computes_no_linear_map_twice():
+    calls = torch.utils.flop_counter.FlopCounterMode(display=False)
+    with calls:
+        vits.Mlp(8, 32)(torch.randn(2, 5, 8, requires_grad=True)).sum().backward()
+    assert calls.get_total_flops() == 6 * 2 * 10 * 8 * 32  # two maps, each with two gradients
 
 
 def test_vit_sizes_and_messages():
