@@ -17,7 +17,7 @@ import uuid
 import warnings
 import xml.etree.ElementTree as ET
 from collections import namedtuple
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from xml.sax.saxutils import escape
@@ -26,9 +26,8 @@ import numpy as np
 import rasterio
 import rasterio.shutil
 import rasterio.warp
-from rasterio._err import CPLE_BaseError
 from rasterio.enums import ColorInterp, MaskFlags, Resampling
-from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.errors import NotGeoreferencedWarning
 from rasterio.transform import from_gcps
 from rasterio.vrt import WarpedVRT
 from rasterio.windows import Window
@@ -152,16 +151,26 @@ def _open(path, grid=None):
         )
     if local:
         _refuse_foreign(path, driver)
-    try:
+    with _one_error(ValueError, f"{path}: damaged {driver} (%s); fetch the file again"):
         with rasterio.Env(**ENV), rasterio.open(path if local else text, driver=driver) as file:
             if grid is None:
                 yield _File(path, file)
             else:
                 with _warped(path, file, grid) as (vrt, alpha):
                     yield _File(path, vrt, alpha)
-    except (RasterioError, CPLE_BaseError) as error:
-        why = str(error.__cause__ or error).replace("\n", " ")
-        raise ValueError(f"{path}: damaged {driver} ({why}); fetch the file again") from error
+
+
+@contextmanager
+def _one_error(kind, sentence):
+    """Make one error of what rasterio raises, whose errors have no common class of their own, and
+    say the reason in the sentence, at %s."""
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith("rasterio."):
+            raise
+        reason = str(error.__cause__ or error).replace("\n", " ")
+        raise kind(sentence.replace("%s", reason)) from error
 
 
 def _refuse_foreign(path, driver):
@@ -411,7 +420,7 @@ def crs_name(crs):
     """Name a CRS for people: 'EPSG:26914', the name in its WKT, or 'none'."""
     if not crs:
         return "none"
-    return crs if crs.startswith("EPSG:") else crs.split('"')[1]
+    return crs.split('"')[1] if '"' in crs else crs
 
 
 def is_geographic(crs):
@@ -422,11 +431,9 @@ def is_geographic(crs):
 def project(crs, to, x, y):
     """Points of one CRS in another: (x, y) float64 arrays, inf or NaN where it does not reach.
     Raises ValueError for a CRS that is not tied to the Earth."""
-    try:
-        with rasterio.Env():
-            return tuple(map(np.array, rasterio.warp.transform(crs, to, x, y)))
-    except (RasterioError, CPLE_BaseError) as error:
-        raise ValueError(f"{crs_name(crs)} and {crs_name(to)}: not comparable ({error})") from error
+    sentence = f"{crs_name(crs)} and {crs_name(to)}: not comparable (%s)"
+    with _one_error(ValueError, sentence), rasterio.Env():
+        return tuple(map(np.array, rasterio.warp.transform(crs, to, x, y)))
 
 
 def same_ground(about, crs):
@@ -581,7 +588,10 @@ def writer(
     if transform is not None:
         layout["transform"] = rasterio.Affine(*transform)
     rough, whole = (path.with_name(f"{path.name}.{os.getpid()}.{k}.tmp") for k in (1, 2))
-    try:
+    with ExitStack() as stack:
+        stack.enter_context(_one_error(OSError, f"{path}: cannot be written (%s)"))
+        stack.callback(rough.unlink, missing_ok=True)
+        stack.callback(whole.unlink, missing_ok=True)
         threads = str(min(4, os.cpu_count()))
         with rasterio.Env(**ENV | {"GDAL_PAM_ENABLED": "NO"}):
             with rasterio.open(rough, "w", driver="GTiff", **layout) as file:
@@ -603,11 +613,6 @@ def writer(
             )  # fmt: skip
         _write_categories(path, classes)
         os.replace(whole, path)
-    except (RasterioError, CPLE_BaseError) as error:
-        raise OSError(f"{path}: cannot be written ({error.__cause__ or error})") from error
-    finally:
-        rough.unlink(missing_ok=True)
-        whole.unlink(missing_ok=True)
 
 
 class _Rows:

@@ -562,7 +562,9 @@ def fill_row(columns, row):
 
 
 def reasons(counts):
-    return ", ".join(f"{n} {reason}" for reason, n in Counter(counts).most_common()) or "none"
+    most = Counter(counts).most_common()
+    rest = [f"{sum(n for _, n in most[8:])} for other reasons"] if most[8:] else []
+    return ", ".join([f"{n} {reason}" for reason, n in most[:8]] + rest) or "none"
 
 
 def as_json(number):

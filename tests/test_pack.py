@@ -32,7 +32,7 @@ import data
 import figures
 from datasets import common, sen2naip
 from datasets.folder import read_geotiff
-from imagery import check, pack, raster, shards
+from imagery import check, chips, pack, raster, shards
 
 SHARED = Path(os.environ.get("CROSSSCALE_SHARED", Path(__file__).parents[2] / "shared")) / "data"
 
@@ -182,7 +182,7 @@ def test_reading_in_small_blocks_changes_nothing(tmp_path, monkeypatch):
     mr, hr = pair(tmp_path, 3.0, (0, 0), (-4.0, 7.0), side=100, hr_side=340)
     options = {"chip": 16, "stride": 10, "split_block": 2, "val": 0.2}
     pack_files(mr, hr, tmp_path / "one", **options)
-    monkeypatch.setattr(pack, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(chips, "BLOCK_BYTES", 1000)
     pack_files(mr, hr, tmp_path / "two", **options)
     for name in ("index.csv", "skipped.csv"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
@@ -603,10 +603,10 @@ def test_chips_across_sheets_take_all_of_them(tmp_path):
 def test_a_rim_of_half_an_mr_pixel_is_repeated(tmp_path):
     mr, hr = map(Path, pair(tmp_path))
     about, whole = raster.info(hr / "a.tif"), raster.read(hr / "a.tif")
-    for cut, chips in ((1, 16), (2, 9)):
+    for cut, count in ((1, 16), (2, 9)):
         raster.write(hr / "a.tif", whole[:, :-cut, :-cut], about.transform, about.crs)
         pack_files(mr, hr, tmp_path / f"store{cut}", chip=16, val=0)
-        assert len(data.Store(tmp_path / f"store{cut}")) == chips
+        assert len(data.Store(tmp_path / f"store{cut}")) == count
     last = pixels(tmp_path / "store1", "hr")[15]
     assert (last[:, -1] == last[:, -2]).all() and (last[:, :, -1] == last[:, :, -2]).all()
     assert (last[:, :-1, :-1] == whole[:, -32:-1, -32:-1]).all()
@@ -869,7 +869,7 @@ def break_at(monkeypatch, calls, error=KeyboardInterrupt):
 def small(monkeypatch):
     """A shard a block, and small blocks."""
     monkeypatch.setattr(shards, "SHARD_BYTES", 1)
-    monkeypatch.setattr(pack, "BLOCK_BYTES", 10000)
+    monkeypatch.setattr(chips, "BLOCK_BYTES", 10000)
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -894,8 +894,8 @@ def test_a_stopped_command_continues_to_the_same_store(
 KILLED = """
 import os, signal, sys, threading
 from datasets.folder import read_geotiff
-from imagery import pack, shards
-shards.SHARD_BYTES, pack.BLOCK_BYTES = 30000, 20000
+from imagery import chips, pack, shards
+shards.SHARD_BYTES, chips.BLOCK_BYTES = 30000, 20000
 out, after = sys.argv[1], float(sys.argv[2])
 listing = read_geotiff('mr', 'hr')
 part = sys.argv[3] if len(sys.argv) > 3 else None
@@ -1192,7 +1192,7 @@ def test_no_read_is_larger_than_a_block(tmp_path, monkeypatch):
     listing = common.Listing(
         [common.Unit("x", lambda: iter(pairs))], {s: ["a", "b"] for s in arrays}
     )
-    monkeypatch.setattr(pack, "BLOCK_BYTES", 2**17)
+    monkeypatch.setattr(chips, "BLOCK_BYTES", 2**17)
     assert pack.pack(listing, tmp_path / "store", chip=32, val=0)["count"]["mr"] == 128
     assert max(sizes) <= 2**17 and len(sizes) > 20
 
@@ -1390,7 +1390,7 @@ def test_mr_of_another_pixel_size_in_a_published_set(tmp_path):
 
 def test_pairs_that_the_survey_did_not_see(tmp_path, monkeypatch):
     """A window larger than what the headers of the sample led to, and HR coarser than MR."""
-    monkeypatch.setattr(pack, "SURVEY", 2)
+    monkeypatch.setattr(chips, "SURVEY", 2)
     pack.pack(sized(100, 101, 8, 99, 100), tmp_path / "store", val=0)
     skipped = [(r["mr_source"], r["reason"]) for r in rows_of(tmp_path / "store", "skipped")]
     assert skipped == [("1", "another pixel ratio"), ("2", "another pixel ratio")]
@@ -1492,9 +1492,9 @@ def test_an_offset_is_added_and_holes_stay(tmp_path):
 
 
 def test_offsets_of_signed_and_real_pixels():
-    assert pack.add_offset(np.int16([[5, -32768, 7]]), -10, 7).tolist() == [[-5, -32768, 7]]
-    assert pack.add_offset(np.uint8([250, 3]), 10.0, None).tolist() == [255, 13]
-    real = pack.add_offset(np.float32([0.5, np.nan]), -0.25, None)
+    assert chips.add_offset(np.int16([[5, -32768, 7]]), -10, 7).tolist() == [[-5, -32768, 7]]
+    assert chips.add_offset(np.uint8([250, 3]), 10.0, None).tolist() == [255, 13]
+    real = chips.add_offset(np.float32([0.5, np.nan]), -0.25, None)
     assert real.dtype == np.float32 and real[0] == 0.25 and np.isnan(real[1])
 
 
@@ -1528,14 +1528,14 @@ def test_an_offset_that_was_not_removed_is_told(tmp_path, capsys, low, options, 
 
 
 def test_moments_of_parts_are_those_of_all():
-    chips = RNG.normal(1e6, 1, (40, 3, 8, 8))
+    images = RNG.normal(1e6, 1, (40, 3, 8, 8))
     valid = np.ones((8, 8), bool)
-    moments = np.stack([shards.channel_moments(chip, valid) for chip in chips])
+    moments = np.stack([shards.channel_moments(chip, valid) for chip in images])
     parts = np.stack([shards.pool_moments(moments[:7]), shards.pool_moments(moments[7:])])
     count, mean, squares, least = shards.pool_moments(parts).T
-    assert (count == 40 * 64).all() and np.allclose(mean, chips.mean((0, 2, 3)), rtol=1e-14)
-    assert np.allclose(squares / count, chips.var((0, 2, 3)), rtol=1e-9)
-    assert np.array_equal(least, chips.min((0, 2, 3)))
+    assert (count == 40 * 64).all() and np.allclose(mean, images.mean((0, 2, 3)), rtol=1e-14)
+    assert np.allclose(squares / count, images.var((0, 2, 3)), rtol=1e-9)
+    assert np.array_equal(least, images.min((0, 2, 3)))
 
 
 @pytest.mark.parametrize("seed", range(5))
