@@ -24,6 +24,7 @@ from tqdm import tqdm
 from data import SPLITS, Store, resample, usable
 from figures import save_figure
 from imagery import pack
+from imagery.shards import table
 
 BATCH_BYTES = 2**22  # stored pixels at a time: what is made of them stays in the processor's cache
 REACH = 8  # MR pixels up to which shifts are searched, along rows and columns
@@ -446,7 +447,8 @@ def write_table(path, figures):
         return "" if math.isnan(value) else f"{value:.5g}"
 
     rows = ([n, *map(text, row)] for n, row in enumerate(zip(*columns.values(), strict=True)))
-    write_rows(path, ["chip", *columns], rows)
+    with table(path, ["chip", *columns]) as lines:
+        lines.writerows(rows)
 
 
 def write_flags(path, figures, max_shift, min_correlation):
@@ -474,25 +476,13 @@ def write_flags(path, figures, max_shift, min_correlation):
         lambda i: f"same {figures['leak_by'][i]} as {held[leak[i]]} chip {leak[i]}",
     )
     there = (path / "flags.csv").is_file()
-    write_rows(
-        path / "flags.csv",
-        ["chip", "reason"],
-        [(chip, "; ".join(reasons[chip])) for chip in sorted(reasons)],
-    )
+    with table(path / "flags.csv", ["chip", "reason"]) as lines:
+        lines.writerows((chip, "; ".join(reasons[chip])) for chip in sorted(reasons))
     print(
         f"  {'replaced' if there else 'wrote'} {path / 'flags.csv'}: {len(reasons)} of "
         f"{len(shift)} chips flagged ({', '.join(f'{n} {kind}' for kind, n in counts.items())}); "
         "train.py --skip-flagged leaves them out"
     )
-
-
-def write_rows(path, columns, rows):
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(columns)
-        table.writerows(rows)
-    os.replace(partial, path)
 
 
 def mean_correlation(figures):
