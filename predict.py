@@ -526,9 +526,12 @@ def draw_map(path, name, picture, meta, ids, colours, counts):
     from matplotlib.patches import Patch
 
     classes, bands = meta["classes"], meta.get("bands") or [""] * len(picture)
-    pixels = torch.from_numpy(np.nan_to_num(picture)[None])
+    known = ~np.isnan(picture).any(0)
+    # what is missing is the mean, so that the colours are stretched by what is there
+    mean = picture[:, known].mean(1) if known.any() else np.zeros(len(picture), np.float32)
+    pixels = torch.from_numpy(np.where(known, picture, mean[:, None, None])[None])
     scene = composite(pixels, bands)[0].numpy()
-    scene[np.isnan(picture).all(0)] = 1
+    scene[~known] = 1
     height, width = ids.shape
     figure = Figure(figsize=(12, 1.4 + min(6 * height / width, 60)), layout="constrained")
     colour = "its first band as grey" if len(picture) < 3 else "its first three bands as colours"
