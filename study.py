@@ -39,8 +39,9 @@ from einops import rearrange
 
 import figures
 from files import write_atomic
+from health import duration
 from imagery import raster
-from run import Formatter, Parser, duration, git_state, positive, script
+from run import Formatter, Parser, git_state, positive, script
 
 HERE = Path(__file__).parent
 

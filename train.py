@@ -38,6 +38,7 @@ from data import (
 )
 from figures import draw_tokens, optional
 from flags import FREE_ON_RESUME, draw_trial
+from health import health, token_sums
 from imagery.bands import meanings
 from model import OBJECTIVES, Plan, draw_rectangle, ema_update, regularise, vit
 from run import (
@@ -46,13 +47,11 @@ from run import (
     check_space,
     fresh,
     git_state,
-    health,
     open_run,
     precision_of,
     read_checkpoint,
     script,
     start_ranks,
-    token_sums,
 )
 from weights import bands_of, fit_bands, load_encoder, read_tensors, weights_hash, write_tensors
 

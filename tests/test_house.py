@@ -22,9 +22,10 @@ ROOMS = {
     "weights": "torch einops numpy safetensors model",
     "data": "torch numpy",
     "figures": "torch einops matplotlib",
-    "run": "torch",
+    "health": "torch",
+    "run": "torch health",
     "flags": "torch model run",
-    "train": "torch einops numpy safetensors flags affinity data model weights run figures",
+    "train": "torch einops numpy safetensors flags health affinity data model weights run figures",
     # what images on a disk need, and what judges an encoder
     "imagery": "* data figures",
     "imagery.bands": "",
@@ -34,7 +35,7 @@ ROOMS = {
     "scores": "* segment imagery",
     "finetune": "* scores tiles segment weights model data run datasets imagery figures",
     "predict": "* segment weights model data run datasets imagery figures",
-    "study": "* run imagery figures",
+    "study": "* run health imagery figures",
     "bench": "* affinity kernels model data",
 }
 SCRIPTS = {"train", "finetune", "predict", "study", "bench"}
