@@ -36,7 +36,8 @@ import torch
 
 import report
 from files import write_atomic
-from run import Formatter, Parser, duration, git_state, positive, script
+from health import duration
+from run import Formatter, Parser, git_state, positive, script
 
 HERE = Path(__file__).parent
 

@@ -41,6 +41,7 @@ from data import (
 from figures import draw_curves, draw_tokens, optional
 from files import write_atomic
 from flags import FREE_ON_RESUME, draw_trial
+from health import health, token_sums
 from imagery.bands import meanings
 from model import OBJECTIVES, Plan, draw_rectangle, ema_update, regularise, vit
 from run import (
@@ -49,13 +50,11 @@ from run import (
     check_space,
     fresh,
     git_state,
-    health,
     open_run,
     precision_of,
     read_checkpoint,
     script,
     start_ranks,
-    token_sums,
 )
 from weights import bands_of, fit_bands, load_encoder, read_tensors, weights_hash, write_tensors
 

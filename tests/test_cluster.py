@@ -210,3 +210,10 @@ def test_several_ranks_say_it_once(work, tmp_path, flags):
     with Job("train.py", words, tmp_path / "log", 2) as job:
         said = job.ends(1)
     assert sum(line.startswith("train.py: ") for line in said.splitlines()) == 1
+
+
+def test_a_run_that_is_killed_goes_on_bit_for_bit():
+    """Before every 20th of its file operations, and at a few random moments."""
+    words = [ROOT / "tests" / "kills.py", "--every", "20", "--kills", "4"]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+    assert done.returncode == 0 and "4 kills" in done.stdout, done.stdout + done.stderr

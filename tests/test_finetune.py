@@ -23,6 +23,7 @@ import segment
 from imagery import raster
 from imagery.bands import IGNORE
 from model import ViT
+from run import Stop
 from scores import append_row
 from segment import (
     Segmenter,
@@ -1102,6 +1103,45 @@ def test_a_killed_seed_goes_on_bit_for_bit(scenes, encoder, tmp_path, flags):
     )
     a, b = (load_segmenter(folder).state_dict() for folder in (out, tmp_path / "whole"))
     assert alike(a, b)
+
+
+@pytest.mark.parametrize("protocol", ["knn", "ridge"])
+def test_a_probe_that_is_asked_to_stop_does_and_goes_on(
+    scenes, encoder, tmp_path, monkeypatch, capsys, protocol
+):
+    flags, share = ["--protocol", protocol, "--labels", "0.5", "--seeds", "2"], Stop.share
+
+    def ask(self, bad=None):
+        Stop.ask("SIGTERM")
+        return share(self, bad)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stop, "share", ask)
+        assert run(scenes, encoder, tmp_path, *flags) == []
+    assert "finetune.py: stopped" in capsys.readouterr().out and Stop.asked is None
+    assert [row["seed"] for row in run(scenes, encoder, tmp_path, *flags)] == [0, 1]
+
+
+def test_a_second_start_of_the_same_settings_is_told_who_is_at_it(
+    scenes, encoder, tmp_path, monkeypatch
+):
+    hold = finetune.hold
+
+    def held_elsewhere(out, name):
+        code = "import run, pathlib, sys, time; run.hold(pathlib.Path(sys.argv[1]), sys.argv[2]); "
+        words = [sys.executable, "-u", "-c", code + "print(1); time.sleep(60)", str(out), name]
+        other = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        try:
+            assert other.stdout.readline() == "1\n"
+            hold(out, name)
+        finally:
+            other.kill()
+            other.communicate()
+
+    with monkeypatch.context() as patch, refused(SystemExit, tmp_path, "process"):
+        patch.setattr(finetune, "hold", held_elsewhere)
+        run(scenes, encoder, tmp_path, "--protocol", "ridge")
+    assert len(run(scenes, encoder, tmp_path, "--protocol", "ridge")) == 1  # its lock died with it
 
 
 def test_a_damaged_checkpoint_is_one_sentence(scenes, encoder, tmp_path):

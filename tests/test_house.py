@@ -22,9 +22,10 @@ ROOMS = {
     "weights": "torch einops numpy safetensors model",
     "data": "torch numpy safetensors",
     "figures": "torch einops matplotlib",
-    "run": "torch",
+    "health": "torch",
+    "run": "torch health",
     "flags": "torch model run",
-    "train": "torch einops numpy safetensors flags affinity data model weights run figures",
+    "train": "torch einops numpy safetensors flags health affinity data model weights run figures",
     # what images on a disk need, and what judges an encoder
     "imagery": "* data figures",
     "imagery.bands": "",
@@ -35,7 +36,7 @@ ROOMS = {
     "finetune": "* scores tiles segment weights model data run datasets imagery figures",
     "predict": "* segment weights model data run datasets imagery figures",
     "report": "* imagery figures",
-    "study": "* report run imagery figures",
+    "study": "* report run health imagery figures",
     "textbook": "torch einops affinity model vit",
     "counted": "torch affinity kernels",  # without Triton, until a function is called
     "bench": "* affinity kernels model vit data run textbook counted",
