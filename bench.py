@@ -50,7 +50,7 @@ from data import draw_crops, open_chips, read_crops, render, sample_order, strea
 from files import write_atomic
 from model import OBJECTIVES, ema_update
 from run import keep_pages
-from textbook import Textbook
+from textbook import Pairs, Textbook
 from vit import SIZES, vit
 
 # B, N, D, ratio
@@ -441,8 +441,10 @@ def bench_step(args):
     head = f"{'objective':11}{'affinity':9}{'step':10}{'s':>7}{'CPU s':>8}{'gain':>6}"
     head += f"{'images/s':>10}{'GFLOP':>7}{'of peak':>8}{'MB':>7}{'state MB':>9}  parts in s"
     if rank == 0:
-        print(f"{device_name(args.device)}, matrix products at {rate / 1e9:.0f} GFLOP/s, {world} ")
-        print(f"ranks x {args.batch} images; medians of {args.rounds} interleaved rounds\n\n{head}")
+        print(f"{device_name(args.device)}, matrix products at {rate / 1e9:.0f} GFLOP/s; ", end="")
+        print(
+            f"{world} x {args.batch} images; medians of {args.rounds} interleaved rounds\n\n{head}"
+        )
     rows = []
     for name, paired in itertools.product(args.objective or OBJECTIVES, (True, False)):
         for row in bench_objective(args, name, paired, device, world, rank):
@@ -600,33 +602,6 @@ class Ours:
 # ---- input
 
 
-class Pairs(torch.utils.data.Dataset):
-    """The plain side: a chip of both sensors at a time, cropped to whole pixels and resized, as
-    torchvision's RandomResizedCrop does it, then normalised."""
-
-    def __init__(self, store, ids, crops, size):
-        self.store, self.ids, self.crops, self.size = store, ids, crops, size
-
-    def __len__(self):
-        return len(self.ids)
-
-    def __getitem__(self, item):
-        views, chip = [], self.store.batch(self.ids[item : item + 1])
-        for sensor, size in (("mr", self.size), ("hr", 2 * self.size)):
-            image = chip[sensor].float()
-            sides = image.shape[-2:] * 2
-            top, left, height, width = (
-                round(v * n) for v, n in zip(self.crops[item], sides, strict=True)
-            )
-            image = image[..., top : top + max(height, 1), left : left + max(width, 1)]
-            image = F.interpolate(image, (size, size), mode="bicubic", antialias=True)[0]
-            mean, std = (
-                torch.tensor(self.store.meta[key][sensor])[:, None, None] for key in ("mean", "std")
-            )
-            views.append((image - mean) / std)
-        return views
-
-
 def bench_input(args):
     """Time reading, cropping and normalising pairs; prints pairs a second and returns the rows."""
     device = torch.device(args.device)
@@ -666,7 +641,7 @@ def bench_input(args):
                 torch.cuda.synchronize()
             if turn:
                 rates[form].append(count / (time.perf_counter() - start))
-    print(f"{device_name(args.device)}: {args.store}, {len(ids)} pairs, crops of {args.size} and ")
+    print(f"{device_name(args.device)}: {len(ids)} pairs, crops of {args.size} and ", end="")
     print(f"{2 * args.size} px, batches of {args.batch}; pairs a second, medians of rounds\n")
     for form, values in rates.items():
         print(f"{form:12}{statistics.median(values):>8.0f} ({min(values):.0f}..{max(values):.0f})")

@@ -1,4 +1,4 @@
-"""The pretraining step as a textbook has it: the plain side of `bench.py step`.
+"""The pretraining step as a textbook has it, and the way to it: what bench.py compares with.
 
 The same mathematics from the same weights as model.py and train.py, by the shortest road: the patch
 embedding is a convolution of the whole image, whose tokens are gathered afterwards; every block
@@ -158,3 +158,34 @@ class Textbook:
                 for ours, theirs in weights:
                     ours.mul_(momentum).add_(theirs, alpha=1 - momentum)
         yield "ema", loss
+
+
+class Pairs(torch.utils.data.Dataset):
+    """The pairs of a step for a DataLoader: a chip of both sensors at a time, cropped to whole
+    pixels and resized, as torchvision's RandomResizedCrop does it, then normalised.
+
+    store: `data.Store`. ids: (n,) its chips. crops: (n, 4) of `data.draw_crops`. size: pixels a
+    side of the MR image, the HR one has twice as many. An item is (mr, hr), (C, side, side) each.
+    """
+
+    def __init__(self, store, ids, crops, size):
+        self.store, self.ids, self.crops, self.size = store, ids, crops, size
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, item):
+        views, chip = [], self.store.batch(self.ids[item : item + 1])
+        for sensor, size in (("mr", self.size), ("hr", 2 * self.size)):
+            image = chip[sensor].float()
+            sides = image.shape[-2:] * 2
+            top, left, height, width = (
+                round(v * n) for v, n in zip(self.crops[item], sides, strict=True)
+            )
+            image = image[..., top : top + max(height, 1), left : left + max(width, 1)]
+            image = F.interpolate(image, (size, size), mode="bicubic", antialias=True)[0]
+            mean, std = (
+                torch.tensor(self.store.meta[key][sensor])[:, None, None] for key in ("mean", "std")
+            )
+            views.append((image - mean) / std)
+        return views

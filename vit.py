@@ -115,7 +115,7 @@ def lean(function, x):
     """function(x), a linear map of something cheap, which is computed again in the backward pass
     instead of kept. The map is not: recomputation ends where all that the gradient needs is there.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # a compiler decides itself
+    if torch.compiler.is_compiling() or not x.requires_grad:  # a compiler decides by itself
         return function(x)
     return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
 

@@ -5,13 +5,11 @@ from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from stores import write_store
 
 import bench
-from data import Store, read_crops, render
 
 ROOT = Path(__file__).parent.parent
 
@@ -64,16 +62,6 @@ def test_input_times_a_store_and_names_a_missing_one(tmp_path):
     assert all(len(row["pairs_per_s"]) == 2 for row in rows)
     done = run(*line, str(tmp_path / "none"))
     assert done.returncode == 2 and done.stderr.startswith(f"bench.py: {tmp_path}/none: no such")
-
-
-def test_plain_pairs_are_the_crops_of_whole_pixels(tmp_path):
-    """Where a window has whole pixels and fills the chip both sides give one image."""
-    store = Store(write_store(tmp_path / "pairs"))
-    ids, crops = np.array([3, 5]), np.tile([0.0, 0.0, 1.0, 1.0], (2, 1))
-    plain = zip(*(bench.Pairs(store, ids, crops, 12)[k] for k in range(2)), strict=True)
-    for images, sensor, size in zip(plain, ("mr", "hr"), (12, 24), strict=True):
-        ours = render(read_crops([store], np.column_stack([0 * ids, ids]), sensor, crops, size))
-        torch.testing.assert_close(torch.stack(images), ours, rtol=1e-4, atol=1e-4)
 
 
 def test_bad_flags_of_step():

@@ -1,13 +1,16 @@
 import copy
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
+from stores import write_store
 from torch.nn import functional as F
 
 import bench
 import textbook
 from affinity import hr_index
+from data import Store, read_crops, render
 from model import IJEPA, MAE, LatentMIM
 from vit import Block, ViT
 
@@ -77,3 +80,13 @@ def test_blocks_keep_less():
     ours = bench.peak_memory(partial(gradient, torch.nn.Sequential(*blocks)), CPU)
     plain = bench.peak_memory(partial(gradient, partial(textbook.run_blocks, blocks)), CPU)
     assert ours < 0.85 * plain
+
+
+def test_plain_pairs_are_the_crops_of_whole_pixels(tmp_path):
+    """Where a window has whole pixels and fills the chip both sides give one image."""
+    store = Store(write_store(tmp_path / "pairs"))
+    ids, crops = np.array([3, 5]), np.tile([0.0, 0.0, 1.0, 1.0], (2, 1))
+    plain = zip(*(textbook.Pairs(store, ids, crops, 12)[k] for k in range(2)), strict=True)
+    for images, sensor, size in zip(plain, ("mr", "hr"), (12, 24), strict=True):
+        ours = render(read_crops([store], np.column_stack([0 * ids, ids]), sensor, crops, size))
+        torch.testing.assert_close(torch.stack(images), ours, rtol=1e-4, atol=1e-4)
