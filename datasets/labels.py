@@ -35,7 +35,7 @@ def named_images(images, masks):
     found = {}
     for path, files in list_images(images, "--images"):
         name = name_of(path, files)
-        if masks and Path(masks) in path.parents:
+        if masks and Path(masks) != Path(images) and Path(masks) in path.parents:
             continue
         if name in found:
             raise ValueError(
