@@ -23,7 +23,7 @@ from model import ViT
 from weights import save_encoder
 
 pytestmark = pytest.mark.slow
-PATIENCE = 200  # seconds, of a machine that does other things, too
+PATIENCE = 500  # seconds, of a machine that does other things, too
 
 
 class Job:
@@ -192,7 +192,7 @@ def test_signals_end_all_ranks_with_0_and_the_same_line_goes_on(
         job.process.send_signal(getattr(signal, name))
         job.process.wait(PATIENCE)
         assert all(gone(pid) for pid in job.ranks.values())
-        assert "Traceback (most recent call last)" not in job.said().split("SignalException")[0]
+        assert f'{script}", line' not in job.said()  # no traceback but torchrun's own
     if script == "train.py":
         assert (out / "stopped").read_text() == f"asked to by {name}\n"
     words = [str(word) for word in words]

@@ -1105,11 +1105,12 @@ def test_a_killed_seed_goes_on_bit_for_bit(scenes, encoder, tmp_path, flags):
     assert alike(a, b)
 
 
+@pytest.mark.parametrize("seeds", [1, 2])  # of several the tokens are kept, of one just read
 @pytest.mark.parametrize("protocol", ["knn", "ridge"])
 def test_a_probe_that_is_asked_to_stop_does_and_goes_on(
-    scenes, encoder, tmp_path, monkeypatch, capsys, protocol
+    scenes, encoder, tmp_path, monkeypatch, capsys, protocol, seeds
 ):
-    flags, share = ["--protocol", protocol, "--labels", "0.5", "--seeds", "2"], Stop.share
+    flags, share = ["--protocol", protocol, "--labels", "0.5", "--seeds", str(seeds)], Stop.share
 
     def ask(self, bad=None):
         Stop.ask("SIGTERM")
@@ -1119,7 +1120,7 @@ def test_a_probe_that_is_asked_to_stop_does_and_goes_on(
         patch.setattr(Stop, "share", ask)
         assert run(scenes, encoder, tmp_path, *flags) == []
     assert "finetune.py: stopped" in capsys.readouterr().out and Stop.asked is None
-    assert [row["seed"] for row in run(scenes, encoder, tmp_path, *flags)] == [0, 1]
+    assert [row["seed"] for row in run(scenes, encoder, tmp_path, *flags)] == [*range(seeds)]
 
 
 def test_a_second_start_of_the_same_settings_is_told_who_is_at_it(

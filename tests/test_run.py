@@ -150,3 +150,35 @@ def test_ctrl_c_says_what_it_does_and_a_second_one_ends_at_once(monkeypatch, cap
         assert run.Stop.asked == "SIGINT" and capsys.readouterr().err == ""
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+def test_a_rank_that_is_lost_is_one_sentence_and_no_fault_of_one_that_was_asked_to_stop(
+    monkeypatch, capsys
+):
+    told = "[/src/gloo/pair.cc:537] Read error [10.0.0.1]:5: Connection reset by peer. Check more"
+
+    def lose(args):
+        raise RuntimeError(told)
+
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with refused(SystemExit, "train.py: another rank is gone (Read error", "it goes on"):
+        run.script(lose, lambda: None, "it goes on", stops=True)
+    run.script(lambda args: run.Stop.ask("SIGTERM") or lose(args), lambda: None, "x", stops=True)
+    assert "train.py: stopped by SIGTERM; x" in capsys.readouterr().out
+    told = "a mistake"
+    with pytest.raises(RuntimeError, match=told):  # of ours: as Python says it
+        run.script(lose, lambda: None, "x", stops=True)
+
+
+def test_the_death_of_torchrun_asks_to_stop(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    stops = run.Stop(ALONE)
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    with run.Stop.listening():
+        stops.share()
+        assert stops.hear(now=True) == [(True, False)] and "torchrun" in run.Stop.asked
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")  # without it, whoever started it may leave
+    stops = run.Stop(ALONE)
+    monkeypatch.setattr(os, "getppid", lambda: 2)
+    stops.share()
+    assert stops.hear(now=True) == [(False, False)]
