@@ -75,7 +75,7 @@ def test_readme_names_what_is_there():
     for file in re.findall(r"`((?:[a-z]+/)?\w+\.(?:py|txt))`", readme):
         if file != "task/classes.txt":
             assert (ROOT / file).exists(), file
-    flags = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", readme)) - {"--nproc", "--hidden"}
+    flags = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", readme)) - {"--nproc", "--max-restarts", "--hidden"}
     helps = "".join(help_of(script) for script in SCRIPTS)
     assert sorted(f for f in flags if f not in helps) == []
 
