@@ -173,12 +173,14 @@ def test_a_rank_that_is_lost_is_one_sentence_and_no_fault_of_one_that_was_asked_
 
 def test_the_death_of_torchrun_asks_to_stop(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setattr(os, "getppid", lambda: 42)
     stops = run.Stop(ALONE)
     monkeypatch.setattr(os, "getppid", lambda: 1)
     with run.Stop.listening():
         stops.share()
         assert stops.hear(now=True) == [(True, False)] and "torchrun" in run.Stop.asked
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")  # without it, whoever started it may leave
+    monkeypatch.setattr(os, "getppid", lambda: 42)
     stops = run.Stop(ALONE)
     monkeypatch.setattr(os, "getppid", lambda: 2)
     stops.share()
