@@ -240,7 +240,7 @@ def collect(folders):
 
 def blocks(name, cells):
     """What pages quote of a study: {block: text}."""
-    main = ("pixels", "untrained", "hr", *CONTROLS, "sa")
+    main = ("pixels", "untrained", "hr", *CONTROLS, "sa-mse", "sa")
     few = [c for c in cells if c["objective"] == "ijepa"]
     return {
         name: table(cells),
