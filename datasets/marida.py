@@ -1,5 +1,7 @@
 """MARIDA: Sentinel-2 with sparse labels of marine debris; one file of 11 bands a sample."""
 
+from os.path import isfile
+
 from datasets import common
 
 CLASSES = (
@@ -13,7 +15,7 @@ def find(folder, positions):
     files = {}
     for mask in folder.glob("patches/S2_*/S2_*_cl.tif"):
         image = mask.with_name(mask.name.removesuffix("_cl.tif") + ".tif")
-        if image.is_file():
+        if isfile(image):
             files[image.stem.removeprefix("S2_")] = image, mask
     split = common.read_lists(folder / "splits", "{}_X.txt")
     common.check_files(folder / "splits", split, files, "an image and a _cl mask")

@@ -1,6 +1,7 @@
 """PASTIS-R: Sentinel-2 time series of crops in France, a .npy of (dates, 10, 128, 128) a patch."""
 
 from itertools import zip_longest
+from os.path import isfile
 
 import numpy as np
 
@@ -31,7 +32,7 @@ def find(folder, positions, *, dates=None, pastis_classes=18):
             name = str(feature["properties"]["ID_PATCH"])
             split[name] = FOLDS[int(feature["properties"]["Fold"])]
             paths = folder / f"DATA_S2/S2_{name}.npy", folder / f"ANNOTATIONS/TARGET_{name}.npy"
-            if all(path.is_file() for path in paths):
+            if all(map(isfile, paths)):
                 files[name] = paths
     split = dict(sorted(split.items()))
     common.check_files(place, split, files, "DATA_S2 and ANNOTATIONS")

@@ -1,6 +1,7 @@
 """Sen1Floods11: floods on all continents, hand-labelled; Sentinel-2 L1C and water, or not."""
 
 import re
+from os.path import isfile
 from pathlib import Path
 
 from datasets import common
@@ -17,7 +18,7 @@ def find(folder, positions):
     split = common.join_lists(split, lists)
     for name in split:
         paths = chips / f"S2Hand/{name}_S2Hand.tif", chips / f"LabelHand/{name}_LabelHand.tif"
-        if all(path.is_file() for path in paths):
+        if all(map(isfile, paths)):  # False of a name that is none, too
             files[name] = paths
     common.check_files(lists, split, files, "S2Hand and LabelHand")
     return common.Samples(
