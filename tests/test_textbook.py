@@ -56,10 +56,10 @@ def test_a_step_is_the_textbooks(name, paired):
         if form == "plain":
             for ours, theirs in zip(*(t.parameters() for t in stepper.teachers), strict=True):
                 assert ours.equal(theirs)
-    assert found["ours"][0] == pytest.approx(found["plain"][0], rel=1e-6)
+    assert found["ours"][0] == pytest.approx(found["plain"][0], rel=1e-5)
     assert found["ours"][0][0] != found["ours"][0][1]
     for key, value in found["plain"][1].items():
-        torch.testing.assert_close(found["ours"][1][key], value, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found["ours"][1][key], value, rtol=1e-5, atol=2e-5)
         if "embed.proj.weight" in key:
             assert (value - start[key]).abs().median() > 1e-4
 
