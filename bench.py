@@ -579,9 +579,7 @@ class Ours:
 
     def step(self, images, masks, hr=None, momentum=0.996):
         objective, low = self.objective, self.precision != torch.float32
-        with (
-            torch.autocast(images.device.type, self.precision) if low else contextlib.nullcontext()
-        ):
+        with torch.autocast(images.device.type, self.precision, enabled=low):
             loss, tokens, index = self.model(images, masks)
             yield "objective", loss
             if hr is not None:

@@ -208,16 +208,17 @@ def verify(path):
         damaged += len(bad)
         for k in bad:
             row = rows.get(k)  # a chip that no split has is in no index
-            print(f"{path / about['file']}: " + (chip_text(row) if row else f"row {k}, unused"))
+            text = f"chip {row['chip']} ({source_text(row)})" if row else f"row {k}, unused"
+            print(f"{path / about['file']}: {text}")
     if damaged:
         raise ValueError(f"{path}: {damaged} of its chips are damaged; pack it again")
     print(f"{path}: {len(meta['shards'])} shards, {meta['count']['mr']} chips, all whole")
 
 
-def chip_text(row):
-    """A chip and where it was cut, for a reader. row: of index.csv."""
+def source_text(row):
+    """Where a chip was cut, for a reader. row: of index.csv."""
     source = row["mr_source"] + (f" and {row['hr_source']}" if row["hr_source"] else "")
-    return f"chip {row['chip']} ({source} at row {row['row']}, column {row['col']})"
+    return f"{source} at row {row['row']}, column {row['col']}"
 
 
 class Chips(NamedTuple):

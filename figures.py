@@ -255,8 +255,8 @@ def draw_overview(path, title, affinity, marks, maps, legend, scores, zero):
     save_figure(figure, path)
 
 
-POINTS = {"--hr-share": "share of the pairs that have HR", "--affinity-weight": "affinity weight",
-          "--hr-shift": "HR beside its place, pixels of 5 m"}  # fmt: skip
+AXES = {"--hr-share": "share of the pairs that have HR", "--affinity-weight": "affinity weight",
+        "--hr-shift": "HR beside its place, pixels of 5 m"}  # fmt: skip
 
 
 def draw_gains(path, curves, levels):
@@ -279,7 +279,7 @@ def draw_gains(path, curves, levels):
             axis.set_xscale("log")
         axis.set_xticks(list(points), [f"{value:g}" for value in points])
         axis.minorticks_off()
-        axis.set_xlabel(POINTS.get(flag, flag))
+        axis.set_xlabel(AXES.get(flag, flag))
         axis.set_ylabel("mIoU, %")
         axis.legend(fontsize=8, frameon=False)
     save_figure(figure, path)

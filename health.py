@@ -4,6 +4,8 @@ Sums over tokens add up over micro-batches and ranks (`token_sums`), so that any
 logs the same figures (`health`).
 """
 
+import json
+
 import torch
 
 
@@ -47,6 +49,11 @@ def health(second_moment, unit_sum, here, count, target_sum, target_square, targ
 
 
 # ---- log lines
+
+
+def read_log(run):
+    """The entries of a run's log, dicts. run: its folder."""
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
 def duration(seconds):

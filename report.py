@@ -1,17 +1,15 @@
 """What the cells of a study say: tables, intervals, pictures, and the pages that quote them.
 
-A cell is a dict, as study.py writes it: objective, row, seed, lr, trial (of the search of learning
-rates), scores {probe: {"miou", "val_miou"}}, health, command, run, steps, seconds, device, commit.
+Tables show rows in the order in which cells come. A cell is a dict, as study.py writes it:
+objective, row, seed, lr, trial (of the search of learning rates), scores {probe: {"miou",
+"val_miou"}}, health, command, run, steps, seconds, device, commit.
 """
 
 import json
 import math
 import re
 import shutil
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,6 +17,7 @@ from einops import rearrange
 
 import figures
 from files import write_atomic
+from health import read_log
 from imagery import raster
 
 CONTROLS = ("mr", "regulariser", "sa-shuffled", "sa-interp")  # sa is compared with the best of them
@@ -29,10 +28,6 @@ T80 = (1.38, 1.06, 0.98, 0.94, 0.92, 0.91, 0.90, 0.89, 0.88)  # of freedom
 
 
 # ---- numbers
-
-
-def log_of(run):
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
 def read_cells(out):
@@ -113,8 +108,8 @@ def claims_table(rows):
     """What HR adds by each probe, as Markdown: a probe may see what another does not."""
     lines = ["| probe | sa | best control | HR adds | 95 % interval | seeds |", "|---" * 6 + "|"]
     for probe in dict.fromkeys(p for facts in rows["sa"].values() for p in facts["scores"]):
-        scores = {row: values for row in (*CONTROLS, "sa") if row in rows
-                  and (values := scores_of({row: rows[row]}, probe)[row])}  # fmt: skip
+        compared = {row: rows[row] for row in (*CONTROLS, "sa") if row in rows}
+        scores = scores_of(compared, probe)
         best, seeds, (gain, low, high, _) = gain_of(scores)
         lines.append(
             f"| {probe} | {mean_and_spread([*scores['sa'].values()])} | "
@@ -140,7 +135,8 @@ def table(cells, rows=None, probes=None):
     lines = []
     for objective, found in by_row(cells).items():
         every = [facts for seeds in found.values() for facts in seeds.values()]
-        shown = [p for p in dict.fromkeys(p for facts in every for p in facts["scores"])
+        probes_there = dict.fromkeys(probe for facts in every for probe in facts["scores"])
+        shown = [p for p in sorted(probes_there, key=CEILING.__eq__)  # the ceiling last
                  if probes is None or p in probes]  # fmt: skip
         steps = max(facts.get("steps", 0) for facts in every)
         said = claim(scores_of(found)) + headroom(found)
@@ -154,18 +150,10 @@ def table(cells, rows=None, probes=None):
             f"| {' | '.join(head)} |",
             "|---" * len(head) + "|",
         ]
-        for row in sorted(found, key=order_of):
-            lines.append(f"| {' | '.join(line_of(row, found[row], shown, searched))} |")
+        for row, seeds in found.items():
+            lines.append(f"| {' | '.join(line_of(row, seeds, shown, searched))} |")
         lines += ["", foot(every), ""]
     return "\n".join(lines).rstrip() + "\n"
-
-
-def order_of(row):
-    """Where a row stands in a table: ends first, then baselines, controls and what is claimed."""
-    first = ("pixels", "untrained", "hr", "mr, as the paper", "sa, as the paper", "mr")
-    last = ("regulariser", "sa-frozen", "sa, EMA teacher", "sa-shuffled", "sa-interp", "sa-mse")
-    order = (*first, *last, "sa")
-    return (order.index(row) if row in order else len(order), row)
 
 
 def line_of(row, seeds, probes, searched):
@@ -206,8 +194,7 @@ def search_table(cells):
         rates = sorted({lr for tried in rows.values() for lr in tried})
         lines += [f"| {objective}, lr | " + " | ".join(f"{lr:g}" for lr in rates) + " |",
                   "|---" * (len(rates) + 1) + "|"]  # fmt: skip
-        for row, tried in scores_of(dict(sorted(rows.items(), key=lambda r: order_of(r[0]))),
-                                    split="val_miou").items():  # fmt: skip
+        for row, tried in scores_of(rows, split="val_miou").items():
             best = max(tried, key=tried.get)
             cells = [f"{100 * tried[lr]:.1f}" if lr in tried else "" for lr in rates]
             cells[rates.index(best)] = f"**{cells[rates.index(best)]}**"
@@ -260,9 +247,10 @@ def publish(home, out, name, cells):
     (folder / "cells.jsonl").write_text("".join(json.dumps(c) + "\n" for c in cells))
     for picture in (*out.glob("*.png"), *out.glob("*.html")):
         shutil.copy(picture, folder / picture.name)
+    said_of = blocks(name, cells)
     for page in (home / "README.md", home / "RESULTS.md"):
         text = page.read_text()
-        for block, said in blocks(name, cells).items():
+        for block, said in said_of.items():
             place = re.compile(f"(?<=<!-- {block} -->\n).*?(?=<!-- end -->)", re.DOTALL)
             text = place.sub(lambda _, said=said: said, text, count=1)
         write_atomic(page, text)
@@ -292,8 +280,8 @@ def track_rows(cells):
     """The rows of a study that ran the track's budget: (flags beside the budget's, the facts of its
     seeds)."""
     found = by_row(cells).get("ijepa", {})
-    for row in sorted(found, key=order_of):
-        facts = [found[row][seed] for seed in range(TRACK_SEEDS) if seed in found[row]]
+    for seeds in found.values():
+        facts = [seeds[seed] for seed in range(TRACK_SEEDS) if seed in seeds]
         steps = " --steps 400 "
         if len(facts) == TRACK_SEEDS and steps in facts[0]["command"]:
             flags = facts[0]["command"].split(steps)[1]
@@ -316,56 +304,52 @@ def add_to_track(home, flags, scores, commit):
 # ---- pictures
 
 
-def draw(out, task, cells):
+def draw(out, task, cells, call):
     """All pictures of a study from the facts of its cells, and its runs. task: scenes in train, val
-    and test."""
+    and test. call: runs a command, a list of words, as study.py does."""
     for objective, rows in by_row(cells).items():
-        logs = {row: [log_of(out / "runs" / facts["run"]) for facts in rows[row].values()]
-                for row in sorted(rows, key=order_of)
-                if row not in ("untrained", "pixels") and " --" not in row}  # fmt: skip
+        scores = scores_of(rows)
+        main = {row: values for row, values in scores.items() if " --" not in row}
+        logs = {row: [read_log(out / "runs" / facts["run"]) for facts in rows[row].values()]
+                for row in main if row not in ("untrained", "pixels")}  # fmt: skip
         with figures.optional(curves := out / f"curves_{objective}.png"):
             figures.draw_curves(curves, logs)
-        scores = scores_of({row: rows[row] for row in sorted(rows, key=order_of)})
-        if "untrained" in scores:
-            zero = np.mean([*scores["untrained"].values()])
-            lines = {row: values for row, values in scores.items() if " --" not in row}
-            with figures.optional(out / f"scores_{objective}.png"):
-                figures.draw_scores(out / f"scores_{objective}.png", lines, zero)
-                figures.draw_gains(out / f"gains_{objective}.png", *gains(scores))
-        if {"untrained", "mr", "sa", "hr"} <= {row for row in rows if 0 in rows[row]}:
-            draw_scene(out, objective, rows, f"scene_{sum(task) - 1:03d}.tif")
+        if "untrained" not in scores:
+            continue
+        zero = np.mean([*scores["untrained"].values()])
+        with figures.optional(out / f"scores_{objective}.png"):
+            figures.draw_scores(out / f"scores_{objective}.png", main, zero)
+            figures.draw_gains(out / f"gains_{objective}.png", *gains(scores))
+        if all(0 in rows.get(row, ()) for row in TITLES):
+            scene = f"scene_{sum(task) - 1:03d}.tif"
+            draw_scene(out, objective, rows, main, zero, scene, call)
 
 
 TITLES = {"untrained": "student, untrained", "mr": "student after MR alone",
           "sa": "student taught by HR", "hr": "HR teacher, on HR"}  # fmt: skip
 
 
-def predict(*words):
-    """Run predict.py; ValueError if it fails."""
-    script = Path(__file__).parent / "predict.py"
-    words = [sys.executable, script, *words, "--overwrite"]
-    done = subprocess.run([str(w) for w in words], capture_output=True, text=True)
-    if done.returncode:
-        raise ValueError(f"predict.py ended with code {done.returncode}: {done.stderr[-500:]}")
-
-
-def draw_scene(out, objective, rows, scene):
+def draw_scene(out, objective, rows, scores, zero, scene, call):
     """affinity.png and affinity.html: on a scene held out, the similarity of three tokens, or of
     any, to all others, for the student before and after and for its HR teacher; maps.png: what a
     probe makes of each; overview.png: both, and the scores."""
     drawn = out / "drawn"
     drawn.mkdir(exist_ok=True)
+
+    def predict(*words):
+        call(["predict.py", "--model", *words, "--overwrite"], quiet=True)
+
     tokens, maps = {}, {}
     for row in TITLES:
         run = out / "runs" / rows[row][0]["run"]
         sensor, side = ("hr", 2) if row == "hr" else ("mr", 1)
         path, image = drawn / f"features_{row}.tif", out / "task" / sensor / scene
-        predict("--model", run, "--features", "--image-size", 64, image, path)
+        predict(run, "--features", "--image-size", 64, image, path)
         values = torch.from_numpy(raster.read(path))
         tokens[row] = torch.nn.functional.avg_pool2d(values, side).permute(1, 2, 0)
         if row != "hr":
             path = drawn / f"map_{row}.tif"
-            predict("--model", run / "scores" / "ridge", image, path)
+            predict(run / "scores" / "ridge", image, path)
             maps[row] = raster.read(path)[0]
     mr, hr, label = (raster.read(out / "task" / folder / scene) for folder in ("mr", "hr", "masks"))
     classes = (out / "task" / "classes.txt").read_text().split("\n")[:-1]
@@ -378,12 +362,11 @@ def draw_scene(out, objective, rows, scene):
     views = {name: cut(view, grid, part) for name, view in views.items()}
     marks = tokens_to_show(cut(torch.from_numpy(label[0]), grid, part), inside["mr"].shape[:2])
     h, w = inside["mr"].shape[:2]
-    columns = {name: [view] * len(marks) for name, view in views.items()}
+    affinity = {name: [view] * len(marks) for name, view in views.items()}
     for row, title in TITLES.items():
-        columns[title] = [figures.similarity(inside[row], i, j).numpy() for i, j in marks]
+        affinity[title] = [figures.similarity(inside[row], i, j).numpy() for i, j in marks]
     places = [((j + 0.5) / w, (i + 0.5) / h) for i, j in marks]
-    figures.draw_panels(out / f"affinity_{objective}.png", columns, places)
-    affinity = columns
+    figures.draw_panels(out / f"affinity_{objective}.png", affinity, places)
     named = {title: inside[row] for row, title in TITLES.items()}
     figures.write_page(out / f"affinity_{objective}.html", views, named)
     colours = figures.class_colours(classes)
@@ -396,12 +379,10 @@ def draw_scene(out, objective, rows, scene):
         columns[title] = [cut(figures.paint(ids, colours), grid, part)]
     legend = [*zip(classes, colours, strict=True)]
     figures.draw_panels(out / f"maps_{objective}.png", columns, legend=legend)
-    scores = {row: values for row, values in scores_of(rows).items() if " --" not in row}
-    scores = {row: scores[row] for row in sorted(scores, key=order_of)}
     figures.draw_overview(
         out / f"overview_{objective}.png",
         f"{objective}: {claim(scores).split(', 95 %')[0]}",
-        affinity, places, columns, legend, scores, np.mean([*scores["untrained"].values()]),
+        affinity, places, columns, legend, scores, zero,
     )  # fmt: skip
 
 

@@ -36,7 +36,7 @@ import torch
 
 import report
 from files import write_atomic
-from health import duration
+from health import duration, read_log
 from run import Formatter, Parser, git_state, positive, script
 
 HERE = Path(__file__).parent
@@ -202,6 +202,18 @@ def path_of(cell, out):
     return out / "cells" / f"{cell.name}.json"
 
 
+def read_cells(out):
+    """The facts of the cells that are there, objective by objective, in the order of ROWS, curves
+    last by name."""
+    order = (*UNSEARCHED, *SEARCHED)
+
+    def place(facts):
+        row = facts["row"]
+        return facts["objective"], order.index(row) if row in order else len(order), row
+
+    return sorted(report.read_cells(out), key=place)
+
+
 def rate_of(cell, size, out):
     """The learning rate of a cell: its own, or that of its best trial; None for SMALL's."""
     found = {trial.lr: json.loads(path_of(trial, out).read_text()) for trial in cell.trials(size)}
@@ -280,7 +292,7 @@ def make(cell, size, out):
                 draw_pairs(out, size, cell.row.split()[-1])
             words = training(cell, size, out, lr)
             train(run, words)
-            log = report.log_of(run)
+            log = read_log(run)
             facts |= {
                 "command": shlex.join(["python", *map(str, words)]), "run": run.name,
                 "steps": log[-1]["step"],
@@ -321,7 +333,7 @@ def train(run, words):
     """Bring a run to its last step, from where it was stopped; nothing if it is there."""
     if (run / "encoder.safetensors").exists():
         steps = json.loads((run / "config.json").read_text())["steps"]
-        if report.log_of(run)[-1]["step"] == steps:
+        if read_log(run)[-1]["step"] == steps:
             return
     call(words, quiet=True)
 
@@ -449,10 +461,10 @@ def main(args):
     if not args.table:
         draw_ground(args.out, size)
         made = make_all(size, args.out, args.jobs)
-    cells = report.read_cells(args.out)
+    cells = read_cells(args.out)
     said = report.table(cells)
     if made or args.table or not (args.out / "table.md").exists():
-        report.draw(args.out, size.task, cells)
+        report.draw(args.out, size.task, cells, call)
         write_atomic(args.out / "table.md", said)
     print("\n" + said)
     if args.publish:

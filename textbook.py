@@ -18,7 +18,7 @@ from einops import rearrange, repeat
 
 from affinity import gram_loss
 from model import info_nce
-from vit import position_table, take_patches
+from vit import position_table, take, take_patches
 
 
 def attend(module, q, k, v):
@@ -38,16 +38,11 @@ def run_blocks(blocks, x):
     return x
 
 
-def gather(tokens, index):
-    """Tokens (B, N, D) at index (B, K) -> (B, K, D)."""
-    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
-
-
 def encode(encoder, images, index=None):
     """Tokens of a `ViT`, its class token in front: (B, [1 +] N or K, D)."""
     position = encoder.position(encoder.grid(images), 1.0, images.device)
     x = encoder.patch_embed.proj(images).flatten(2).mT + position
-    x = x if index is None else gather(x, index)
+    x = x if index is None else take(x, index)
     if encoder.class_token:
         x = torch.cat([encoder.cls_token.expand(len(x), -1, -1), x], dim=1)
     return encoder.norm(run_blocks(encoder.blocks, x))
@@ -58,7 +53,7 @@ def ijepa(self, teacher, images, masks):
     tokens = encode(self.student, images, context)
     with torch.no_grad():
         wanted = encode(teacher, images)
-        wanted = gather(F.layer_norm(wanted, wanted.shape[-1:]), target.flatten(1))
+        wanted = take(F.layer_norm(wanted, wanted.shape[-1:]), target.flatten(1))
     head = self.predictor
     position = position_table(grid, head.mask_token.shape[-1], "ijepa", device=images.device)
     seen = head.embed(tokens) + position[context]
@@ -99,7 +94,7 @@ def mae(self, teacher, images, masks):
     )
     x = torch.cat([self.embed(tokens) + position[context], self.mask_token + position[target]], 1)
     x = self.proj(self.norm(run_blocks(self.blocks, x)))[:, context.shape[1] :]
-    pixels = gather(rearrange(images, "b c (i p) (j q) -> b (i j) (p q c)", p=p, q=p), target)
+    pixels = take(rearrange(images, "b c (i p) (j q) -> b (i j) (p q c)", p=p, q=p), target)
     mean, var = pixels.mean(-1, keepdim=True), pixels.var(-1, keepdim=True)
     return F.mse_loss(x, (pixels - mean) / (var + 1e-6).sqrt()), tokens
 

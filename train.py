@@ -36,12 +36,13 @@ from data import (
     read_csv,
     render,
     sample_order,
+    source_text,
     stream,
 )
 from figures import draw_curves, draw_tokens, optional
 from files import write_atomic
 from flags import FREE_ON_RESUME, draw_trial
-from health import health, token_sums
+from health import health, read_log, token_sums
 from imagery.bands import meanings
 from model import OBJECTIVES, Plan, draw_rectangle, ema_update, regularise, vit
 from run import (
@@ -366,9 +367,8 @@ def plot(runs):
     for run in runs:
         if not (run / "log.jsonl").is_file():
             raise ValueError(f"--plot {run}: no run of train.py; it holds no log.jsonl")
-        lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
         name = re.sub(r"-s\d+$", "", run.resolve().name)
-        logs.setdefault(name, []).append([line for line in lines if "ssl" in line])
+        logs.setdefault(name, []).append([line for line in read_log(run) if "ssl" in line])
     draw_curves(runs[0] / "curves.png", logs)
     print(f"{runs[0] / 'curves.png'}: {', '.join(logs)}")
 
@@ -637,8 +637,7 @@ def source(path, chip):
     """Where a chip of a store was cut, for a reader; "" where its index does not say."""
     for row in read_csv(path / "index.csv") if (path / "index.csv").is_file() else ():
         if row["chip"] == str(chip) and row["mr_source"]:
-            hr = f" and {row['hr_source']}" if row["hr_source"] else ""
-            return f" ({row['mr_source']}{hr} at row {row['row']}, column {row['col']})"
+            return f" ({source_text(row)})"
     return ""
 
 

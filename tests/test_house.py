@@ -35,7 +35,7 @@ ROOMS = {
     "scores": "* segment imagery",
     "finetune": "* scores tiles segment weights model data run datasets imagery figures",
     "predict": "* segment weights model data run datasets imagery figures",
-    "report": "* imagery figures",
+    "report": "* health imagery figures",
     "study": "* report run health imagery figures",
     "textbook": "torch einops affinity model vit",
     "counted": "torch affinity kernels",  # without Triton, until a function is called

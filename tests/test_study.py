@@ -102,7 +102,7 @@ def test_cells_are_made_once_and_after_their_teacher(out, monkeypatch, jobs):
     at = {str(words[words.index("--out") + 1]).split("/")[-1]: k for k, words in enumerate(made)}
     for seed in (0, 1):
         assert at[f"ijepa-hr-s{seed}"] < at[f"ijepa-sa-s{seed}"]
-    found = report.read_cells(out)
+    found = study.read_cells(out)
     assert {f["scores"]["ridge"]["miou"] for f in found} == {0.5}
     assert all(f["command"].startswith("python train.py") for f in found)
     assert study.make_all(size, out, jobs) == 0
@@ -162,7 +162,7 @@ def test_every_row_tries_the_same_rates_and_keeps_the_best_of_its_own(out, monke
 
     monkeypatch.setattr(study, "judge", judged)
     study.make_all(size, out, 2)
-    facts = report.read_cells(out)
+    facts = study.read_cells(out)
     trials = {(f["row"], f["lr"]) for f in facts if f["trial"]}
     assert trials == {(row, lr) for row in ("mr", "sa") for lr in rates}
     kept = {(f["row"], f["seed"]): f["lr"] for f in facts if not f["trial"]}
@@ -194,7 +194,7 @@ def test_pixels_and_the_ceiling_are_the_ends_of_a_table(out, monkeypatch):
     (scratch,) = (words for words in log if "finetune" in words)
     assert scratch[scratch.index("--encoder") + 1].startswith("random:")
     assert sum("pixels" in words for words in log) == 1
-    rows = report.table(report.read_cells(out)).splitlines()
+    rows = report.table(study.read_cells(out)).splitlines()
     assert f"| ridge | {report.CEILING} |" in rows[2]
     assert "| pixels | 1 | 50.0 | 50.0 |" in rows[4] and "| mr | 2 | 50.0 ± 0.0 |  |" in rows[6]
 
