@@ -22,6 +22,7 @@ import math
 import os
 import shlex
 import sys
+import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -189,30 +190,56 @@ def row_digests(tensors):
     return digests
 
 
-def verify(path):
-    """Compare every byte of a store with its digest; prints what is damaged, chip by chip, with its
-    sources. Raises ValueError at the end if anything was, and as `Store` does."""
+def verify(path, part=0, of=1):
+    """Compare every byte of a store, or of every of-th of its shards, with its digest. Yields a
+    line for each chip that is damaged, with its sources. Raises ValueError as `Store` does."""
     path = Path(path)
-    meta, damaged = read_meta(path), 0
+    meta = read_meta(path)
     of_shard = [{} for _ in meta["shards"]]
     for row in read_index(path, meta):
         of_shard[int(row["shard"])][int(row["place"])] = row
-    for about, rows in zip(meta["shards"], of_shard, strict=True):
+    for about, rows in list(zip(meta["shards"], of_shard, strict=True))[part::of]:
         try:
             facts, tensors = open_shard(path, about)
             found = row_digests(tensors)
             bad = [k for k, digest in enumerate(facts["digests"]) if digest != found[k]]
         except ValueError as error:
-            print(error)
+            yield str(error)
             bad = list(rows)
-        damaged += len(bad)
         for k in bad:
             row = rows.get(k)  # a chip that no split has is in no index
             text = f"chip {row['chip']} ({source_text(row)})" if row else f"row {k}, unused"
-            print(f"{path / about['file']}: {text}")
-    if damaged:
-        raise ValueError(f"{path}: {damaged} of its chips are damaged; pack it again")
-    print(f"{path}: {len(meta['shards'])} shards, {meta['count']['mr']} chips, all whole")
+            yield f"{path / about['file']}: {text}"
+
+
+def verify_beside(paths):
+    """Start a thread that `verify`s stores while a run trains on them. Returns a function to call
+    now and then: it raises ValueError, the damaged chips by name, once there are any.
+
+    The ranks of a machine share its disk, and the work: each takes its part of the shards.
+    """
+    part, of = (int(os.environ.get(k, d)) for k, d in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    found = []
+
+    def work():
+        for path in paths:
+            try:
+                lines = list(verify(path, part, of))
+            except (ValueError, OSError) as error:
+                lines = [str(error)]
+            if lines:
+                more = f", and {len(lines) - 3} more" if len(lines) > 3 else ""
+                found.append(
+                    f"{'; '.join(lines[:3])}{more}: damaged since it was packed, and may have been "
+                    "trained on; pack it again, and start again with --fresh"
+                )
+
+    def look():
+        if found:
+            raise ValueError(found[0])
+
+    threading.Thread(target=work, daemon=True).start()  # the end of a run does not wait for it
+    return look
 
 
 def source_text(row):
@@ -556,8 +583,13 @@ def main():
             check.check(**args)
             return
         if command == "verify":
-            verify(**args)
-            return
+            damaged = False
+            for line in verify(args["path"]):
+                damaged = True
+                print(line, flush=True)
+            if damaged:
+                raise ValueError(f"{args['path']}: damaged; pack it again")
+            return print(f"{args['path']}: all chips are whole")
         reader = sets("PAIRS")[args["format"]]
         if len(args["paths"]) != (1 if args["mr"] else 2):
             raise ValueError(

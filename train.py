@@ -38,6 +38,7 @@ from data import (
     sample_order,
     source_text,
     stream,
+    verify_beside,
 )
 from figures import draw_curves, draw_tokens, optional
 from files import write_atomic
@@ -81,6 +82,8 @@ VARIANTS = {
     "sa-shuffled": Variant("mr", "hr", gram_loss, shuffled=True),
     "sa-frozen": Variant("mr", "hr", gram_loss, frozen=True),
     "regulariser": Variant("mr", "mr", gram_loss),
+    "mse-interp": Variant("mr", "mr", token_mse),  # and the controls of sa-mse
+    "mse-shuffled": Variant("mr", "hr", token_mse, shuffled=True),
 }
 
 parse_args = partial(flags.parse_args, VARIANTS)
@@ -435,6 +438,7 @@ def main(args):
     seen = chips.bands[variant.teacher or "hr"]
     ready = partial(prepare, args, chips, objective, teacher, ranks, device_batch)
     stops, stopping = Stop(ranks), False
+    look = verify_beside(args.store)
     watch = profiler(args, start) if args.profile and ranks.rank == 0 else None
 
     # The loop. `stream` reads the next step's chips and draws its masks while this one computes.
@@ -495,6 +499,8 @@ def main(args):
             run.log(step, entry, args.global_batch, probe if probes else None)
         if watch:
             watch.step()
+        if logs:
+            look()
         stopping = run.hear(stops, now=run.saves(step))
         if run.in_a_row >= min(PATIENCE, stop - start):
             raise ValueError(fault(args, chips, run.heard - 1, run.in_a_row, losses, rates.lr))
