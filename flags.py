@@ -60,8 +60,8 @@ def build_parser(variants):
                    help="mr, hr: that sensor alone; sa: MR with HR affinity; sa-interp: the 'HR' "
                    "is the MR crop resampled; sa-mse: tokens instead of Gram matrices; "
                    "sa-shuffled: HR of another pair; sa-frozen: a teacher that stays untrained; "
-                   "regulariser: no HR, the MR crop as it is; mse-interp, mse-shuffled: as sa-interp "
-                   "and sa-shuffled, of tokens")
+                   "mse-interp, mse-shuffled: so with sa-mse; regulariser: no HR, the MR crop as "
+                   "it is")
     g.add_argument("--seed", type=int, default=0, help="weights, order, crops and masks")
     g.add_argument("--config", type=Path, metavar="RUN/config.json", help="repeat that run: its "
                    "flags, but for --out, --resume, --override, --fresh and --stop-at; flags "

@@ -20,7 +20,11 @@ from files import write_atomic
 from health import read_log
 from imagery import raster
 
-CONTROLS = ("mr", "regulariser", "sa-shuffled", "sa-interp")  # sa is compared with the best of them
+# a claim for HR is a row minus the best of these, which have all of it but the HR of their ground
+CONTROLS = {
+    "sa": ("mr", "regulariser", "sa-shuffled", "sa-interp"),
+    "sa-mse": ("mr", "regulariser", "mse-shuffled", "mse-interp"),
+}
 CEILING = "from scratch, all labels"
 SHORT = 100  # steps of pretraining below which nothing is claimed
 T975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, 1 to 9 degrees
@@ -63,30 +67,41 @@ def interval(differences, draws=10_000):
     return d.mean(), low, high, (T975[k] + T80[k]) * d.std(ddof=1) / math.sqrt(len(d))
 
 
-def gain_of(scores):
-    """sa minus the best of its controls, over the seeds of both: that control, the seeds, and the
-    `interval` of the differences; None where either has not run."""
-    controls = [row for row in CONTROLS if row in scores]
-    if "sa" not in scores or not controls:
+def gain_of(scores, row="sa"):
+    """A row minus the best of its controls, over the seeds of both: that control, the seeds, and
+    the `interval` of the differences; None where either has not run."""
+    controls = [control for control in CONTROLS[row] if control in scores]
+    if row not in scores or not controls:
         return None
-    best = max(controls, key=lambda row: np.mean([*scores[row].values()]))
-    seeds = sorted(scores["sa"].keys() & scores[best].keys())
-    return best, seeds, interval([scores["sa"][s] - scores[best][s] for s in seeds])
+    best = max(controls, key=lambda control: np.mean([*scores[control].values()]))
+    seeds = sorted(scores[row].keys() & scores[best].keys())
+    return best, seeds, interval([scores[row][s] - scores[best][s] for s in seeds])
 
 
-def claim(scores):
-    """One sentence on what HR adds: sa minus the best of its controls."""
-    found = gain_of(scores)
+def claim(scores, row="sa"):
+    """One sentence on what HR adds: a row minus the best of its controls."""
+    found = gain_of(scores, row)
     if found is None:
-        return "no claim: `sa` or its controls have not run."
+        return f"no claim: `{row}` or its controls have not run."
     best, seeds, (gain, low, high, least) = found
-    said = f"HR of the right ground adds {100 * gain:+.1f} points to the best control ({best})"
+    said = f"in `{row}`, HR of the right ground adds {100 * gain:+.1f} points to the best control "
+    said += f"({best})"
     if len(seeds) < 3:
         count = {1: "one seed", 2: "two seeds"}[len(seeds)]
         return f"{said}: {count} of pretraining, so a sign, not a result."
     verdict = "" if low > 0 else "; the interval holds 0, so nothing is shown"
     return (f"{said}, 95 % interval {100 * low:+.1f} to {100 * high:+.1f} over {len(seeds)} seeds; "
             f"the design finds {100 * least:.1f} points in 4 of 5 cases{verdict}.")  # fmt: skip
+
+
+def claims(rows):
+    """What rows show, in sentences."""
+    steps = max(facts.get("steps", 0) for seeds in rows.values() for facts in seeds.values())
+    if steps < SHORT:
+        return f"{steps} steps say nothing of who wins: this shows that everything works."
+    scores = scores_of(rows)
+    said = [claim(scores, row) for row in CONTROLS if row == "sa" or gain_of(scores, row)]
+    return " ".join(text[:1].upper() + text[1:] for text in said) + headroom(rows)
 
 
 def headroom(rows):
@@ -106,16 +121,21 @@ def headroom(rows):
 
 def claims_table(rows):
     """What HR adds by each probe, as Markdown: a probe may see what another does not."""
-    lines = ["| probe | sa | best control | HR adds | 95 % interval | seeds |", "|---" * 6 + "|"]
-    for probe in dict.fromkeys(p for facts in rows["sa"].values() for p in facts["scores"]):
-        compared = {row: rows[row] for row in (*CONTROLS, "sa") if row in rows}
-        scores = scores_of(compared, probe)
-        best, seeds, (gain, low, high, _) = gain_of(scores)
-        lines.append(
-            f"| {probe} | {mean_and_spread([*scores['sa'].values()])} | "
-            f"{best} {mean_and_spread([*scores[best].values()])} | {100 * gain:+.1f} | "
-            f"{100 * low:+.1f} to {100 * high:+.1f} | {len(seeds)} |"
-        )
+    lines = [
+        "| row | probe | mIoU | best control | HR adds | 95 % interval | seeds |",
+        "|---" * 7 + "|",
+    ]
+    for row, controls in CONTROLS.items():
+        compared = {name: rows[name] for name in (*controls, row) if name in rows}
+        probes = dict.fromkeys(p for facts in rows.get(row, {}).values() for p in facts["scores"])
+        for probe in probes if len(compared) > 1 else ():
+            scores = scores_of(compared, probe)
+            best, seeds, (gain, low, high, _) = gain_of(scores, row)
+            lines.append(
+                f"| {row} | {probe} | {mean_and_spread([*scores[row].values()])} | "
+                f"{best} {mean_and_spread([*scores[best].values()])} | {100 * gain:+.1f} | "
+                f"{100 * low:+.1f} to {100 * high:+.1f} | {len(seeds)} |"
+            )
     return "\n".join(lines) + "\n"
 
 
@@ -138,14 +158,10 @@ def table(cells, rows=None, probes=None):
         probes_there = dict.fromkeys(probe for facts in every for probe in facts["scores"])
         shown = [p for p in sorted(probes_there, key=CEILING.__eq__)  # the ceiling last
                  if probes is None or p in probes]  # fmt: skip
-        steps = max(facts.get("steps", 0) for facts in every)
-        said = claim(scores_of(found)) + headroom(found)
-        if steps < SHORT:
-            said = f"{steps} steps say nothing of who wins: this shows that everything works."
         searched = any(facts.get("lr") for facts in every)
         head = ["row", "seeds", *["lr"] * searched, *shown, "place", "rank", "cos", "core-min"]
         lines += [
-            f"**{objective}**: {said}",
+            f"**{objective}**: {claims(found)}",
             "",
             f"| {' | '.join(head)} |",
             "|---" * len(head) + "|",
@@ -227,7 +243,7 @@ def collect(folders):
 
 def blocks(name, cells):
     """What pages quote of a study: {block: text}."""
-    main = ("pixels", "untrained", "hr", *CONTROLS, "sa-mse", "sa")
+    main = {"pixels", "untrained", "hr", *CONTROLS, *sum(CONTROLS.values(), ())}
     few = [c for c in cells if c["objective"] == "ijepa"]
     return {
         name: table(cells),
@@ -254,7 +270,7 @@ def publish(home, out, name, cells):
             place = re.compile(f"(?<=<!-- {block} -->\n).*?(?=<!-- end -->)", re.DOTALL)
             text = place.sub(lambda _, said=said: said, text, count=1)
         write_atomic(page, text)
-    for flags, facts in track_rows(cells):
+    for flags, facts in track_rows(cells) if name == "laptop" else ():
         if f"`{flags}`" not in (home / "TRACK.md").read_text():
             scores = [each["scores"]["ridge"]["miou"] for each in facts]
             add_to_track(home, flags, scores, facts[0]["commit"])
@@ -320,13 +336,19 @@ def draw(out, task, cells, call):
         with figures.optional(out / f"scores_{objective}.png"):
             figures.draw_scores(out / f"scores_{objective}.png", main, zero)
             figures.draw_gains(out / f"gains_{objective}.png", *gains(scores))
-        if all(0 in rows.get(row, ()) for row in TITLES):
+        if all(0 in rows.get(row, ()) for row in TITLES if row != "sa-mse"):  # not in a demo
             scene = f"scene_{sum(task) - 1:03d}.tif"
-            draw_scene(out, objective, rows, main, zero, scene, call)
+            with figures.optional(out / f"maps_{objective}.png"):
+                draw_scene(out, objective, rows, main, zero, scene, call)
 
 
-TITLES = {"untrained": "student, untrained", "mr": "student after MR alone",
-          "sa": "student taught by HR", "hr": "HR teacher, on HR"}  # fmt: skip
+TITLES = {
+    "untrained": "student,\nuntrained",
+    "mr": "student of\nMR alone (mr)",
+    "sa": "taught relations\nof HR (sa)",
+    "sa-mse": "taught tokens\nof HR (sa-mse)",
+    "hr": "HR teacher,\non HR",
+}
 
 
 def draw_scene(out, objective, rows, scores, zero, scene, call):
@@ -340,7 +362,8 @@ def draw_scene(out, objective, rows, scores, zero, scene, call):
         call(["predict.py", "--model", *words, "--overwrite"], quiet=True)
 
     tokens, maps = {}, {}
-    for row in TITLES:
+    titles = {row: title for row, title in TITLES.items() if row in rows}
+    for row in titles:
         run = out / "runs" / rows[row][0]["run"]
         sensor, side = ("hr", 2) if row == "hr" else ("mr", 1)
         path, image = drawn / f"features_{row}.tif", out / "task" / sensor / scene
@@ -357,31 +380,32 @@ def draw_scene(out, objective, rows, scores, zero, scene, call):
     # the quarter of the scene around its middle, so that rows can be seen
     part = [slice(side // 4, side // 4 * 3) for side in grid]
     inside = {row: value[part[0], part[1]] for row, value in tokens.items()}
-    views = {name: figures.composite(torch.from_numpy(image[None].astype(np.float32)), ["P"])[0]
+    bands = raster.info(out / "task" / "mr" / scene).band_names
+    views = {name: figures.composite(torch.from_numpy(image[None].astype(np.float32)), bands)[0]
              for name, image in (("HR", hr), ("MR", mr))}  # fmt: skip
     views = {name: cut(view, grid, part) for name, view in views.items()}
     marks = tokens_to_show(cut(torch.from_numpy(label[0]), grid, part), inside["mr"].shape[:2])
     h, w = inside["mr"].shape[:2]
     affinity = {name: [view] * len(marks) for name, view in views.items()}
-    for row, title in TITLES.items():
+    for row, title in titles.items():
         affinity[title] = [figures.similarity(inside[row], i, j).numpy() for i, j in marks]
     places = [((j + 0.5) / w, (i + 0.5) / h) for i, j in marks]
     figures.draw_panels(out / f"affinity_{objective}.png", affinity, places)
-    named = {title: inside[row] for row, title in TITLES.items()}
+    named = {title: inside[row] for row, title in titles.items()}
     figures.write_page(out / f"affinity_{objective}.html", views, named)
     colours = figures.class_colours(classes)
     columns = {name: [view] for name, view in views.items()}
     named = {"labels": label[0]}
     for row, value in maps.items():
         score = 100 * rows[row][0]["scores"]["ridge"]["miou"]
-        named[f"{TITLES[row]}\nmIoU {score:.0f} %"] = value
+        named[f"{titles[row]}\nmIoU {score:.0f} %"] = value
     for title, ids in named.items():
         columns[title] = [cut(figures.paint(ids, colours), grid, part)]
     legend = [*zip(classes, colours, strict=True)]
     figures.draw_panels(out / f"maps_{objective}.png", columns, legend=legend)
     figures.draw_overview(
         out / f"overview_{objective}.png",
-        f"{objective}: {claim(scores).split(', 95 %')[0]}",
+        f"{objective}: {claims(rows).split(', 95 %')[0]}",
         affinity, places, columns, legend, scores, zero,
     )  # fmt: skip
 

@@ -12,9 +12,9 @@ same command goes on after any stop, and several processes, on one machine or ma
 Every command is printed before it runs and can be typed by itself.
 
 The ground is drawn (`imagery.scenes --kind rows`): classes differ in texture alone, which HR
-resolves and MR hardly shows. What is claimed for HR is `sa` minus the best of its controls, seed by
-seed, never `sa` minus a baseline that may be sick. What cells say, in tables and pictures, is
-made by report.py.
+resolves and MR hardly shows. What is claimed for HR is `sa`, or `sa-mse`, minus the best of its
+controls, seed by seed, never minus a baseline that may be sick. What cells say, in tables and
+pictures, is made by report.py.
 """
 
 import fcntl
@@ -74,6 +74,8 @@ SEARCHED = {
     "sa, EMA teacher": f"--variant sa {TAUGHT}",
     "sa-shuffled": f"--variant sa-shuffled {BY_HR}",
     "sa-interp": f"--variant sa-interp {BY_HR}",
+    "mse-shuffled": f"--variant mse-shuffled {BY_HR}",
+    "mse-interp": f"--variant mse-interp {BY_HR}",
     "sa-mse": f"--variant sa-mse {BY_HR}",
     "sa": f"--variant sa {BY_HR}",
 }
@@ -94,7 +96,8 @@ class Size(NamedTuple):
     """A budget. steps: of every row but the teacher. plan: (objective, rows, seeds) in the order in
     which they are made. probes: {name: flags of finetune.py}. rates: the learning rates that every
     row tries with seed 0, judged on validation ground; the best serves all seeds. ceiling: flags of
-    a model that is trained from scratch on all labels, if one is."""
+    a model that is trained from scratch on all labels, if one is. ground: --kind of imagery.scenes.
+    """
 
     scenes: int
     task: tuple  # scenes in train, val and test
@@ -104,6 +107,7 @@ class Size(NamedTuple):
     probes: dict
     rates: tuple = ()
     ceiling: str = ""
+    ground: str = "rows"
 
 
 RIDGE = {"ridge": "--protocol ridge"}
@@ -117,7 +121,7 @@ MANY = RIDGE | {
 SCRATCH = "--protocol finetune --no-crop --epochs 40 --global-batch 16 --lr 1e-3 --schedule cosine"
 FEW = ("untrained", "hr", "mr", "sa-interp", "sa")
 DEMO = (*FEW, "sa-shuffled")
-CONTROLLED = (*UNSEARCHED, *report.CONTROLS, "sa")
+CONTROLLED = (*UNSEARCHED, *sum(report.CONTROLS.values(), ()), *report.CONTROLS)
 OTHERS = tuple(row for row in SEARCHED if row not in CONTROLLED)
 EVERY = CONTROLLED + OTHERS
 SIZES = {
@@ -128,6 +132,11 @@ SIZES = {
         (("ijepa", CONTROLLED, 5), ("ijepa", OTHERS, 3), ("ijepa", CHANGED, 1),
          ("latentmim", CONTROLLED, 3)),
         MANY, (1e-3, 2e-3, 4e-3), SCRATCH,
+    ),
+    # fields, woods, water and towns in four bands, whose colour gives some of the classes away
+    "landscape": Size(
+        75, (20, 6, 14), 400, 800, (("ijepa", CONTROLLED, 3),), MANY, (2e-3, 4e-3), SCRATCH,
+        "landscape",
     ),
     # meant for half an hour of an H100 with --jobs 4, where such steps wait for launches; never run
     "gpu": Size(
@@ -140,7 +149,8 @@ SIZES = {
 PAPER = """\
 # One GPU of 80 GB or more each; GPU-hours: python bench.py step says what a step takes.
 python data.py pack --format sen2venus SEN2VENUS/ pairs
-for variant in mr hr sa sa-interp sa-mse sa-shuffled sa-frozen regulariser; do
+for variant in mr hr sa sa-interp sa-shuffled sa-mse mse-interp mse-shuffled sa-frozen \\
+    regulariser; do
   for objective in ijepa latentmim; do
     for seed in 0 1 2; do
       name=$objective-$variant-s$seed
@@ -255,7 +265,7 @@ def draw_pairs(out, size, shift=""):
     """The pairs of a study, packed; with HR that lies `shift` of its pixels beside its place."""
     pairs, store = out / ("pairs" + store_of(out, shift).name[5:]), store_of(out, shift)
     if not pairs.exists():
-        call(["-m", "imagery.scenes", pairs, "--kind", "rows", "--scenes", size.scenes,
+        call(["-m", "imagery.scenes", pairs, "--kind", size.ground, "--scenes", size.scenes,
               *(["--hr-shift", shift] if shift else [])])  # fmt: skip
     if not store.exists():
         call(["data.py", "pack", "--mr", pairs / "mr", "--hr", pairs / "hr", store, "--chip", 64])
@@ -265,8 +275,8 @@ def draw_ground(out, size):
     """The pairs, packed, and the labelled scenes, of other ground, of a study."""
     draw_pairs(out, size)
     if not (out / "task").exists():
-        call(["-m", "imagery.scenes", out / "task", "--kind", "rows", "--scenes", sum(size.task),
-              "--seed", 1])  # fmt: skip
+        call(["-m", "imagery.scenes", out / "task", "--kind", size.ground, "--seed", 1,
+              "--scenes", sum(size.task)])  # fmt: skip
     names = [f"scene_{k:03d}\n" for k in range(sum(size.task))]
     (out / "task" / "splits").mkdir(exist_ok=True)
     for split, count in zip(("train", "val", "test"), size.task, strict=True):
@@ -323,8 +333,8 @@ def judge(encoder, out, results, flags, sensor="mr"):
     """The mIoU of an encoder by one probe, a mean over the probe's seeds: of val and test."""
     task, side = out / "task", 64 if sensor == "mr" else 128
     call(["finetune.py", *encoder, "--images", task / sensor, "--masks", task / "masks",
-          "--classes", task / "classes.txt", "--splits", task / "splits", "--bands", "0", "--tile",
-          side, "--image-size", side, "--out", results, *flags.split()], quiet=True)  # fmt: skip
+          "--classes", task / "classes.txt", "--splits", task / "splits", "--tile", side,
+          "--image-size", side, "--out", results, *flags.split()], quiet=True)  # fmt: skip
     rows = [json.loads(line) for line in (results / "results.jsonl").open()]
     return {key: float(np.mean([row[key] for row in rows])) for key in ("miou", "val_miou")}
 

@@ -68,6 +68,9 @@ def test_a_claim_is_sa_minus_its_best_control():
     one = report.claim({"mr": {0: 0.3}, "sa": {0: 0.5, 1: 0.5}})
     assert "one seed" in one and "+20.0" in one
     assert "no claim" in report.claim({"sa": {0: 0.5}})
+    own = scores | {"sa-mse": {0: 0.6}, "mse-interp": {0: 0.5}}
+    assert "sa-mse" not in report.claim(own)
+    assert "+10.0 points to the best control (mse-interp)" in report.claim(own, "sa-mse")
 
 
 def test_a_table_says_who_collapsed_and_over_how_many_seeds():
@@ -96,8 +99,8 @@ def test_what_hr_adds_by_each_probe():
         value = {"mr": 0.9, "sa-interp": 0.1, "sa": 0.6 + 0.02 * cell["seed"]}[cell["row"]]
         cell["scores"]["kNN"] = {"miou": value, "val_miou": value}
     said = report.claims_table(report.by_row(cells)["ijepa"])
-    assert "| ridge | 50.0 ± 0.0 | sa-interp 40.0 ± 0.0 | +10.0 | +10.0 to +10.0 | 2 |" in said
-    assert "| kNN | 61.0 ± 1.4 | mr 90.0 ± 0.0 | -29.0 | -30.0 to -28.0 | 2 |" in said
+    assert "| sa | ridge | 50.0 ± 0.0 | sa-interp 40.0 ± 0.0 | +10.0 | +10.0 to +10.0 | 2 |" in said
+    assert "| sa | kNN | 61.0 ± 1.4 | mr 90.0 ± 0.0 | -29.0 | -30.0 to -28.0 | 2 |" in said
 
 
 def test_a_task_without_headroom_is_said_to_tell_nothing():
