@@ -89,7 +89,8 @@ POINTS = {
     "--ratio": (1,),
 }
 CHANGED = tuple(f"sa {flag} {value}" for flag, values in POINTS.items() for value in values)
-ROWS = UNSEARCHED | SEARCHED | {row: f"{SEARCHED['sa']} {row[3:]}" for row in CHANGED}
+TRUNK = "sa --affinity-on trunk"  # of Latent MIM: tokens before the projection head
+ROWS = UNSEARCHED | SEARCHED | {row: f"{SEARCHED['sa']} {row[3:]}" for row in (*CHANGED, TRUNK)}
 
 
 class Size(NamedTuple):
@@ -130,7 +131,7 @@ SIZES = {
     "laptop": Size(
         75, (20, 6, 14), 400, 800,
         (("ijepa", CONTROLLED, 5), ("ijepa", OTHERS, 3), ("ijepa", CHANGED, 1),
-         ("latentmim", CONTROLLED, 3)),
+         ("latentmim", CONTROLLED, 3), ("latentmim", (TRUNK,), 1)),
         MANY, (1e-3, 2e-3, 4e-3), SCRATCH,
     ),
     # fields, woods, water and towns in four bands, whose colour gives some of the classes away
@@ -184,7 +185,7 @@ class Cell(NamedTuple):
 
     def trials(self, size):
         """The cells whose learning rates this one chooses from."""
-        row = "sa" if self.row in CHANGED else self.row
+        row = self.row.split(" --")[0]
         rates = size.rates if self.lr is None and row in SEARCHED else ()
         return [Cell(self.objective, row, 0, lr) for lr in rates]
 
