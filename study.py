@@ -127,7 +127,7 @@ OTHERS = tuple(row for row in SEARCHED if row not in CONTROLLED)
 EVERY = CONTROLLED + OTHERS
 SIZES = {
     "minute": Size(4, (3, 1, 2), 4, 4, (("ijepa", FEW, 1),), RIDGE),
-    "demo": Size(75, (20, 6, 14), 400, 800, (("ijepa", DEMO, 1),), RIDGE),
+    "demo": Size(75, (20, 6, 14), 250, 500, (("ijepa", DEMO, 1),), RIDGE),
     "laptop": Size(
         75, (20, 6, 14), 400, 800,
         (("ijepa", CONTROLLED, 5), ("ijepa", OTHERS, 3), ("ijepa", CHANGED, 1),
