@@ -8,11 +8,13 @@ eager's own error, which can be zero by luck on one CPU.
 
 import importlib.metadata
 import importlib.util
-import json
+import itertools
 import math
 import os
+import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -718,27 +720,89 @@ def test_no_16_bit_form_holds_a_rotated_teacher():
 
 # ---- ahead of time, without a GPU
 
+SHARED_KB = {80: 163, 90: 227, 100: 227}  # what one program may have on an architecture
+
+
+def launches():
+    """(arch, kernel, tokens, operands, constants, options) of all that "auto" can choose."""
+    from kernels import gram
+
+    for arch, operands in itertools.product(SHARED_KB, ("bf16", "fp16", "fp32", "tf32")):
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(operands, torch.float32)
+        seen = []
+        for n, b in itertools.product((20, 64, 128, 192, 256, 4096), (4096, 1)):
+            plan = gram.plan(b, n, 384, 384, dtype, (arch // 10, 0), 132, operands == "tf32")
+            if (plan.constants, plan.options) not in seen:
+                seen.append((plan.constants, plan.options))
+                for want_grad in (True, False):
+                    constants = {**plan.constants, "WANT_GRAD": want_grad}
+                    yield arch, "gram", "-", operands, constants, plan.options
+    pairs = ("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "bf16"), ("fp32", "fp32")
+    for arch, width, (tokens, operands) in itertools.product(SHARED_KB, (512, 2048), pairs):
+        constants = {"WIDTH": width, "ROWS": 2048 // width}  # D of 384 and 1280
+        yield arch, "unit", tokens, operands, {"G": 4, **constants}, gram.UNIT_OPTIONS
+        yield arch, "project", "-", operands, constants, {}
+
+
+def compiled(arch, kernel, tokens, operands, constants, options):
+    """Compile a kernel for an architecture: (KB of shared memory, bytes of a thread's registers
+    that spill, PTX)."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from kernels import gram
+
+    function = getattr(gram, f"{kernel}_kernel")
+    held = "fp32" if operands == "tf32" else operands
+    types = dict.fromkeys(("inverse", "loss", "grad", "sums"), "*fp32")
+    types |= dict.fromkeys(("student", "teacher"), f"*{tokens}")
+    types |= dict.fromkeys(("pair", "own", "other"), f"*{held}")
+    types |= {"skip": "*i1", "scale": "fp32"}
+    if operands not in ("fp32", "tf32"):  # there alone the device chooses the form
+        constants = {**constants, "skip": None}
+    if constants.get("TMA"):
+        for name, rows in (("own", "BM"), ("other", "BN")):
+            types[name] = f"tensordesc<{held}[{constants[rows]}, {constants['BK']}]>"
+    # as a launch has it: channels adjacent, torch's tensors aligned, D a multiple of 16
+    constants = {**constants, "s_channel": 1, "t_channel": 1} if kernel == "unit" else constants
+    types |= dict.fromkeys(constants, "constexpr")
+    signature = {name: types.get(name, "i32") for name in function.arg_names}
+    aligned = "width", "t_width", "pad", "s_image", "s_token", "t_image", "t_token"
+    attributes = {
+        (place,): [["tt.divisibility", 16]]
+        for place, (name, kind) in enumerate(signature.items())
+        if kind[0] == "*" or name in aligned
+    }
+    source = ASTSource(function, signature, constants, attributes)
+    result = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(result.asm["cubin"])
+        file.flush()
+        command = [tools / "cuobjdump", "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    print(arch, kernel, tokens, operands, constants, usage.splitlines()[-1])  # pytest -s
+    spilled = int(re.search(r"STACK:(\d+)", usage)[1])
+    return result.metadata.shared / 1024, spilled, result.asm["ptx"]
+
 
 @outside
 @needs_triton
-def test_every_launch_compiles_fits_and_does_not_spill(tmp_path):
+def test_every_launch_compiles_fits_and_does_not_spill():
     """Not a byte on the Triton that the CUDA build of torch brings; a few registers on others."""
-    out = tmp_path / "tiles.json"
-    command = [sys.executable, "-W", "ignore", "bench.py", "compile", "--out", str(out)]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
-    print(run.stdout)
-    rows = json.loads(out.read_text())["rows"]
     most = 0 if importlib.metadata.version("triton") == "3.7.1" else 64
-    assert {row["arch"] for row in rows} == {80, 90, 100}
-    for row in rows:
-        assert row["shared_kb"] <= row["shared_limit_kb"], row
-        if row["operands"] in ("bf16", "fp16"):
-            assert row["stack"] <= most, row
-        if row["kernel"] == "gram" and row["operands"] in ("bf16", "fp16"):
-            assert row["unit"] == {80: "mma", 90: "wgmma", 100: "tcgen05"}[row["arch"]], row
-        if row["operands"] == "fp32":
-            assert row["unit"] == "-", row  # no tf32 behind the user's back
+    unit = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+    for launch in launches():
+        arch, kernel, _, operands, *_ = launch
+        shared, spilled, ptx = compiled(*launch)
+        assert shared <= SHARED_KB[arch], launch
+        if operands in ("bf16", "fp16"):
+            assert spilled <= most, launch
+            assert kernel != "gram" or unit[arch] in ptx, launch
+        if operands == "fp32":  # no tf32 behind the user's back
+            assert not any(name in ptx for name in unit.values()), launch
 
 
 # ---- on a GPU
