@@ -137,8 +137,8 @@ def ema_update(teacher, student, momentum, bad=None):
     """teacher <- momentum * teacher + (1 - momentum) * student, parameter by parameter. bad: a 0-d
     tensor, above 0 where the teacher is to stay as it is."""
     ours, theirs = list(teacher.parameters()), list(student.parameters())
-    if bad is None:
-        torch._foreach_lerp_(ours, theirs, 1 - momentum)
+    if bad is None or bad.device.type == "cpu":  # one pass, no memory for the change
+        torch._foreach_lerp_(ours, theirs, 0.0 if bad is not None and bad > 0 else 1 - momentum)
     else:  # the host would wait for a lerp's weight
         change = torch._foreach_sub(theirs, ours)
         torch._foreach_mul_(change, (1 - momentum) * (bad == 0))
