@@ -110,10 +110,9 @@ def shape(text):
 def main(args):
     if args.out and not args.out.parent.is_dir():
         raise ValueError(f"--out {args.out.parent}: no such folder; make it first")
-    ranks = run.start_ranks(args.device)
+    ranks, (commit, edits) = run.start_ranks(args.device), run.git_state()
     with ranks.quiet():
         rows = args.bench(args, ranks)
-        commit, edits = run.git_state()
         facts = {
             "device": device_name(ranks.device),
             "date": datetime.date.today().isoformat(),
