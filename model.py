@@ -22,9 +22,9 @@ from vit import (  # noqa: F401, all of these are names of this file too
     SIZES,
     Attention,
     Block,
-    CrossAttention,
     Mlp,
     ViT,
+    attend,
     init_normal,
     init_xavier,
     position_table,
@@ -381,6 +381,19 @@ def projection_head(dim, hidden):
         if i < 2:
             head.add_module(f"act{i}", nn.GELU())
     return head
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.q_proj = nn.Linear(dim, dim)
+        self.kv_proj = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x, memory):
+        k, v = self.kv_proj(memory).chunk(2, dim=-1)
+        return self.proj(attend(self.q_proj(x), k, v, self.heads))
 
 
 class CrossBlock(nn.Module):

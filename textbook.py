@@ -19,13 +19,7 @@ from einops import rearrange, repeat
 
 from affinity import gram_loss
 from model import info_nce
-from vit import position_table, take, take_patches
-
-
-def attend(module, q, k, v):
-    q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=module.heads) for x in (q, k, v))
-    x = F.scaled_dot_product_attention(q, k, v)
-    return module.proj(rearrange(x, "b h n d -> b n (h d)"))
+from vit import attend, position_table, take, take_patches
 
 
 def mlp(module, x):
@@ -34,7 +28,8 @@ def mlp(module, x):
 
 def run_blocks(blocks, x):
     for block in blocks:
-        x = x + attend(block.attn, *block.attn.qkv(block.norm1(x)).chunk(3, dim=-1))
+        q, k, v = block.attn.qkv(block.norm1(x)).chunk(3, dim=-1)
+        x = x + block.attn.proj(attend(q, k, v, block.attn.heads))
         x = x + mlp(block.mlp, block.norm2(x))
     return x
 
@@ -79,9 +74,11 @@ def latentmim(self, teacher, images, masks):
     x = torch.cat([head.cls_token.expand(len(x), -1, -1), x], dim=1)
     memory = torch.cat([memory[:, :1], memory[:, 1:] + seen], dim=1)
     for block in head.blocks:
-        x = x + attend(block.self_attn, *block.self_attn.qkv(block.norm1(x)).chunk(3, dim=-1))
-        cross, kv = block.cross_attn, block.cross_attn.kv_proj(block.norm2kv(memory))
-        x = x + attend(cross, cross.q_proj(block.norm2q(x)), *kv.chunk(2, dim=-1))
+        q, k, v = block.self_attn.qkv(block.norm1(x)).chunk(3, dim=-1)
+        x = x + block.self_attn.proj(attend(q, k, v, block.self_attn.heads))
+        k, v = block.cross_attn.kv_proj(block.norm2kv(memory)).chunk(2, dim=-1)
+        q = block.cross_attn.q_proj(block.norm2q(x))
+        x = x + block.cross_attn.proj(attend(q, k, v, block.cross_attn.heads))
         x = x + mlp(block.mlp, block.norm3(x))
     x = head.head(head.norm(x))[:, 1:]
     return info_nce(x, wanted, self.tau), tokens[:, 1:]
