@@ -38,11 +38,11 @@ def position_table(grid, dim, kind, spacing=1.0, device="cpu"):
     """
     if dim % 4:
         raise ValueError(f"a sine-cosine position code needs a width divisible by 4, found {dim}")
-    exact = torch.float32 if torch.device(device).type == "mps" else torch.float64
-    channel = torch.arange(dim // 4, dtype=exact, device=device)
+    channel = torch.arange(dim // 4, dtype=torch.float64, device=device)
     codes = []
     for count in grid:
-        coordinate = (torch.arange(count, dtype=exact, device=device) + 0.5) * spacing - 0.5
+        place = torch.arange(count, dtype=torch.float64, device=device)
+        coordinate = (place + 0.5) * spacing - 0.5
         if kind == "latentmim":
             coarse = count * spacing
             coordinate = coordinate * coarse / max(coarse - 1, 1)
