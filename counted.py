@@ -1,17 +1,10 @@
-"""What can be known of the Gram loss's kernels without a GPU: what counting says of their time, and
-what the compiler makes of them.
+"""What counting says of the time of the Gram loss's kernels, without a GPU.
 
 A model of a chip is four rates. An operator of PyTorch takes the longer of its bytes over the
 memory's rate and its operations over the processors', the kernels what `gram.plan` says besides,
 and every launch its own time. No number of it is measured: `bench.py gram` does that on a GPU, and
 prints the same table from the rates that it found there.
 """
-
-import itertools
-import re
-import subprocess
-import tempfile
-from pathlib import Path
 
 import torch
 from torch._subclasses import FakeTensorMode
@@ -31,10 +24,6 @@ SHAPES = [
 # bytes a second of memory, operations a second in bfloat16 and float32, seconds of a launch
 H100 = {"capability": (9, 0), "processors": 132, "bandwidth": 3e12, "rate": 790e12}
 H100 |= {"float32": 50e12, "launch": 2e-6}
-SHARED_LIMIT = {80: 163, 90: 227, 100: 227}  # KB of shared memory that one program may have
-
-
-# ---- counting
 
 
 def floor(shape, size, chip, part="both"):
@@ -113,85 +102,3 @@ def table(shapes, chip):
             text += f"{1e6 * row[name]:8.0f}" if name in row else f"{'-':>8}"
         lines.append(text)
     return "\n".join(lines)
-
-
-# ---- the compiler
-
-
-def launches(archs):
-    """Yield (arch, kernel, tokens, operands, constants, options) of all that "auto" can choose."""
-    from kernels import gram
-
-    for arch, operands in itertools.product(archs, ("bf16", "fp16", "fp32", "tf32")):
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(operands, torch.float32)
-        seen = []
-        for n, b in itertools.product((20, 64, 128, 192, 256, 4096), (4096, 1)):
-            plan = gram.plan(b, n, 384, 384, dtype, (arch // 10, 0), 132, operands == "tf32")
-            if (plan.constants, plan.options) not in seen:
-                seen.append((plan.constants, plan.options))
-                for want_grad in (True, False):
-                    constants = {**plan.constants, "WANT_GRAD": want_grad}
-                    yield arch, "gram", "-", operands, constants, plan.options
-    pairs = ("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "bf16"), ("fp32", "fp32")
-    for arch, width, (tokens, operands) in itertools.product(archs, (512, 2048), pairs):
-        constants = {"WIDTH": width, "ROWS": 2048 // width}  # D of 384 and 1280
-        yield arch, "unit", tokens, operands, {"G": 4, **constants}, gram.UNIT_OPTIONS
-        yield arch, "project", "-", operands, constants, {}
-
-
-def compiled(arch, kernel, tokens, operands, constants, options):
-    """Compile a kernel for an architecture and read the resources off the result."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from kernels import gram
-
-    function = getattr(gram, f"{kernel}_kernel")
-    held = "fp32" if operands == "tf32" else operands
-    types = dict.fromkeys(("inverse", "loss", "grad", "sums"), "*fp32")
-    types |= dict.fromkeys(("student", "teacher"), f"*{tokens}")
-    types |= dict.fromkeys(("pair", "own", "other"), f"*{held}")
-    types |= {"skip": "*i1", "scale": "fp32"}
-    if operands not in ("fp32", "tf32"):  # there alone the device chooses the form
-        constants = {**constants, "skip": None}
-    if constants.get("TMA"):
-        for name, rows in (("own", "BM"), ("other", "BN")):
-            types[name] = f"tensordesc<{held}[{constants[rows]}, {constants['BK']}]>"
-    # as a launch has it: channels adjacent, torch's tensors aligned, D a multiple of 16
-    constants = {**constants, "s_channel": 1, "t_channel": 1} if kernel == "unit" else constants
-    types |= dict.fromkeys(constants, "constexpr")
-    signature = {name: types.get(name, "i32") for name in function.arg_names}
-    aligned = "width", "t_width", "pad", "s_image", "s_token", "t_image", "t_token"
-    attributes = {
-        (place,): [["tt.divisibility", 16]]
-        for place, (name, kind) in enumerate(signature.items())
-        if kind[0] == "*" or name in aligned
-    }
-    source = ASTSource(function, signature, constants, attributes)
-    result = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(result.asm["cubin"])
-        command = [tools / "cuobjdump", "-res-usage", cubin]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    tiles = ("BM", "BN", "BK") if kernel == "gram" else ("ROWS", "WIDTH")
-    units = {"wgmma.mma_async": "wgmma", "tcgen05.mma": "tcgen05", "mma.sync": "mma"}
-    return {
-        "arch": arch,
-        "kernel": kernel,
-        "tokens": tokens,
-        "operands": operands,
-        "tiles": " ".join(str(constants[key]) for key in tiles),
-        "gradient": {True: "yes", False: "no"}.get(constants.get("WANT_GRAD"), "-"),
-        "panels": {True: "one", False: "many"}.get(constants.get("ONE_PANEL"), "-"),
-        "warps": result.metadata.num_warps,
-        "stages": result.metadata.num_stages,
-        "shared_kb": round(result.metadata.shared / 1024, 1),
-        "shared_limit_kb": SHARED_LIMIT[arch],
-        "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
-        "stack": int(re.search(r"STACK:(\d+)", usage).group(1)),
-        "unit": next((unit for op, unit in units.items() if op in result.asm["ptx"]), "-"),
-    }

@@ -22,9 +22,9 @@ from vit import (  # noqa: F401, all of these are names of this file too
     SIZES,
     Attention,
     Block,
-    CrossAttention,
     Mlp,
     ViT,
+    attend,
     init_normal,
     init_xavier,
     position_table,
@@ -137,8 +137,8 @@ def ema_update(teacher, student, momentum, bad=None):
     """teacher <- momentum * teacher + (1 - momentum) * student, parameter by parameter. bad: a 0-d
     tensor, above 0 where the teacher is to stay as it is."""
     ours, theirs = list(teacher.parameters()), list(student.parameters())
-    if bad is None:
-        torch._foreach_lerp_(ours, theirs, 1 - momentum)
+    if bad is None or bad.device.type == "cpu":  # one pass, no memory for the change
+        torch._foreach_lerp_(ours, theirs, 0.0 if bad is not None and bad > 0 else 1 - momentum)
     else:  # the host would wait for a lerp's weight
         change = torch._foreach_sub(theirs, ours)
         torch._foreach_mul_(change, (1 - momentum) * (bad == 0))
@@ -381,6 +381,19 @@ def projection_head(dim, hidden):
         if i < 2:
             head.add_module(f"act{i}", nn.GELU())
     return head
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.q_proj = nn.Linear(dim, dim)
+        self.kv_proj = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x, memory):
+        k, v = self.kv_proj(memory).chunk(2, dim=-1)
+        return self.proj(attend(self.q_proj(x), k, v, self.heads))
 
 
 class CrossBlock(nn.Module):

@@ -10,6 +10,7 @@ B images, N tokens of width D, K of them context; `objective` is one of model.py
 """
 
 import copy
+import itertools
 import math
 
 import torch
@@ -18,13 +19,7 @@ from einops import rearrange, repeat
 
 from affinity import gram_loss
 from model import info_nce
-from vit import position_table, take, take_patches
-
-
-def attend(module, q, k, v):
-    q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=module.heads) for x in (q, k, v))
-    x = F.scaled_dot_product_attention(q, k, v)
-    return module.proj(rearrange(x, "b h n d -> b n (h d)"))
+from vit import attend, position_table, take, take_patches
 
 
 def mlp(module, x):
@@ -33,7 +28,8 @@ def mlp(module, x):
 
 def run_blocks(blocks, x):
     for block in blocks:
-        x = x + attend(block.attn, *block.attn.qkv(block.norm1(x)).chunk(3, dim=-1))
+        q, k, v = block.attn.qkv(block.norm1(x)).chunk(3, dim=-1)
+        x = x + block.attn.proj(attend(q, k, v, block.attn.heads))
         x = x + mlp(block.mlp, block.norm2(x))
     return x
 
@@ -78,9 +74,11 @@ def latentmim(self, teacher, images, masks):
     x = torch.cat([head.cls_token.expand(len(x), -1, -1), x], dim=1)
     memory = torch.cat([memory[:, :1], memory[:, 1:] + seen], dim=1)
     for block in head.blocks:
-        x = x + attend(block.self_attn, *block.self_attn.qkv(block.norm1(x)).chunk(3, dim=-1))
-        cross, kv = block.cross_attn, block.cross_attn.kv_proj(block.norm2kv(memory))
-        x = x + attend(cross, cross.q_proj(block.norm2q(x)), *kv.chunk(2, dim=-1))
+        q, k, v = block.self_attn.qkv(block.norm1(x)).chunk(3, dim=-1)
+        x = x + block.self_attn.proj(attend(q, k, v, block.self_attn.heads))
+        k, v = block.cross_attn.kv_proj(block.norm2kv(memory)).chunk(2, dim=-1)
+        q = block.cross_attn.q_proj(block.norm2q(x))
+        x = x + block.cross_attn.proj(attend(q, k, v, block.cross_attn.heads))
         x = x + mlp(block.mlp, block.norm3(x))
     x = head.head(head.norm(x))[:, 1:]
     return info_nce(x, wanted, self.tau), tokens[:, 1:]
@@ -155,32 +153,22 @@ class Textbook:
         yield "ema", loss
 
 
-class Pairs(torch.utils.data.Dataset):
-    """The pairs of a step for a DataLoader: a chip of both sensors at a time, cropped to whole
-    pixels and resized, as torchvision's RandomResizedCrop does it, then normalised.
+def plain_pairs(store, ids, crops, size, items):
+    """The pairs of a batch for a DataLoader: chip by chip cropped to whole pixels and resized, as
+    torchvision's RandomResizedCrop does it, then normalised.
 
     store: `data.Store`. ids: (n,) its chips. crops: (n, 4) of `data.draw_crops`. size: pixels a
-    side of the MR image, the HR one has twice as many. An item is (mr, hr), (C, side, side) each.
+    side of the MR images, the HR ones have twice as many. items: those of the n that are wanted.
+    Returns [mr, hr], (items, C, side, side) each.
     """
-
-    def __init__(self, store, ids, crops, size):
-        self.store, self.ids, self.crops, self.size = store, ids, crops, size
-
-    def __len__(self):
-        return len(self.ids)
-
-    def __getitem__(self, item):
-        views, chip = [], self.store.batch(self.ids[item : item + 1])
-        for sensor, size in (("mr", self.size), ("hr", 2 * self.size)):
-            image = chip[sensor].float()
-            sides = image.shape[-2:] * 2
-            top, left, height, width = (
-                round(v * n) for v, n in zip(self.crops[item], sides, strict=True)
-            )
-            image = image[..., top : top + max(height, 1), left : left + max(width, 1)]
-            image = F.interpolate(image, (size, size), mode="bicubic", antialias=True)[0]
-            mean, std = (
-                torch.tensor(self.store.meta[key][sensor])[:, None, None] for key in ("mean", "std")
-            )
-            views.append((image - mean) / std)
-        return views
+    views = {"mr": [], "hr": []}
+    for item, (sensor, images) in itertools.product(items, views.items()):
+        image = store.batch(ids[item : item + 1], {sensor})[sensor].float()
+        edges = zip(crops[item], image.shape[-2:] * 2, strict=True)
+        top, left, height, width = (round(share * side) for share, side in edges)
+        image = image[..., top : top + max(height, 1), left : left + max(width, 1)]
+        side = size if sensor == "mr" else 2 * size
+        image = F.interpolate(image, (side, side), mode="bicubic", antialias=True)[0]
+        mean, std = (torch.tensor(store.meta[k][sensor])[:, None, None] for k in ("mean", "std"))
+        images.append((image - mean) / std)
+    return [torch.stack(images) for images in views.values()]

@@ -38,11 +38,11 @@ def position_table(grid, dim, kind, spacing=1.0, device="cpu"):
     """
     if dim % 4:
         raise ValueError(f"a sine-cosine position code needs a width divisible by 4, found {dim}")
-    exact = torch.float32 if torch.device(device).type == "mps" else torch.float64
-    channel = torch.arange(dim // 4, dtype=exact, device=device)
+    channel = torch.arange(dim // 4, dtype=torch.float64, device=device)
     codes = []
     for count in grid:
-        coordinate = (torch.arange(count, dtype=exact, device=device) + 0.5) * spacing - 0.5
+        place = torch.arange(count, dtype=torch.float64, device=device)
+        coordinate = (place + 0.5) * spacing - 0.5
         if kind == "latentmim":
             coarse = count * spacing
             coordinate = coordinate * coarse / max(coarse - 1, 1)
@@ -105,12 +105,6 @@ def init_xavier(module):
             nn.init.zeros_(module.bias)
 
 
-def check_heads(dim, heads):
-    if dim % heads:
-        raise ValueError(f"a width of {dim} does not divide into {heads} attention heads")
-    return heads
-
-
 def lean(function, x):
     """function(x), a linear map of something cheap, which is computed again in the backward pass
     instead of kept. The map is not: recomputation ends where all that the gradient needs is there.
@@ -120,10 +114,18 @@ def lean(function, x):
     return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
 
 
+def attend(q, k, v, heads):
+    """Attention of queries (B, N, D) to keys and values (B, M, D) -> (B, N, D)."""
+    q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v))
+    return rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
+
+
 class Attention(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
-        self.heads = check_heads(dim, heads)
+        if dim % heads:
+            raise ValueError(f"a width of {dim} does not divide into {heads} attention heads")
+        self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
@@ -132,27 +134,9 @@ class Attention(nn.Module):
         if last:
             parts = [p.tensor_split([x.shape[2]]) for p in (self.qkv.weight, self.qkv.bias)]
             of_query, of_rest = zip(*parts, strict=True)
-            q = rearrange(F.linear(x[:, -last:], *of_query), "b n (h d) -> b h n d", h=self.heads)
-            k, v = rearrange(F.linear(x, *of_rest), "b n (t h d) -> t b h n d", t=2, h=self.heads)
-        else:
-            q, k, v = rearrange(self.qkv(x), "b n (t h d) -> t b h n d", t=3, h=self.heads)
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(rearrange(x, "b h n d -> b n (h d)"))
-
-
-class CrossAttention(nn.Module):
-    def __init__(self, dim, heads):
-        super().__init__()
-        self.heads = check_heads(dim, heads)
-        self.q_proj = nn.Linear(dim, dim)
-        self.kv_proj = nn.Linear(dim, 2 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x, memory):
-        q = rearrange(self.q_proj(x), "b n (h d) -> b h n d", h=self.heads)
-        k, v = rearrange(self.kv_proj(memory), "b n (t h d) -> t b h n d", t=2, h=self.heads)
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(rearrange(x, "b h n d -> b n (h d)"))
+            q, kv = F.linear(x[:, -last:], *of_query), F.linear(x, *of_rest)
+            return self.proj(attend(q, *kv.chunk(2, dim=-1), self.heads))
+        return self.proj(attend(*self.qkv(x).chunk(3, dim=-1), self.heads))
 
 
 class Mlp(nn.Module):
@@ -172,7 +156,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.mlp = Mlp(dim, int(dim * mlp_ratio + 1e-6))  # a ratio of two widths may be a bit low
 
     def forward(self, x, last=0):
         """Tokens (B, N, D) -> (B, N, D), or the `last` of them alone, all that the caller reads."""
@@ -190,31 +174,14 @@ class ViT(nn.Module):
     """
 
     def __init__(
-        self,
-        in_channels=4,
-        patch_size=14,
-        dim=384,
-        depth=12,
-        heads=6,
-        mlp_ratio=4.0,
-        class_token=False,
-        pos="ijepa",
-        pos_grid=None,
-    ):
+        self, in_channels=4, patch_size=14, dim=384, depth=12, heads=6, mlp_ratio=4.0,
+        class_token=False, pos="ijepa", pos_grid=None,
+    ):  # fmt: skip
+        given = locals()
         super().__init__()
         if pos not in ("ijepa", "latentmim", "learned"):
             raise ValueError(f"pos is {pos!r}; choose ijepa, latentmim or learned")
-        self.config = dict(
-            in_channels=in_channels,
-            patch_size=patch_size,
-            dim=dim,
-            depth=depth,
-            heads=heads,
-            mlp_ratio=mlp_ratio,
-            class_token=class_token,
-            pos=pos,
-            pos_grid=pos_grid,
-        )
+        self.config = {k: v for k, v in given.items() if k not in ("self", "__class__")}
         self.in_channels, self.patch_size, self.dim = in_channels, patch_size, dim
         self.class_token, self.pos, self.meta = class_token, pos, {}
         self.checkpointed = False  # whether blocks are computed again in the backward pass

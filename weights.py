@@ -6,6 +6,7 @@
 pickle, no code.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -98,17 +99,14 @@ def read_tensors(path):
             raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
         if facts is None:
             return state, None
-        try:
+        with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
             facts = json.loads(facts)
-            fits = isinstance(facts["config"], dict) and isinstance(facts["meta"], dict)
-        except (ValueError, LookupError, TypeError, RecursionError):
-            fits = False
-        if not fits:
-            raise ValueError(
-                f"{path}: its crossscale metadata is no JSON object with the objects config and "
-                "meta; export or fetch it again"
-            )
-        return state, facts
+            if isinstance(facts["config"], dict) and isinstance(facts["meta"], dict):
+                return state, facts
+        raise ValueError(
+            f"{path}: its crossscale metadata is no JSON object with the objects config and meta; "
+            "export or fetch it again"
+        )
     try:
         return load_sealed(path), None
     except pickle.UnpicklingError as error:
@@ -244,9 +242,7 @@ def parse_encoder(tree, facts, path, heads=None, grid=None):
         patch_size=patch,
         dim=dim,
         depth=1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
-        mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / dim
-        if "blocks.0.mlp.fc1.weight" in state
-        else 4.0,
+        mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / dim,
         class_token="cls_token" in state,
     )
     claims = sum(weight.numel() * weight.element_size() for weight in state.values())
@@ -254,24 +250,17 @@ def parse_encoder(tree, facts, path, heads=None, grid=None):
         raise ValueError(
             f"{path}: {path.stat().st_size} bytes that claim to be {claims} of weights"
         )
-    if facts is not None:
-        read_off, config = config, facts["config"]
-        for key in ("in_channels", "patch_size", "dim", "depth"):  # before anything is made of it
-            if config[key] != read_off[key]:
-                raise ValueError(
-                    f"{path}: weights of {key} {read_off[key]}, its metadata say {config[key]}; "
-                    "export it again"
-                )
-        if config["mlp_ratio"] > 64 or (config["pos"] == "learned" and table is None):
-            raise ValueError(f"{path}: its metadata do not fit its weights; export it again")
+    if facts is not None:  # they say what no weight shows
+        config |= {key: facts["config"][key] for key in ("heads", "pos", "pos_grid")}
+        if config["pos"] == "learned" and table is None:
+            raise ValueError(f"{path}: it lacks its learned positions; export it again")
         if heads and heads != config["heads"]:
             raise ValueError(
                 f"{path}: says that it has {config['heads']} heads, not {heads}; leave them out"
             )
         named = facts["meta"].get("bands") or []
-        if not (isinstance(named, list) and all(isinstance(band, str) for band in named)) or (
-            len(named) not in (0, bands)
-        ):
+        text = isinstance(named, list) and all(isinstance(band, str) for band in named)
+        if not text or len(named) not in (0, bands):
             raise ValueError(f"{path}: {bands} bands, its metadata say {named}; export it again")
     if table is not None:
         table = table.reshape(-1, dim).float()

@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 
 CHUNK = 2**21  # elements of a temporary: 8 MB in float32
-NO_FLOAT64 = {"mps"}  # types of device that have none: sums over an image stay in float32 there
 
 log = logging.getLogger("crossscale")
 
@@ -88,14 +87,8 @@ def project(g, s, inverse, out):
 
 
 def wide_sum(x):
-    """The sum over the last two axes, in float64 where the device has that."""
-    return x.sum((-2, -1), dtype=x.dtype if x.device.type in NO_FLOAT64 else torch.float64)
-
-
-def squares(delta):
-    """Sum of squares; rows in the dtype of delta, which needs no copy of it, then `wide_sum`."""
-    rows = torch.linalg.vector_norm(delta, dim=-1)
-    return wide_sum(rows.square_())
+    """The sum over the last two axes, in float64."""
+    return x.sum((-2, -1), dtype=torch.float64)
 
 
 def empty_grad(student, want_grad):
@@ -130,7 +123,8 @@ def matmul(student, teacher, want_grad):
             i = slice(row, row + rows)
             double = u[:, i] @ v.mT  # 2 delta, when its mirror image is added
             double = double + double.mT if rows == n else double.baddbmm_(v[:, i], u.mT)
-            total = total + squares(double) / 4
+            # rows in the dtype of double, which needs no copy of it
+            total = total + wide_sum(torch.linalg.vector_norm(double, dim=-1).square_()) / 4
             if want_grad:
                 project(double @ s, s[:, i], inverse[:, i], out=grad[part, i])
     return mean(total, student), grad
@@ -194,11 +188,6 @@ def pick(student, teacher, operand):
     return "matmul" if missing else "triton"
 
 
-@functools.cache
-def say(backend, device, dtype):
-    log.debug("gram_loss: auto takes %s for %s on %s", backend, dtype, device)
-
-
 def run(
     student: torch.Tensor,
     teacher: torch.Tensor,
@@ -213,7 +202,6 @@ def run(
     auto = backend == "auto"
     if auto:
         backend = pick(student, teacher, operand)
-        say(backend, student.device, operand)
     missing = kernel_missing(student.device, student.dtype)
     otherwise = None
     if backend == "linear":

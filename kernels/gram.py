@@ -33,7 +33,7 @@ its own. Images of few tokens are packed, BM // N to a program.
 **Counts**, forward and gradient: 6 B N^2 D operations (8 with the product made twice). Bytes, each
 once: B N D (G + 2) of input and gradient, G teacher tokens to a student token; on top of that u and
 s, written and read, and the gradient's way through the backward pass. By `counted.py`'s model of an
-H100, float32 tokens, bfloat16 operands, times in microseconds (`python bench.py gram --model`):
+H100, float32 tokens, bfloat16 operands, times in microseconds (`python bench.py gram --count`):
 
      B,     N,   D, r   floor      MB   GFLOP  programs  kernel  linear   eager
    128,    20, 384, 2       8      40     0.5        43      28       -     154
@@ -51,9 +51,9 @@ Launches: two kernels (over 256 tokens three) and the sum of their losses, one i
 **Given up:** double backward; float64; the 16-bit rotated case above. The loss of a batch in which
 one token is NaN is NaN, as in eager PyTorch, but the NaN may reach the gradient of an image beside.
 No GPU was at hand: the tiles were chosen by what the compiler makes of them (registers, shared
-memory, tensor-core instructions: `python bench.py compile`), that of Triton 3.7.1, which torch 2.13
-brings, and by the model. No speed on a GPU is measured: `python bench.py gram` there says what the
-model is worth.
+memory, tensor-core instructions: `tests/test_gram.py` holds it), that of Triton 3.7.1, which torch
+2.13 brings, and by the model. No speed on a GPU is measured: `python bench.py gram` there says what
+the model is worth.
 
 Deterministic: every sum has one order, no atomics. Source of the loss: arXiv 2601.12964; the
 gradient in the forward pass, as fused linear cross-entropy kernels do.

@@ -534,6 +534,11 @@ def test_ema(golden):
     student.weight.data = z[f"sd/encoder.{name}"].clone()
     model.ema_update(teacher, student, 0.9)
     torch.testing.assert_close(teacher.weight.data, z[f"ema0.9/target_encoder.{name}"])
+    after = teacher.weight.clone()
+    model.ema_update(teacher, student, 0.9, torch.ones(()))  # a bad step: the teacher stays
+    assert teacher.weight.equal(after)
+    model.ema_update(teacher, student, 0.0, torch.zeros(()))
+    assert teacher.weight.equal(student.weight)
 
 
 # ---- purity

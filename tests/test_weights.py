@@ -644,14 +644,19 @@ def test_a_flipped_bit_of_an_export_is_always_seen(tmp_path):
 
 
 def test_metadata_cannot_ask_for_more_than_the_weights(tmp_path):
-    path = tmp_path / "encoder.safetensors"
-    encoder = ViT(dim=8, depth=1, heads=2, patch_size=2)
-    for name, value in (("depth", 10**6), ("dim", 10**6), ("mlp_ratio", 1e6)):
-        encoder.config[name], before = value, encoder.config[name]
+    """What the weights show is read off them, whatever the metadata say."""
+    path, encoder = tmp_path / "encoder.safetensors", small(mlp_ratio=43 / 16)
+    config = dict(encoder.config)
+    for name, value in (("depth", 10**6), ("dim", 10**6), ("mlp_ratio", 1e6), ("in_channels", 9)):
+        encoder.config = config | {name: value}
         save_encoder(encoder, path)
-        encoder.config[name] = before
-        with refused(ValueError, path):
-            load_encoder(path)
+        loaded = load_encoder(path)
+        assert loaded.config == config
+        same_tokens(loaded, encoder)
+    encoder.config = config | {"pos": "learned", "pos_grid": (10**6, 10**6)}
+    save_encoder(encoder, path)
+    with refused(ValueError, path, "positions"):
+        load_encoder(path)
     state = encoder.state_dict() | {"norm.weight": torch.ones(1).expand(10**12)}
     torch.save(state, tmp_path / "few.pt")
     with refused(ValueError, tmp_path / "few.pt", "claim"):
