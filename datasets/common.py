@@ -19,15 +19,11 @@ import json
 import logging
 import math
 import os
-import pickle
 import pkgutil
 import re
 import struct
 import threading
-import tokenize
 import xml.etree.ElementTree as ET
-import zipfile
-import zlib
 from collections import namedtuple
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
@@ -63,7 +59,10 @@ S2_ORDER = {12: [1, 2, 3, 7], 13: [1, 2, 3, 7]}  # by Sentinel-2's numbers; L2A 
 RGBN_ORDER = {4: [2, 1, 0, 3]}
 
 COPERNICUS = "Contains modified Copernicus Sentinel data"  # how it wants to be named
-DATE = re.compile(r"(?<!\d)((?:19|20)\d\d)([-_]?)([01]\d)\2([0-3]\d)(?!\d)")
+DATE = re.compile(
+    r"(?<!\d)(?:(?P<year>(?:19|20)\d\d)(?P<day>[0-3]\d\d)(?=T)"
+    r"|((?:19|20)\d\d)([-_]?)([01]\d)\4([0-3]\d)(?:(?=\D|$)|(?=\d{6}(?!\d))))"
+)
 
 # An image and what is wanted of it. info: raster.Info, whose path may name a part, "x.pt#12".
 # bands: positions. nodata: value or None. read(window, bands) -> (bands, height, width), as
@@ -230,22 +229,22 @@ def terms(name, licence, attribution, url):
 
 
 def date_of(text):
-    """The first date in a name, "20200131" or "2020-01-31", as ISO text; "" without one."""
+    """The first date in a name as ISO text, "" without one: "20200131", with a time behind it or
+    without, "2020-01-31", or the day of the year as HLS writes it, "2020031T"."""
     for match in DATE.finditer(text):
-        try:
-            return datetime.date(int(match[1]), int(match[3]), int(match[4])).isoformat()
-        except ValueError:
-            continue  # digits of something else
+        with suppress(ValueError):  # digits of something else
+            if match["day"]:
+                first = datetime.date(int(match["year"]), 1, 1)
+                date = first + datetime.timedelta(int(match["day"]) - 1)
+                if date.year == first.year:
+                    return str(date)
+            else:
+                return str(datetime.date(int(match[3]), int(match[5]), int(match[6])))
     return ""
 
 
 def days_between(a, b):
-    return abs(day_number(a) - day_number(b))
-
-
-@functools.lru_cache
-def day_number(date):
-    return datetime.date.fromisoformat(date).toordinal()
+    return abs(datetime.date.fromisoformat(a) - datetime.date.fromisoformat(b)).days
 
 
 def find_bands(wanted, held, what, sentinel=False):
@@ -283,7 +282,7 @@ def read_lines(path):
     Raises FileNotFoundError, or ValueError if it is not UTF-8.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file, which comes with the set; download it")
+        raise FileNotFoundError(f"{path}: no such file; a list comes with its set, download it")
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -324,7 +323,8 @@ def split_name(path, name):
 
 def read_lists(folder, pattern):
     """Read one text file per split -> {sample: split}. pattern: its name, {} the split."""
-    return join_lists({s: read_lines(folder / pattern.format(s)) for s in SPLITS}, folder)
+    lists = {s: read_lines(Path(folder) / pattern.format(s)) for s in SPLITS}
+    return join_lists(lists, folder)
 
 
 def join_lists(lists, where):
@@ -372,11 +372,7 @@ def whole(path, kind):
     """
     try:
         yield
-    except (
-        ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError,
-        OSError, RuntimeError, SyntaxError, TypeError, ValueError, csv.Error,
-        pickle.UnpicklingError, struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error,
-    ) as error:  # fmt: skip
+    except Exception as error:  # there is no end of what libraries raise on damaged files
         if str(error).startswith(f"{path}: "):
             raise
         reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:300]}"

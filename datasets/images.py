@@ -1,26 +1,29 @@
 """Images of one's own, as they lie on a disk: files of all bands, or of one band each, SAFE folders
 and archives; what their names tell of bands and dates; masks of clouds that lie beside them.
 
-`list_images` finds them, `header` describes one, and `open_image` makes a Source of some bands. All
-of pack, finetune and predict read through these, so an image means the same to each of them.
+`list_images` finds them, `header` describes one, and `open_image` makes a Source of some bands,
+`open_images` of those that all have. All of pack, finetune and predict read through these, so an
+image means the same to each of them.
 """
 
 import functools
 import glob
+import math
 import re
+import shlex
 import tarfile
 import xml.etree.ElementTree as ET
 import zipfile
 from collections import namedtuple
 from dataclasses import replace
-from datetime import date, timedelta
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from datasets.common import BGRN, Source, date_of, whole
 from imagery import raster
-from imagery.bands import SAME_BAND, positions
+from imagery.bands import SAME_BAND, meanings, positions
 
 RASTERS = (".tif", ".tiff", ".jp2")  # of a folder; a file may be any of raster.DRIVERS
 ARCHIVES = {".zip": "/vsizip", ".tar": "/vsitar"}  # which GDAL reads without unpacking
@@ -180,13 +183,13 @@ def header(path, files=None):
     return info
 
 
-def usual_bands(info, files=None, masks=()):
+def usual_bands(info, files=None, hides=()):
     """Which bands of an image are meant where none are named, as positions: B, G, R, NIR of a scene
     of one file per band, else all that are no mask."""
     names = info.band_names
     if files and {*BGRN} <= {*names}:
         return positions(BGRN, names)
-    hide = {mask.name.lower() for mask in masks}
+    hide = {mask.name.lower() for _, mask in hides}
     no_image = [k for k, n in enumerate(names) if n.lower() in hide or COMPANION.fullmatch(n)]
     if 0 < len(no_image) < info.bands:
         left = ",".join(names[k] for k in no_image)
@@ -199,12 +202,72 @@ def usual_bands(info, files=None, masks=()):
     return list(range(info.bands))
 
 
-def open_image(info, files=None, bands=None, nodata=None, masks=()):
-    """The Source of some bands of an image. info: its `header`. bands: positions among those, None
-    for `usual_bands`. nodata: for files that declare none. masks: [(file, band, Mask)] of
-    `find_masks`.
+def names_of(info, bands):
+    """[(name in the file, what it means)] of some bands; [] unless all are named, and not by
+    numbers."""
+    has = info.band_names
+    names = [(has[band], meanings(has)[band]) for band in bands] if has else []
+    return names if all(name and not name.isdecimal() for name, _ in names) else []
 
-    Raises ValueError where the files of a scene do not fit each other.
+
+def open_images(images, hides, flag, wanted=None, names=None, nodata=None):
+    """Open the images of one sensor, with the same bands: ([Source], what the bands are called).
+
+    images, hides: of `list_images` and `find_masks`. flag: that by which bands are chosen. wanted:
+    names or positions from 0, as text; None for the usual, in files that name them by name, and of
+    those the ones that all files have. names: what they are called, else as in the first file.
+    nodata: for files that declare none. Raises ValueError for a band that is not there, and where
+    files name the same bands in another order.
+    """
+    heads = [header(*image) for image in tqdm(images, "headers", leave=False)]
+    usual = [
+        usual_bands(info, files, hide)
+        for info, (_, files), hide in zip(heads, images, hides, strict=True)
+    ]
+    wanted = wanted or common_bands(heads, usual, flag)
+    sources = []
+    for info, (path, files), bands, hide in zip(heads, images, usual, hides, strict=True):
+        has, count = info.band_names, info.bands
+        bands = positions(wanted, has) if wanted else bands
+        if not all(0 <= band < count for band in bands):
+            raise ValueError(
+                f"{path}: {flag} {','.join(wanted)} asked for, the file has {count} bands "
+                f"({','.join(has) if any(has) else 'without names'}); use indices from 0"
+            )
+        names = names or [has[b] if has else str(b) for b in bands]
+        if len(bands) != len(names):
+            raise ValueError(
+                f"{path}: {len(names)} bands expected ({','.join(names)}), found {len(bands)}; use "
+                f"{flag} to choose them, such as {flag} 2,1,0 for RGB files"
+                + (", or say with --hr-band-names what they are" if "hr" in flag else "")
+            )
+        own, meant = [meant for _, meant in names_of(info, bands)], meanings(names)
+        if own != meant and sorted(own) == sorted(meant):
+            inverse = [has[bands[own.index(one)]] for one in meant]
+            raise ValueError(
+                f"{path}: its bands are {','.join(has[b] for b in bands)}, but "
+                f"{flag[:-1]}-names or the first file say {','.join(names)}; use "
+                f"{flag} {shlex.quote(','.join(inverse))}"
+            )
+        sources.append(open_image(info, files, bands, nodata, hide))
+    return sources, names
+
+
+def common_bands(heads, usual, flag):
+    """The names of the usual bands that all images have, where all name them; else None."""
+    every = [names_of(*each) for each in zip(heads, usual, strict=True)]
+    common = set.intersection(*({meant for _, meant in some} for some in every))
+    chosen = [name for name, meant in every[0] if meant in common]
+    if chosen and len(chosen) < max(map(len, every)):
+        print(f"{flag}: {','.join(chosen)}, which all of {len(heads)} files have; some have more")
+    return chosen or None
+
+
+def open_image(info, files=None, bands=None, nodata=None, hides=()):
+    """The Source of some bands of an image. info: its `header`. bands: positions among those, None
+    for `usual_bands`. nodata: for files that declare none. hides: [(file, Mask)] of `find_masks`.
+
+    Raises ValueError where the files of a scene do not fit each other, or a mask not its image.
     """
     path = info.path
     bands = usual_bands(info, files) if bands is None else bands
@@ -216,8 +279,7 @@ def open_image(info, files=None, bands=None, nodata=None, masks=()):
             offset = safe_offset(path)
             info = replace(info, nodata=0.0)  # the product's, which its files do not declare
     nodata = nodata if info.nodata is None else info.nodata
-    masks = [(*place_mask(info, *mask), mask[-1]) for mask in masks]
-    read = functools.partial(read_image, files or [path], masks)
+    read = functools.partial(read_image, files or [path], [place(info, *one) for one in hides])
     return Source(info, list(bands), nodata, read, date_in(path) or info.date, offset)
 
 
@@ -262,15 +324,16 @@ def read_image(files, masks, window=None, bands=None, grid=None):
 
 
 def read_rows(source):
-    """Read a Source from top to bottom: yields (pixels, valid) of n rows until all were given."""
-    about, files = source.info, source.read.args[0]
-    if len(files) == 1 and not source.read.args[1]:
-        parts = raster.read_rows(files[0], source.bands, masked=True)
-    else:  # 1024 rows are whole tiles of nearly all files, so that few are decoded twice
-        steps = range(0, about.height, 1024)
-        windows = ((row, 0, min(1024, about.height - row), about.width) for row in steps)
-        parts = (source.read(window, source.bands) for window in windows)
-    for pixels, valid in parts:
+    """Read a Source from top to bottom: yields (pixels, valid) of n rows until all were given.
+
+    No file stays open in between: GDAL's environment is a thread's own, and who takes the rows may
+    go on in another, or open and close other files meanwhile.
+    """
+    about = source.info
+    # 1024 rows are whole tiles of nearly all files, so that few are decoded twice
+    for row in range(0, about.height, 1024):
+        window = row, 0, min(1024, about.height - row), about.width
+        pixels, valid = source.read(window, source.bands)
         if source.nodata is not None:
             valid = valid & (pixels != source.nodata).any(0)
         yield pixels, valid
@@ -307,12 +370,13 @@ def parse_masks(mask_band=None, mask_values=None, clouds=None):
 
 
 def find_masks(images, masks):
-    """What hides the ground of some images: [[(file, band, Mask)]] in their order.
+    """What hides the ground of images: {sensor: [[(file, Mask)]]} of {sensor: of `list_images`}.
 
-    images: of `list_images`. A mask is a band of the image, or lies beside it in a file that is
-    called as the image is, or begins to be, and then as the mask.
+    A mask is a band of the image, or lies beside it in a file that is called as the image is, or
+    begins to be, and then as the mask. Says how many images have each; raises ValueError for one
+    that none has.
     """
-    listings, found = {}, []
+    listings = {}
 
     def beside(path):
         """[(scene, mask, file)] of the companions where an image lies, and in it if a folder."""
@@ -321,27 +385,38 @@ def find_masks(images, masks):
                 files = [f for f in files_in(folder) if f.suffix.lower() in RASTERS]
                 about = [(f, COMPANION.search(f.stem)) for f in sorted(files)]
                 listings[folder] = [
-                    (scene_of(f, f.stem[: m.start()]), m[1], f) for f, m in about if m
+                    (scene_of(f, f.stem[: m.start()]), m[1].lower(), f) for f, m in about if m
                 ]
             yield from listings[folder]
 
-    for path, files in images:
-        own, hides = path if files else path.with_suffix(""), []
-        names = [] if files else [name.lower() for name in header(path).band_names]
-        for mask in masks:
-            if mask.name.lower() in names:
-                hides.append((path, names.index(mask.name.lower()), mask))
-                continue
-            near = [
-                (scene, file)
-                for scene, kind, file in beside(own)
-                if kind.lower() == mask.name.lower() and begins(own, scene)
-            ]
-            if near:
-                _, file = max(near, key=lambda one: len(one[0].name))  # of equals the first
-                hides.append((file, band_in(file, mask), mask))
-        found.append(hides)
-    return found
+    def file_of(mask, path, files):
+        name, own = mask.name.lower(), path if files else path.with_suffix("")
+        if not files and name in (band.lower() for band in header(path).band_names):
+            return path
+        near = [(s, f) for s, kind, f in beside(own) if kind == name and begins(own, s)]
+        return max(near, key=lambda one: len(one[0].name))[1] if near else None  # of equals, first
+
+    hides = {sensor: [[] for _ in some] for sensor, some in images.items()}
+    for mask in masks:
+        told = False
+        for sensor, some in images.items():
+            found = [file_of(mask, *image) for image in some]
+            for hide, file in zip(hides[sensor], found, strict=True):
+                hide += [(file, mask)] if file else []
+            if count := len(found) - found.count(None):
+                told = True
+                print(
+                    f"{mask.name}: hides what it marks in {count} of {len(some)} "
+                    f"{sensor.upper()} images"
+                    + (f"; {some[found.index(None)][0]} has none" if None in found else "")
+                )
+        if not told:
+            raise ValueError(
+                f"{some[0][0]}: no band {mask.name} in it, nor a file beside it that is called as "
+                f"it is and {mask.name}; nor has another image; choose another --mask-band or "
+                "--clouds"
+            )
+    return hides
 
 
 def begins(path, scene):
@@ -361,36 +436,44 @@ def files_in(folder):
     return [*(folder.rglob if (folder / "IMG_DATA").is_dir() else folder.glob)("*")]
 
 
-def band_in(file, mask):
-    """The position of a mask's band in its file. Raises ValueError where nothing tells."""
-    info = raster.info(file)
-    if mask.band is None and info.bands == 1:
-        return 0
-    (band,) = positions([mask.band], info.band_names) if mask.band else (-1,)
-    if not 0 <= band < info.bands:
+def place(info, file, mask):
+    """(file, band, Grid or None, Mask): where an image's mask is, and how it is read. Raises
+    ValueError where nothing tells."""
+    about = info if file == info.path else raster.info(file)
+    band = 0
+    if about.bands > 1 or mask.band is not None:
+        (band,) = positions([mask.band or mask.name], about.band_names)
+    if not 0 <= band < about.bands:
         raise ValueError(
-            f"{file}: {info.bands} bands ({','.join(info.band_names) or 'unnamed'}); say which is "
-            f"the mask, such as --mask-band {mask.name}:0"
+            f"{file}: {about.bands} bands ({','.join(about.band_names) or 'unnamed'}); say which "
+            f"is the mask, such as --mask-band {mask.name}:0"
         )
-    return band
-
-
-def place_mask(info, file, band, mask):
-    """(file, band, the Grid to read it on): an image's own, None where the mask has that."""
-    about = raster.info(file)
     if about.dtype.kind not in "iu":
         raise ValueError(f"{file}: {about.dtype} pixels; a mask holds whole numbers")
-    same = (about.height, about.width) == (info.height, info.width)
-    if same and (about.transform, about.crs) == (info.transform, info.crs):
-        return file, band, None
-    if not (about.crs and about.transform and info.crs and info.transform):
-        if same:
-            return file, band, None
+    return file, band, grid_for(info, about), mask
+
+
+def grid_for(info, mask):
+    """The Grid of an image, on which its mask is read; None where that has it, to a hundredth of a
+    pixel, or nothing tells of another. info, mask: raster.Info. Raises ValueError where they differ
+    and it is unknown how the two lie."""
+    apart, size = math.inf, (info.height, info.width)
+    placed = info.crs and mask.crs and info.transform and mask.transform
+    if size == (mask.height, mask.width):
+        if not (info.transform and mask.transform):
+            return None
+        if not placed or raster.same_ground(mask, info.crs):
+            at = np.array(raster.corners(info)) - raster.corners(mask)
+            apart = np.abs(at).max() / info.gsd
+    if apart <= 0.01:
+        return None
+    if not placed:
         raise ValueError(
-            f"{file}: {about.height} x {about.width} pixels over {info.height} x {info.width} of "
-            f"{info.path}, and no georeference; resample it to the image's grid"
+            f"{mask.path}: {mask.height} x {mask.width} pixels over {info.height} x {info.width} "
+            f"of {info.path}, up to {apart:.3g} px off, and no CRS tells how the two lie; resample "
+            "it to the image's grid, or add the georeference"
         )
-    return file, band, raster.Grid(info.crs, info.transform, info.height, info.width, "nearest")
+    return raster.Grid(info.crs, info.transform, *size, "nearest")
 
 
 # what pixels mean, and when
@@ -417,15 +500,10 @@ def safe_offset(path):
 
 
 def date_in(path):
-    """ISO date that a path tells: of its name, also as HLS writes it (2009230T), else of the next
-    folder that is called by one; "" without."""
-    for name in [path.name, *(folder.name for folder in path.parents[:3])]:
-        if found := date_of(re.sub(r"(?<!\d)(\d{8})\d{6}(?!\d)", r"\1", name)):
-            return found
-        if day := re.search(r"(?<!\d)((?:19|20)\d\d)([0-3]\d\d)(?=T)", name):
-            found = date(int(day[1]), 1, 1) + timedelta(int(day[2]) - 1)
-            return str(found) if found.year == int(day[1]) else ""  # day 366, or other digits
-    return ""
+    """ISO date that a path tells: of its name, else of the next folder that is called by one; ""
+    without."""
+    names = [path.name, *(folder.name for folder in path.parents[:3])]
+    return next(filter(None, map(date_of, names)), "")
 
 
 def scaling_of(source):
