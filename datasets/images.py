@@ -225,7 +225,10 @@ def open_images(images, hides, flag, wanted=None, names=None, nodata=None):
         for info, (_, files), hide in zip(heads, images, hides, strict=True)
     ]
     wanted = wanted or common_bands(heads, usual, flag)
-    sources = []
+    sources, orders = [], {}  # what bands mean, sorted -> who has them first, and in which order
+    if names:
+        meant, who = meanings(names), f"--{'hr-' * ('hr' in flag)}band-names"
+        orders[tuple(sorted(meant))] = who, names, meant
     for info, (path, files), bands, hide in zip(heads, images, usual, hides, strict=True):
         has, count = info.band_names, info.bands
         bands = positions(wanted, has) if wanted else bands
@@ -241,14 +244,14 @@ def open_images(images, hides, flag, wanted=None, names=None, nodata=None):
                 f"{flag} to choose them, such as {flag} 2,1,0 for RGB files"
                 + (", or say with --hr-band-names what they are" if "hr" in flag else "")
             )
-        own, meant = [meant for _, meant in names_of(info, bands)], meanings(names)
-        if own != meant and sorted(own) == sorted(meant):
-            inverse = [has[bands[own.index(one)]] for one in meant]
-            raise ValueError(
-                f"{path}: its bands are {','.join(has[b] for b in bands)}, but "
-                f"{flag[:-1]}-names or the first file say {','.join(names)}; use "
-                f"{flag} {shlex.quote(','.join(inverse))}"
-            )
+        if own := names_of(info, bands):
+            own, meant = map(list, zip(*own, strict=True))
+            who, first, order = orders.setdefault(tuple(sorted(meant)), (path, own, meant))
+            if meant != order:
+                raise ValueError(
+                    f"{path}: its bands are {','.join(own)}, but {who} has {','.join(first)}; use "
+                    f"{flag} {shlex.quote(','.join(first))}"
+                )
         sources.append(open_image(info, files, bands, nodata, hide))
     return sources, names
 
