@@ -14,7 +14,6 @@ import datetime
 import functools
 import hashlib
 import importlib
-import io
 import json
 import logging
 import math
@@ -95,9 +94,9 @@ class Labelled:
     names in the order of the files. tile: pixels a side in the protocol that scores are compared
     by, None for the whole image. counts: samples in train, val and test, None where the publisher
     gives no split. marks: what the folder holds, by which it is known. folders: where that may lie
-    below --root. archives: what the download is called. size, licence: as others quote the page at
-    `url`, which has the last word. open(folder, positions of the bands, options by name: dates,
-    pastis_classes, split_seed) -> Samples. stats: {band: (mean, std)} as published.
+    below --root. size, licence: as others quote the page at `url`, which has the last word.
+    open(folder, positions of the bands, options by name: dates, pastis_classes, split_seed) ->
+    Samples. stats: {band: (mean, std)} as published.
     """
 
     title: str
@@ -112,7 +111,6 @@ class Labelled:
     licence: str
     marks: tuple
     folders: tuple
-    archives: tuple
     open: Callable
     stats: dict
 
@@ -121,10 +119,11 @@ class Labelled:
 class Samples:
     """A labelled set found on disk; no pixel is read yet.
 
-    split: {sample: "train", "val" or "test"}, sorted by sample. files: {sample: paths}; the first
-    stands for it. label(*paths) -> (rows, cols) as in the file. image(*paths) -> float32 (bands,
-    rows, cols), or (dates, bands, rows, cols) where `dates`, the most that a sample has, is not
-    None; NaN where the image has no data. stats, ids, classes: in place of the set's own.
+    split: {sample: "train", "val" or "test"}, sorted by sample. files: {sample: paths} of those
+    that are complete; the first path stands for it. label(*paths) -> (rows, cols) as in the file.
+    image(*paths) -> float32 (bands, rows, cols), or (dates, bands, rows, cols) where `dates`, the
+    most that a sample has, is not None; NaN where the image has no data. stats, ids, classes: in
+    place of the set's own.
     """
 
     split: dict
@@ -169,32 +168,23 @@ def walk(root, suffixes):
 
 def missing(root, wanted):
     """The error for a folder that is not what was expected; says what is there instead."""
-    there = [] if not Path(root).is_dir() else sorted(path.name for path in Path(root).iterdir())
+    there = sorted(path.name for path in Path(root).iterdir()) if Path(root).is_dir() else []
     more = f" and {len(there) - 5} more" if len(there) > 5 else ""
     return FileNotFoundError(
-        f"{root}: {wanted}, at any depth; it holds {', '.join(there[:5]) or 'nothing'}{more}; "
-        "unpack the archives and give the folder that they are in"
+        f"{root}: {wanted}; it holds {', '.join(there[:5]) or 'nothing'}{more}; unpack archives "
+        "and give the folder that they are in"
     )
 
 
 def find_folder(about, root):
-    """The folder of a Labelled set, which is `root` or lies in it under one of its names.
-
-    Raises FileNotFoundError that says what was looked for, and where an archive was not unpacked.
-    """
-    root = Path(root)
-    places = [root, *(root / folder for folder in about.folders)]
-    for place in places:
+    """The folder of a Labelled set, which is `root` or lies in it under one of its names."""
+    for place in (Path(root), *(Path(root, folder) for folder in about.folders)):
         if all(any(place.glob(mark)) for mark in about.marks):
             return place
-    packed = [path for place in places for name in about.archives for path in place.glob(name)]
-    if packed:
-        raise FileNotFoundError(f"{packed[0]} is not unpacked; unpack it where it lies")
-    held = sorted(path.name for path in root.iterdir())[:8] if root.is_dir() else []
-    raise FileNotFoundError(
-        f"--root {root}: no {about.title.split(':')[0]} set there; looked for "
-        f"{' and '.join(about.marks)} in it and in {', '.join(about.folders)}, found "
-        f"{', '.join(held) or 'nothing'}; download it from {about.url}"
+    raise missing(
+        root,
+        f"no {about.title.split(':')[0]} set, which has {' and '.join(about.marks)}, in it or in "
+        f"{', '.join(about.folders)} (it is at {about.url})",
     )
 
 
@@ -207,16 +197,6 @@ def complete(found):
         if ("mr" in f) != ("hr" in f)
     ]
     return pairs, skipped
-
-
-def check_files(where, split, files, what):
-    """Raise FileNotFoundError if a listed sample is not among the complete ones, `files`."""
-    lost = [name for name in split if name not in files]
-    if lost:
-        raise FileNotFoundError(
-            f"{where}: {len(lost)} of {len(split)} listed samples lack {what}, the first is "
-            f"{lost[0]}; complete the download, or take them off the list"
-        )
 
 
 def check_per_site(per_site):
@@ -264,8 +244,13 @@ def find_bands(wanted, held, what, sentinel=False):
 
 
 def by_band(bands, mean, std):
-    """{band: (mean, std)}"""
-    return dict(zip(bands, zip(mean, std, strict=True), strict=True))
+    """{band: (mean, std)}. Raises ValueError unless they can be of reflectances in some unit."""
+    stats = {}
+    for band, *pair in zip(bands, mean, std, strict=True):
+        stats[band] = tuple(map(float, pair))
+        if not (abs(stats[band][0]) < 1e6 and 1e-6 < stats[band][1] < 1e6):
+            raise ValueError(f"band {band} has the mean and the standard deviation {stats[band]}")
+    return stats
 
 
 def numbered(classes, first=0):
@@ -307,8 +292,7 @@ def table(path):
     if path is None:
         return []
     with whole(path, "CSV"):
-        lines = io.StringIO("\n".join(read_lines(path)))
-        rows = [[cell.strip() for cell in row] for row in csv.reader(lines)]
+        rows = [[cell.strip() for cell in row] for row in csv.reader(read_lines(path))]
     for row in rows:
         while row and not row[-1]:
             row.pop()
@@ -330,8 +314,8 @@ def read_lists(folder, pattern):
 def join_lists(lists, where):
     """{split: samples} -> {sample: split}, sorted. Raises ValueError for a sample in two."""
     split = {}
-    for name in SPLITS:
-        for sample in filter(None, lists[name]):
+    for name, samples in lists.items():
+        for sample in filter(None, samples):
             if split.setdefault(sample, name) != name:
                 raise ValueError(
                     f"{where}: {sample} is listed for {split[sample]} and for {name}; keep it in "
@@ -343,21 +327,11 @@ def join_lists(lists, where):
 def read_partition(path):
     """Read {"train": [samples], "valid" or "val": [...], "test": [...]} -> {sample: split}."""
     with whole(path, "JSON"):
-        found = read_json(path)
-        found.setdefault("val", found.get("valid", []))
-        lists = {s: [str(n).removesuffix(".npz") for n in found.get(s, [])] for s in SPLITS}
+        lists = {
+            split_name(path, name): [str(sample).removesuffix(".npz") for sample in samples]
+            for name, samples in read_json(path).items()
+        }
     return join_lists(lists, path)
-
-
-def check_stats(path, band, mean, std):
-    """Raise ValueError unless a band's statistics can be of reflectances, whatever their unit."""
-    numbers = all(type(value) in (int, float) for value in (mean, std))
-    if band is None or not numbers or not (abs(mean) < 1e6 and 1e-6 < std < 1e6):
-        raise ValueError(
-            f"{path}: band {band} has the mean {str(mean)[:30]} and the standard deviation "
-            f"{str(std)[:30]}, where finite numbers should be, the second above 0; download it "
-            "again"
-        )
 
 
 # pixels

@@ -24,7 +24,6 @@ def find(folder, positions):
     files = {s: [found[key] for key in sorted(found)] for s, found in files.items()}
     files = {s: paths for s, paths in files.items() if len(paths) == 12}
     split = common.read_lists(folder / "splits", "{}_X.txt")
-    common.check_files(folder / "splits", split, files, "a mask and 11 bands")
 
     def label(mask, *paths):
         return common.read_tiff(mask)[0]
@@ -61,7 +60,6 @@ TASKS = {
         licence="CC BY 4.0",
         marks=("Scene_*",),
         folders=("MADOS",),
-        archives=("MADOS.zip",),
         open=find,
         stats=common.by_band(  # PANGAEA's
             common.BGRN, (0.05223, 0.04381, 0.03571, 0.03567), (0.03432, 0.03548, 0.03758, 0.05546)

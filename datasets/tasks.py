@@ -256,6 +256,11 @@ def load_task(name, root, *, bands=None, tile=None, dates=None, pastis_classes=1
     samples, splits = list(found.split), list(found.split.values())
     if not samples:
         raise ValueError(f"--root {root}: its lists name no sample")
+    if lost := [name for name in samples if name not in found.files]:
+        raise FileNotFoundError(
+            f"--root {root}: {len(lost)} of {len(samples)} listed samples lack a file, the first "
+            f"is {lost[0]}; complete the download, or take them off the list"
+        )
     counts = tuple(splits.count(split) for split in SPLITS)
     if about.counts not in (None, counts):
         print(
