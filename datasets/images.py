@@ -62,66 +62,58 @@ CLOUDS = {
 }
 
 
-def find_files(where, flag):
-    """The images of a folder and its subfolders, of an archive, one file, or a glob; sorted.
-
-    Of a Sentinel-2 SAFE folder only the images of bands. Companions of images (quality, clouds,
-    pictures) are left alone, and named. Raises FileNotFoundError.
-    """
-    path = Path(where)
-    if path.is_dir():
+def listed(where):
+    """All images, companions among them, of a folder and its subfolders, of an archive, one file,
+    or a glob; sorted. Of an archive that is also unpacked only that."""
+    path, folder = Path(where), Path(where).is_dir()
+    if folder:
         files = [file for file in path.rglob("*") if not file.name.startswith(".")]
     else:
         files = [path] if path.is_file() else [*map(Path, glob.glob(str(where), recursive=True))]
-    kinds = RASTERS if path.is_dir() else raster.DRIVERS
-    packed = [file for file in files if file.suffix.lower() in ARCHIVES]
-    if path.is_dir():
-        packed = [file for file in packed if not unpacked(file)]
-    files = [p for p in files if p.suffix.lower() in kinds and p.is_file()]
-    files += [member for archive in packed for member in members(archive)]
-    files = [p for p in files if not in_safe(p) or ("IMG_DATA" in p.parts and band_of(p)[1])]
-    beside = {file for file in files if COMPANION.search(file.stem)}
-    if len(beside) < len(files) > 1:  # else the user wants them, or so calls all images
-        if beside:
-            named = sorted({COMPANION.search(file.stem)[1] for file in beside})
-            raster.say_once(
-                f"{flag} {where}: {len(beside)} companion files left alone ({', '.join(named)})"
-            )
+    kinds = RASTERS if folder else raster.DRIVERS
+    found = [file for file in files if file.suffix.lower() in kinds and file.is_file()]
+    for file in files:
+        if file.suffix.lower() in ARCHIVES:
+            beside = file.parent.glob(f"{glob.escape(file.stem)}*/") if folder else ()
+            found += [] if any(map(Path.is_dir, beside)) else members(file)
+    return sorted(found)
+
+
+def members(archive):
+    """The images in a .zip or .tar, as paths that GDAL reads."""
+    suffix = archive.suffix.lower()
+    with whole(archive, suffix):
+        if suffix == ".zip":
+            with zipfile.ZipFile(archive) as file:
+                names = file.namelist()
+        else:
+            with tarfile.open(archive) as file:
+                names = file.getnames()
+    names = [name for name in names if ".." not in Path(name).parts and not name.startswith("/")]
+    # GDAL would open what lies beside an image by whatever driver it likes
+    if odd := [n for n in names if n.lower().endswith((".msk", ".ovr"))]:
+        raise ValueError(f"{archive}: holds {odd[0]}, which is not read in archives; unpack it")
+    root = f"{ARCHIVES[suffix]}/{{{archive.resolve()}}}"
+    return [Path(f"{root}/{name}") for name in names if name.lower().endswith(RASTERS)]
+
+
+def find_files(where, flag):
+    """The images of `listed`, of a Sentinel-2 SAFE folder only those of bands. Companions (quality,
+    clouds, pictures) are left alone, and named. Raises FileNotFoundError."""
+    files = [
+        p for p in listed(where) if not in_safe(p) or ("IMG_DATA" in p.parts and band_of(p)[1])
+    ]
+    beside = {file: match[1] for file in files if (match := COMPANION.search(file.stem))}
+    if 0 < len(beside) < len(files):  # else the user wants them, or so calls all images
+        named = ", ".join(sorted({*beside.values()}))
+        raster.say_once(f"{flag} {where}: {len(beside)} companion files left alone ({named})")
         files = [file for file in files if file not in beside]
     if not files:
         raise FileNotFoundError(
             f"{flag} {where}: no .tif, .tiff or .jp2 found; give a folder, an archive (.zip, .tar),"
             " a file or a quoted glob of them"
         )
-    return sorted(files)
-
-
-def names_in(archive):
-    """The names of what a .zip or .tar holds."""
-    with whole(archive, archive.suffix):
-        if archive.suffix.lower() == ".zip":
-            with zipfile.ZipFile(archive) as file:
-                names = file.namelist()
-        else:
-            with tarfile.open(archive) as file:
-                names = file.getnames()
-    return [name for name in names if ".." not in Path(name).parts and not name.startswith("/")]
-
-
-def unpacked(archive):
-    """Whether what an archive holds lies beside it, too."""
-    tops = {archive.stem, *(name.split("/")[0] for name in names_in(archive))}
-    return any((archive.parent / top).exists() for top in tops if top not in ("", "."))
-
-
-def members(archive):
-    """The images in a .zip or .tar, as paths that GDAL reads."""
-    names = names_in(archive)
-    # GDAL would open what lies beside an image by whatever driver it likes
-    if odd := [n for n in names if n.lower().endswith((".msk", ".ovr"))]:
-        raise ValueError(f"{archive}: holds {odd[0]}, which is not read in archives; unpack it")
-    root = f"{ARCHIVES[archive.suffix.lower()]}/{{{archive.resolve()}}}"
-    return [Path(f"{root}/{name}") for name in names if name.lower().endswith(RASTERS)]
+    return files
 
 
 def in_safe(path):
@@ -381,22 +373,18 @@ def find_masks(images, masks):
     """
     listings = {}
 
-    def beside(path):
-        """[(scene, mask, file)] of the companions where an image lies, and in it if a folder."""
-        for folder in (path.parent, path):
-            if folder not in listings:
-                files = [f for f in files_in(folder) if f.suffix.lower() in RASTERS]
-                about = [(f, COMPANION.search(f.stem)) for f in sorted(files)]
-                listings[folder] = [
-                    (scene_of(f, f.stem[: m.start()]), m[1].lower(), f) for f, m in about if m
-                ]
-            yield from listings[folder]
-
     def file_of(mask, path, files):
         name, own = mask.name.lower(), path if files else path.with_suffix("")
         if not files and name in (band.lower() for band in header(path).band_names):
             return path
-        near = [(s, f) for s, kind, f in beside(own) if kind == name and begins(own, s)]
+        folder = str(path).partition("{")[2].partition("}")[0]  # the archive that it lies in
+        folder = folder or (path if path.is_dir() else path.parent)
+        if folder not in listings:
+            about = [(file, COMPANION.search(file.stem)) for file in listed(folder)]
+            listings[folder] = [
+                (scene_of(f, f.stem[: m.start()]), m[1].lower(), f) for f, m in about if m
+            ]
+        near = [(s, f) for s, kind, f in listings[folder] if kind == name and begins(own, s)]
         return max(near, key=lambda one: len(one[0].name))[1] if near else None  # of equals, first
 
     hides = {sensor: [[] for _ in some] for sensor, some in images.items()}
@@ -427,16 +415,6 @@ def begins(path, scene):
     rest = path.name[len(scene.name) :]
     alike = path.parent == scene.parent and path.name.startswith(scene.name)
     return path == scene or (alike and not rest[:1].isalnum())
-
-
-def files_in(folder):
-    """The files of a folder, which may lie in an archive; of a SAFE folder those of its bands."""
-    if folder.parts[1:2] in (("vsizip",), ("vsitar",)):
-        if "}" not in str(folder):
-            return []  # of the folder that the archive lies in
-        all_of = members(Path(str(folder).partition("{")[2].partition("}")[0]))
-        return [f for f in all_of if f.parent == folder or (folder in f.parents and in_safe(f))]
-    return [*(folder.rglob if (folder / "IMG_DATA").is_dir() else folder.glob)("*")]
 
 
 def place(info, file, mask):
