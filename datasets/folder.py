@@ -23,6 +23,7 @@ from datasets.images import (
     open_images,
     parse_masks,
     scaling_of,
+    tell_units,
     to_unit,
     usual_bands,
 )
@@ -96,40 +97,26 @@ def read_geotiff(
 
 
 def alike(sources, flag):
-    """Sources whose pixels are of one type and mean the same: where files differ in their scale and
-    offset, the first's are what the others are brought to. Raises ValueError where they cannot."""
-    first, made, moved = sources[0], [], 0
-    kinds = {"i": "Int", "u": "UInt", "f": "Float"}  # as gdal_translate -ot calls them
+    """Sources whose pixels mean the same: where files differ in their offset, the first's is what
+    the others are brought to. Raises ValueError where they differ in more."""
+    tell_units(sources, flag)
+    first, made = sources[0], []
     for source in sources:
-        path, dtype = source.info.path, source.info.dtype
-        advice = f"{shlex.quote(str(path))} OUT.tif"
-        if dtype.kind == "c":
+        path, own, one = source.info.path, scaling_of(source), scaling_of(first)
+        if source.info.dtype.kind == "c":
             raise ValueError(
-                f"{path}: complex pixels ({dtype}); convert them to amplitudes, such as with "
-                f"gdal_calc.py -A {shlex.quote(str(path))} --calc 'abs(A)' --outfile OUT.tif"
+                f"{path}: complex pixels ({source.info.dtype}); convert them to amplitudes, "
+                f"such as with gdal_calc.py -A {shlex.quote(str(path))} --calc 'abs(A)' "
+                "--outfile OUT.tif"
             )
-        if dtype != first.info.dtype:
-            of, bits = first.info.dtype, 8 * first.info.dtype.itemsize
-            kind = "Byte" if of == np.uint8 else f"{kinds[of.kind]}{bits}"
-            raise ValueError(
-                f"{path}: {dtype}, but {first.info.path} is {of}; pack them apart, or convert one: "
-                f"gdal_translate -ot {kind} {advice}"
-            )
-        gain, shift = to_unit(source, scaling_of(first))
+        gain, shift = to_unit(source, one)
         if np.abs(gain - 1).max() > 1e-9 or np.ptp(shift) > 1e-6:
-            own, one = scaling_of(source), scaling_of(first)
             raise ValueError(
                 f"{path}: its scale and offset are {own[0]}, those of {first.info.path} "
                 f"{one[0]}; pack them apart, or unscale each: gdal_translate -unscale -ot Float32 "
-                + advice
+                f"{shlex.quote(str(path))} OUT.tif"
             )
         made.append(source._replace(offset=round(float(shift[0]), 6)))
-        moved += source.info.scaling != first.info.scaling
-    if moved:
-        print(
-            f"{flag}: {moved} of {len(made)} files have another offset in their tags than "
-            f"{first.info.path}; their pixels are brought to its unit"
-        )
     return made
 
 

@@ -497,3 +497,15 @@ def to_unit(source, scaling):
     tagged by `scaling`, the offset of its product included."""
     own, base = np.array(scaling_of(source)).T, np.array(scaling).T
     return own[0] / base[0], (source.offset * own[0] + own[1] - base[1]) / base[0]
+
+
+def tell_units(sources, flag):
+    """Say where files are tagged by another scale or offset than the first, to whose unit the
+    caller brings them."""
+    first = sources[0]
+    moved = [s.info.path for s in sources if scaling_of(s) != scaling_of(first)]
+    if moved:
+        print(
+            f"{flag}: {len(moved)} of {len(sources)} files, such as {moved[0]}, have another scale "
+            f"or offset in their tags than {first.info.path}; their pixels are brought to its unit"
+        )

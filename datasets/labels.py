@@ -155,8 +155,6 @@ def read_polygons(path, field, classes=None, ignored=()):
     `ignored` have no label. Raises FileNotFoundError, or ValueError in one sentence.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
     features, crs = (with_fiona if path.suffix.lower() in WITH_FIONA else geojson)(path)
     with whole(path, "vector"):
         drawn = [f for f in features if f["geometry"] and "Polygon" in f["geometry"]["type"]]
@@ -166,30 +164,26 @@ def read_polygons(path, field, classes=None, ignored=()):
                 f"{path}: no polygon has the field {field}; --label-field can be "
                 f"{', '.join(fields[:10]) or 'nothing, as there are none'}"
             )
-        values = [f["properties"].get(field) for f in drawn]
-        labelled = [
-            (f["geometry"], value)
-            for f, value in zip(drawn, values, strict=True)
-            if value is not None and value not in ignored
-        ]
+        labelled = [(f["geometry"], f["properties"].get(field)) for f in drawn]
+        labelled = [(shape, v) for shape, v in labelled if v is not None and v not in ignored]
         boxes = [rasterio.features.bounds(geometry) for geometry, _ in labelled]
-    text = any(isinstance(value, str) for _, value in labelled)
-    if not text and (odd := [v for _, v in labelled if v != int(v) or not 0 <= v < 2**15]):
-        raise ValueError(
-            f"{path}: {field} holds {odd[0]}; names of classes are text, ids whole numbers"
-        )
-    labelled = [(g, str(v) if text else int(v)) for g, v in labelled]
-    if classes and not text:  # numbers are ids of the classes
-        return Polygons(path, crs, labelled, np.array(boxes), classes)
-    values = sorted({value for _, value in labelled})
-    names = classes or tuple(map(str, values))
-    if alien := [value for value in values if str(value) not in names]:
-        raise ValueError(
-            f"{path}: {field} holds {alien[0]}, which --classes does not name "
-            f"({', '.join(names[:10])}); add a line for it"
-        )
-    shapes = [(geometry, names.index(str(value))) for geometry, value in labelled]
-    return Polygons(path, crs, shapes, np.array(boxes), names)
+        text = any(isinstance(value, str) for _, value in labelled)
+        if not text and (odd := [v for _, v in labelled if v != int(v) or not 0 <= v < 2**15]):
+            raise ValueError(
+                f"{path}: {field} holds {odd[0]}; names of classes are text, ids whole numbers"
+            )
+        values = sorted({str(value) if text else int(value) for _, value in labelled})
+        if classes and not text:  # numbers are ids of the classes
+            id_of = dict(zip(values, values, strict=True))
+        else:
+            id_of = {value: k for k, value in enumerate(classes or values)}
+        if alien := [value for value in values if value not in id_of]:
+            raise ValueError(
+                f"{path}: {field} holds {alien[0]}, which --classes does not name "
+                f"({', '.join(classes[:10])}); add a line for it"
+            )
+        shapes = [(shape, id_of[str(v) if text else int(v)]) for shape, v in labelled]
+    return Polygons(path, crs, shapes, np.array(boxes), classes or tuple(map(str, values)))
 
 
 def geojson(path):

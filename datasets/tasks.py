@@ -22,11 +22,12 @@ from einops import rearrange
 from tqdm import tqdm
 
 from datasets.common import BGRN, SPLITS, find_bands, find_folder, read_lists, sets
-from datasets.images import find_masks, open_images, parse_masks, scaling_of, to_unit
+from datasets.images import find_masks, open_images, parse_masks, scaling_of, tell_units, to_unit
 from datasets.labels import (
     burn,
     by_name,
     check_ids,
+    classes_beside,
     open_masks,
     read_classes,
     read_polygons,
@@ -120,7 +121,13 @@ def load_folder(
     found = [found[name] for name in chosen]
     hides = find_masks({"mr": found}, parse_masks(clouds=clouds))["mr"]
     sources, _ = open_images(found, hides, "--bands", bands and [str(band) for band in bands])
-    files, scaling = check_alike(sources), scaling_of(sources[0])
+    files, scaling = tuple(source.info for source in sources), scaling_of(sources[0])
+    if odd := [source for source in sources if source.bands != sources[0].bands]:
+        raise ValueError(
+            f"{odd[0].info.path}: the bands are its {odd[0].bands}, those of other images "
+            f"{sources[0].bands}; bring all to one order"
+        )
+    tell_units(sources, "--images")
     of = masks or polygons
     if polygons is None:
         paths, nodata, label_of = open_masks(masks, chosen, files, names, ignored)
@@ -191,25 +198,6 @@ def load_folder(
     )  # fmt: skip
 
 
-def check_alike(sources):
-    """The raster.Info of each. Raises ValueError where images have their bands at other places than
-    the first; says where their tags make another unit of their pixels."""
-    first, files = sources[0], tuple(source.info for source in sources)
-    for source in sources:
-        if source.bands != first.bands:
-            raise ValueError(
-                f"{source.info.path}: the bands are its {source.bands}, those of other images "
-                f"{first.bands}; bring all to one order"
-            )
-    moved = [source.info.path for source in sources if scaling_of(source) != scaling_of(first)]
-    if moved:
-        print(
-            f"{moved[0]}: its tags of scale and offset are not those of {first.info.path}; the "
-            f"pixels of {len(moved)} of {len(files)} images are brought to the unit of that"
-        )
-    return files
-
-
 def read_image(source, scaling):
     """Read one image (bands, rows, cols) float32 in the pixels of files that are tagged by
     `scaling`, NaN in all bands of a pixel without data."""
@@ -242,12 +230,7 @@ def load_task(name, root, *, bands=None, tile=None, dates=None, pastis_classes=1
     about = known[name]
     takes = inspect.signature(about.open).parameters
     if dates is not None and ("dates" not in takes or dates < 1):
-        series = [
-            n for n, one in known.items() if "dates" in inspect.signature(one.open).parameters
-        ]
-        raise ValueError(
-            f"--dates {dates}: at least 1, and only --task {' or '.join(series)} is a time series"
-        )
+        raise ValueError(f"--dates {dates}: 1 or more of a time series, --task {name} has no such")
     positions = find_bands(bands or BGRN, about.bands, f"--task {name}", sentinel=True)
     options = {"dates": dates, "pastis_classes": pastis_classes, "split_seed": split_seed}
     options = {key: value for key, value in options.items() if key in takes}
@@ -318,13 +301,10 @@ def own_folder(root):
         raise FileNotFoundError(
             f"--root {root}: --task geotiff wants the folders images (or mr) and masks in it"
         )
-    there = {name: root / name for name in ("classes.txt", "splits") if (root / name).exists()}
-    return {
-        "images": images,
-        "masks": root / "masks",
-        "classes": there.get("classes.txt"),
-        "splits": there.get("splits"),
-    }
+    found = {"images": images, "masks": root / "masks", "splits": None}
+    if (root / "splits").is_dir():
+        found["splits"] = root / "splits"
+    return found | {"classes": classes_beside(images, root / "masks")}
 
 
 def class_ids(raw, ids, path):

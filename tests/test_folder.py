@@ -406,9 +406,6 @@ def test_a_sentinel_2_product_makes_a_store(tmp_path, sensor):
 def test_advice_can_be_typed_as_it_is(tmp_path):
     layouts.tif(tmp_path / "my mr" / "a.tif", layouts.pixels(1, 20, 20, dtype="uint16"), 10.0)
     path = tmp_path / "my mr" / "b.tif"
-    layouts.tif(path, layouts.pixels(1, 20, 20, dtype="uint8"), 10.0)
-    with refused(ValueError, f"gdal_translate -ot UInt16 '{path}' OUT.tif"):
-        read_geotiff(tmp_path / "my mr")
     layouts.tif(path, layouts.pixels(1, 20, 20, dtype="uint16"), 10.0, scaling=[(0.1, 0.0)])
     with refused(ValueError, f"gdal_translate -unscale -ot Float32 '{path}' OUT.tif"):
         read_geotiff(tmp_path / "my mr")

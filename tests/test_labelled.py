@@ -625,7 +625,7 @@ def test_an_empty_split(write):
     "name, options, mentions",
     [
         ("marida", {}, ["--tile 64", ".tif", "20 px"]),
-        ("marida", {"dates": 2}, ["--dates 2", "pastis"]),
+        ("marida", {"dates": 2}, ["--dates 2", "--task marida"]),
         ("pastis", {"dates": 0}, ["--dates 0", "1"]),
         ("pastis", {"pastis_classes": 17}, ["--pastis-classes 17", "18", "19", "20"]),
     ],

@@ -228,7 +228,7 @@ def test_images_of_other_tags_come_in_one_unit(tmp_path, capsys):
     assert task.scaling == ((1e-4, 0.0),) * 2
     for image, (_, row, col) in zip(task.images, task.origin, strict=True):
         assert np.abs(image - first[:, row : row + 8, col : col + 8]).max() < 1e-2
-    assert "b.tif: its tags" in (out := capsys.readouterr().out) and "2 of 3 images" in out
+    assert "b.tif, have another scale" in (out := capsys.readouterr().out) and "2 of 3" in out
 
 
 def test_classes_lie_beside_the_masks(tmp_path, scene, capsys):
