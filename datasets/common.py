@@ -361,7 +361,7 @@ def check_array(array, shape):
     fits = array.ndim == len(shape) and all(
         found and wanted in (None, found) for found, wanted in zip(array.shape, shape, strict=True)
     )
-    if not fits or array.dtype.kind not in "biuf":
+    if not fits or array.dtype.kind not in "iuf":
         wanted = " x ".join("any" if length is None else str(length) for length in shape)
         raise ValueError(f"{array.dtype} of shape {array.shape}, wanted numbers of shape {wanted}")
     return array
@@ -492,6 +492,16 @@ def read_float(path, count, bands=None):
             f"{path}: {len(pixels)} bands, its publisher ships {count}; download it again"
         )
     return raster.as_float(read_array(pixels, bands=bands), info.nodata)
+
+
+def tiff_samples(split, files, count, positions):
+    """Samples of one TIFF of `count` bands and a mask each; files: {sample: (image, mask)}."""
+    return Samples(
+        split,
+        files,
+        lambda image, mask: read_tiff(mask)[0],
+        lambda image, mask: read_float(image, count, positions),
+    )
 
 
 # pairs

@@ -16,6 +16,7 @@ import numpy as np
 
 from datasets.common import Listing, Pair, Unit, days_between, digest
 from datasets.images import (
+    bounds_in,
     find_masks,
     header,
     list_images,
@@ -258,18 +259,6 @@ def away(hr, gap):
     if not np.isfinite(gap):
         return f"{where}, which does not reach MR's"
     return f"{where}, {float(f'{gap / 1000:.2g}'):g} km away" if gap else f"{where}, beside it"
-
-
-def bounds_in(info, crs):
-    """Bounds of an image in another CRS; NaN where it does not reach."""
-    if info.crs == crs or not info.crs or not crs:
-        return info.bounds if info.crs == crs else (math.nan,) * 4
-    try:
-        x, y = raster.project(info.crs, crs, *raster.corners(info, 21))
-    except ValueError:
-        return (math.nan,) * 4
-    box = x.min(), y.min(), x.max(), y.max()
-    return box if np.isfinite(box).all() else (math.nan,) * 4
 
 
 def on_axes_of(mr, hr, warp, said):

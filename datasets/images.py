@@ -457,6 +457,21 @@ def grid_for(info, mask):
     return raster.Grid(info.crs, info.transform, *size, "nearest")
 
 
+def bounds_in(info, crs):
+    """Bounds of an image in another CRS; NaN where it does not reach."""
+    if info.crs == crs:
+        return info.bounds
+    nowhere = (math.nan,) * 4
+    if not info.crs or not crs:
+        return nowhere
+    try:
+        x, y = raster.project(info.crs, crs, *raster.corners(info, 21))
+    except ValueError:
+        return nowhere
+    box = x.min(), y.min(), x.max(), y.max()
+    return box if np.isfinite(box).all() else nowhere
+
+
 # what pixels mean, and when
 
 

@@ -89,15 +89,11 @@ def read_mask(path, classes, ignored, grid=None):
     has.
     """
     mask, valid = raster.read(path, masked=True, grid=grid)
-    if mask.dtype.kind == "f":
-        valid &= np.isfinite(mask[0])
-        mask = np.where(valid, mask, 0)
-        if (mask != mask.round()).any():
-            raise ValueError(
-                f"{path}: values of type {mask.dtype} such as {mask[mask != mask.round()][0]:g}; a "
-                "mask holds whole numbers, the class ids"
-            )
-    return check_ids(mask[0].astype(np.int64), valid, path, classes, ignored)
+    mask, valid = mask[0], valid & np.isfinite(mask[0])
+    ids = np.where(valid, mask, 0).astype(np.int64)
+    if (odd := mask[valid & (ids != mask)]).size:
+        raise ValueError(f"{path}: {mask.dtype} values such as {odd[0]:g}; class ids are whole")
+    return check_ids(ids, valid, path, classes, ignored)
 
 
 def check_ids(mask, valid, path, classes, ignored):

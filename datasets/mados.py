@@ -35,12 +35,9 @@ def find(folder, positions):
             band = common.read_float(path, 1)[0]
             rows, cols = height // band.shape[0], width // band.shape[1]
             # nearest neighbour, as the publisher stacks the 20 m and 60 m bands
-            bands.append(band.repeat(rows, 0).repeat(cols, 1))
-            if bands[-1].shape != (height, width):
-                raise ValueError(
-                    f"{path}: {band.shape[0]} x {band.shape[1]} pixels do not divide its mask's "
-                    f"{height} x {width}; download it again"
-                )
+            with common.whole(path, "TIFF"):
+                band = band.repeat(rows, 0).repeat(cols, 1)
+                bands.append(common.check_array(band, (height, width)))
         return np.stack(bands)
 
     return common.Samples(split, files, label, image)

@@ -18,12 +18,7 @@ def find(folder, positions):
         if isfile(image):
             files[image.stem.removeprefix("S2_")] = image, mask
     split = common.read_lists(folder / "splits", "{}_X.txt")
-    return common.Samples(
-        split,
-        files,
-        lambda image, mask: common.read_tiff(mask)[0],
-        lambda image, mask: common.read_float(image, len(common.RHO), positions),
-    )
+    return common.tiff_samples(split, files, len(common.RHO), positions)
 
 
 TASKS = {

@@ -20,12 +20,7 @@ def find(folder, positions):
         paths = chips / f"S2Hand/{name}_S2Hand.tif", chips / f"LabelHand/{name}_LabelHand.tif"
         if all(map(isfile, paths)):  # False of a name that is none, too
             files[name] = paths
-    return common.Samples(
-        split,
-        files,
-        lambda image, mask: common.read_tiff(mask)[0],
-        lambda image, mask: common.read_float(image, len(common.L1C), positions),
-    )
+    return common.tiff_samples(split, files, len(common.L1C), positions)
 
 
 TASKS = {

@@ -8,7 +8,6 @@ import functools
 import re
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from datasets import common
@@ -96,18 +95,7 @@ def load_patches(path):
             images = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # a file of before torch 1.6 cannot be mapped
             images = torch.load(path, map_location="cpu", weights_only=True)
-    shape = tuple(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
-    if not isinstance(images, torch.Tensor) or images.ndim != 4 or images.shape[1] != 4:
-        raise ValueError(f"{path}: a tensor (patches, 4, height, width) expected, found {shape}")
-    # bfloat16, for one, is unknown to numpy
-    dtype = np.dtype(getattr(np, str(images.dtype).removeprefix("torch."), object))
-    if images.layout != torch.strided or images.is_meta or dtype.kind not in "iuf":
-        layout = "meta" if images.is_meta else str(images.layout).removeprefix("torch.")
-        raise ValueError(
-            f"{path}: a {layout} tensor of {images.dtype}; save it again, dense, as int16 or "
-            "float32"
-        )
-    return images.detach().numpy()
+        return common.check_array(images.detach().numpy(), (None, 4, None, None))
 
 
 PAIRS = {"sen2venus": read}

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,15 @@ from einops import rearrange
 from tqdm import tqdm
 
 from datasets.common import BGRN, SPLITS, find_bands, find_folder, read_lists, sets
-from datasets.images import find_masks, open_images, parse_masks, scaling_of, tell_units, to_unit
+from datasets.images import (
+    bounds_in,
+    find_masks,
+    open_images,
+    parse_masks,
+    scaling_of,
+    tell_units,
+    to_unit,
+)
 from datasets.labels import (
     burn,
     by_name,
@@ -421,8 +429,9 @@ def draw_splits(files, origin, tile, block, val, test, seed):
     covers ground of another split, which happens where images overlap off each other's grid.
     Raises ValueError if there are fewer groups than splits need.
     """
-    bounds = ground(files, origin, tile)
-    if bounds is not None:
+    bounds = np.array([ground(files[n], *at, tile, files[0].crs) for n, *at in origin.tolist()])
+    placed = np.isfinite(bounds).all()
+    if placed:
         side = block * tile * files[0].gsd
         centre = (bounds[:, :2] + bounds[:, 2:]) / 2
         # from the upper left corner, where the tiles of the first image begin
@@ -442,34 +451,20 @@ def draw_splits(files, origin, tile, block, val, test, seed):
         )
     names = np.repeat(SPLITS, [groups - sum(held), *held])
     split = np.random.default_rng(seed).permutation(names)[group.ravel()]
-    if bounds is not None:
+    if placed:
         for keep, others in (("test", ("train", "val")), ("val", ("train",))):
             split[overlaps(bounds, split == keep) & np.isin(split, others)] = ""
     return split, how
 
 
-def ground(files, origin, tile):
-    """Bounding box of each tile's part inside its image -> (N, 4) left, bottom, right, top, in the
-    CRS of the first image; None where an image has no ground, or none that reaches there."""
-    crs = [file.crs for file in files]
-    if not all(file.transform for file in files) or (None in crs and len({*crs}) > 1):
-        return None
-    size = np.array([(f.height, f.width) for f in files])[origin[:, 0]]
-    first, last = origin[:, 1:], np.minimum(origin[:, 1:] + tile, size)
-    a, b, c, d, e, f = np.array([file.transform for file in files])[origin[:, 0]].T
-    corners = [(first[:, 0], first[:, 1]), (first[:, 0], last[:, 1]),
-               (last[:, 0], first[:, 1]), (last[:, 0], last[:, 1])]  # fmt: skip
-    x = np.stack([a * col + b * row + c for row, col in corners])
-    y = np.stack([d * col + e * row + f for row, col in corners])
-    for other in {*crs} - {crs[0]}:
-        mine = np.array([each == other for each in crs])[origin[:, 0]]
-        try:
-            moved = raster.project(other, crs[0], x[:, mine].ravel(), y[:, mine].ravel())
-        except ValueError:
-            return None
-        x[:, mine], y[:, mine] = (v.reshape(4, -1) for v in moved)
-    box = np.stack([x.min(0), y.min(0), x.max(0), y.max(0)], axis=1)
-    return box if np.isfinite(box).all() else None
+def ground(file, row, col, tile, crs):
+    """(left, bottom, right, top) in a CRS of a tile's part inside its image, NaN without ground."""
+    if file.transform is None:
+        return (np.nan,) * 4
+    a, b, c, d, e, f = file.transform
+    place = a, b, c + a * col + b * row, d, e, f + d * col + e * row
+    size = {"height": min(tile, file.height - row), "width": min(tile, file.width - col)}
+    return bounds_in(replace(file, transform=place, **size), crs)
 
 
 def overlaps(bounds, chosen):

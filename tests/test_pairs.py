@@ -137,10 +137,10 @@ def test_sen2venus_tensors_that_numpy_has_not(tmp_path):
     path = tmp_path / "ARM" / "ARM_14SPE_2018-01-01_05m_b2b3b4b8.pt"
     plain = torch.from_numpy(images[path.stem])
     for bad, found in (
-        (plain.bfloat16(), "bfloat16"),
+        (plain.bfloat16(), "BFloat16"),
         (plain.to(torch.complex64), "complex64"),
         (plain > 0, "bool"),
-        (plain.to_sparse(), "sparse"),
+        (plain.to_sparse(), "Sparse"),
         (plain.to("meta"), "meta"),
     ):
         torch.save(bad, path)
