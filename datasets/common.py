@@ -261,13 +261,13 @@ def numbered(classes, first=0):
 # lists and tables
 
 
-def read_lines(path):
+def read_lines(path, remedy="a list comes with its set, download it"):
     """The lines of a UTF-8 text file, with or without a byte order mark, stripped.
 
     Raises FileNotFoundError, or ValueError if it is not UTF-8.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file; a list comes with its set, download it")
+        raise FileNotFoundError(f"{path}: no such file; {remedy}")
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -128,7 +128,7 @@ def read_classes(path):
 
     Raises FileNotFoundError, or ValueError for an empty line or a name given twice.
     """
-    names = tuple(read_lines(path))
+    names = tuple(read_lines(path, "--classes wants a text file with one class name per line"))
     if "" in names:
         raise ValueError(
             f"{path}: line {names.index('') + 1} is empty; line numbers are class ids, so give "

@@ -434,7 +434,7 @@ def spoil_nothing(f):
         (spoil_nothing, {"bands": [-1]}, ["a.tif", "--bands -1", "from 0"]),
         (spoil_nothing, {"splits": None, "val": 0.5, "test": 0.5}, ["3 separate", "image"]),
         (spoil_nothing, {"splits": "nowhere"}, ["nowhere/train.txt"]),
-        (spoil_nothing, {"classes": "nowhere.txt"}, ["nowhere.txt"]),
+        (spoil_nothing, {"classes": "nowhere.txt"}, ["nowhere.txt", "--classes"]),
     ],
 )
 def test_bad_input_is_told_in_one_sentence(three, spoil, options, mentions):
