@@ -227,22 +227,6 @@ def days_between(a, b):
     return abs(datetime.date.fromisoformat(a) - datetime.date.fromisoformat(b)).days
 
 
-def find_bands(wanted, held, what, sentinel=False):
-    """Positions of the bands called `wanted` among those that the files hold, by name.
-
-    sentinel: whether a bare B2 is Sentinel-2's whatever else they hold. Raises ValueError naming
-    the missing ones and what there is; `what` names the set.
-    """
-    found = positions([name.strip() for name in wanted], held, sentinel)
-    if -1 in found:
-        lost = [name for name, at in zip(wanted, found, strict=True) if at < 0]
-        raise ValueError(
-            f"--bands {','.join(wanted)}: {what} has no {','.join(lost)}; its bands are "
-            f"{','.join(held) or 'unnamed'}"
-        )
-    return tuple(found)
-
-
 def by_band(bands, mean, std):
     """{band: (mean, std)}. Raises ValueError unless they can be of reflectances in some unit."""
     stats = {}
@@ -444,14 +428,8 @@ def describe(path, page, bands):
         width, height = np.abs(tags["ModelPixelScale"][:2]).tolist()
         col, row, _, x, y, _ = tags["ModelTiepoint"][:6]
         point = 0.5 if int(tags.get("GTRasterTypeGeoKey", 1)) == 2 else 0.0  # centres are tied
-        transform = (
-            width,
-            0.0,
-            x - (col + point) * width,
-            0.0,
-            -height,
-            y + (row + point) * height,
-        )
+        x, y = x - (col + point) * width, y + (row + point) * height
+        transform = (width, 0.0, x, 0.0, -height, y)
         crs = f"EPSG:{code}"
     size = page.imagewidth, page.imagelength, bands, page.dtype.newbyteorder("=")
     return raster.Info(path, *size, nodata, transform, crs, names)
@@ -555,7 +533,12 @@ def tiff_source(path, orders, names, date):
     return Source(info, bands, info.nodata, functools.partial(read_tiff, path), date)
 
 
-def array_source(path, shape, dtype, read, date=""):
+def array_source(path, shape, dtype, image, date=""):
+    """A Source of the array (bands, height, width) that image() gives."""
+
+    def read(window=None, bands=None):
+        return read_array(image(), window, bands)
+
     bands, height, width = shape
     info = raster.Info(Path(path), width, height, bands, dtype, None, None, None, ())
     return Source(info, list(range(bands)), None, read, date)

@@ -9,6 +9,7 @@ import itertools
 import math
 import shlex
 from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from datasets.images import (
 )
 from imagery import raster
 from imagery.bands import meanings, positions
+from imagery.chips import align
 
 
 def read_geotiff(
@@ -47,20 +49,13 @@ def read_geotiff(
     mask_values=None,
     max_days=None,
 ):
-    """Any GeoTIFFs and JPEG 2000, paired by their georeference.
+    """Any GeoTIFFs and JPEG 2000, paired by their georeference: Listing, a unit per MR image.
 
-    mr, hr: folder, archive, file or glob; without hr, the folders mr/ and hr/ in mr if they are
-    there, else images without HR. A file holds all bands, or one, and then its name ends with the
-    band's ("..._B04.tif", "..._red.tif") and those next to it that differ in this alone are its
-    scene; so are the bands of a Sentinel-2 SAFE folder. mr_bands, hr_bands: names or positions from
-    0, as text; all bands when None, but B, G, R, NIR of a scene of one file per band. band_names,
-    hr_band_names: what the chosen bands are called, else as in the files. Where both sensors name
-    their bands HR gives those that MR has, by what the names mean, and all of its own where MR has
-    none of them or hr_bands chooses; else theirs are the same, in the same order.
-    warp: how HR of another projection is resampled, "cubic", "bilinear" or "nearest". clouds,
-    mask_band, mask_values: what hides the ground, as `images.parse_masks`. max_days: most days
-    between the two of a pair, where both tell their date.
-    Returns Listing, a unit per MR image. Raises FileNotFoundError or ValueError as its parts do.
+    mr, hr: as `list_images` takes them; without hr, the folders mr/ and hr/ in mr if they are
+    there, else images without HR. The others are the flags of `data.py pack`, bands as text: names
+    or positions from 0. Where both sensors name their bands HR gives those that MR has, by what the
+    names mean, and all of its own where MR has none of them or hr_bands chooses; else theirs are
+    the same, in the same order. Raises FileNotFoundError or ValueError as its parts do.
     """
     if hr is None and (Path(mr) / "mr").is_dir():
         mr, hr = Path(mr) / "mr", Path(mr) / "hr"
@@ -266,24 +261,19 @@ def on_axes_of(mr, hr, warp, said):
 
     said: Counter of (crs, crs, what was done), to which this one is added.
     """
-    info, how = hr.info, f"warped to MR's axes ({warp})"
+    info = hr.info
     names = raster.crs_name(info.crs), raster.crs_name(mr.crs)
     if raster.same_ground(info, mr.crs):
-        a, b, _, d, e, _ = mr.transform
-        turn = np.linalg.solve([info.transform[:2], info.transform[3:5]], [[a, b], [d, e]])
-        skew = np.abs(turn - np.diag(turn.diagonal())).max() * max(mr.height, mr.width)
-        if skew <= 0.1 and turn.diagonal().min() > 0:
-            if info.crs != mr.crs:
-                how = (
-                    "the same ground to a hundredth of a pixel, so its pixels are used as they are"
-                )
-                said[*names, how] += 1
-            return hr._replace(info=replace(info, crs=mr.crs))
         info = replace(info, crs=mr.crs)
+        with suppress(ValueError):  # of axes that are turned
+            align(mr, info)
+            if hr.info.crs != mr.crs:
+                said[*names, "the same ground to 0.01 pixel, so pixels are used as they are"] += 1
+            return hr._replace(info=info)
     grid = raster.warp_grid(info, mr, warp)
     if grid is None:
         return None
-    said[*names, how] += 1
+    said[*names, f"warped to MR's axes ({warp})"] += 1
     crs, transform, height, width, _ = grid
     info = replace(info, crs=crs, transform=transform, height=height, width=width)
     return hr._replace(info=info, read=functools.partial(hr.read, grid=grid))

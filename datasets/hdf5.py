@@ -99,11 +99,8 @@ def open_rows(path, names, part, shapes, dtypes, split, sites):
             return rows.astype(dtypes[sensor], copy=False)
 
     def source(sensor, number):
-        def read(window=None, bands=None):
-            return common.read_array(load(sensor)[number], window, bands)
-
         about = f"{path}#{part.start + number}", shapes[sensor], dtypes[sensor]
-        return common.array_source(*about, read)
+        return common.array_source(*about, lambda: load(sensor)[number])
 
     for number, site in enumerate(sites):
         if split is None or split[number]:

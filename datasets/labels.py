@@ -18,6 +18,7 @@ from datasets.images import find_files, grid_for, list_images, name_of
 from imagery import raster
 from imagery.bands import IGNORE
 
+OWN = "name them in --classes, or pass --ignore-index with what is no class"
 UNNAMED_CLASSES = 256  # without a class file, an id beyond this is a fill value, not a class
 WITH_FIONA = (".gpkg", ".shp")
 
@@ -93,22 +94,28 @@ def read_mask(path, classes, ignored, grid=None):
     ids = np.where(valid, mask, 0).astype(np.int64)
     if (odd := mask[valid & (ids != mask)]).size:
         raise ValueError(f"{path}: {mask.dtype} values such as {odd[0]:g}; class ids are whole")
-    return check_ids(ids, valid, path, classes, ignored)
+    return class_ids(ids, valid, own_ids(classes, ignored), path, OWN)
 
 
-def check_ids(mask, valid, path, classes, ignored):
-    """Labels int16 of mask values, IGNORE where one is `ignored` or not valid. Raises ValueError
-    for ids that no class has; path: where they come from."""
-    ignored = np.logical_or.reduce([mask == value for value in ignored]) | ~valid
-    ids = np.unique(mask[~ignored])
-    count = UNNAMED_CLASSES if classes is None else len(classes)
-    alien = ids[(ids < 0) | (ids >= count)]
-    if len(alien):
+def class_ids(mask, valid, ids, path, remedy="check --task and --root"):
+    """The int16 labels of a mask by ids, {value: class id or IGNORE}; IGNORE where it is not valid,
+    (bool of its shape). Raises ValueError for other values; path, remedy: where they come from, and
+    what to do."""
+    values, at = np.unique(mask[valid], return_inverse=True)
+    if alien := [value for value in values.tolist() if value not in ids]:
+        known = sorted(value for value in ids if value is not None)
         raise ValueError(
-            f"{path}: class ids {some(alien)} found, but classes go from 0 to {count - 1}; name "
-            f"them in --classes, or pass --ignore-index {alien[0]} if that is no class"
+            f"{path}: a mask of the values {some(alien)}, those known are {some(known)}; {remedy}"
         )
-    return np.where(ignored, IGNORE, mask).astype(np.int16)
+    label = np.full(mask.shape, IGNORE, np.int16)
+    label[valid] = np.array([ids[value] for value in values.tolist()], np.int16)[at.ravel()]
+    return label
+
+
+def own_ids(classes, ignored):
+    """{value: class id or IGNORE} of masks of one's own."""
+    count = UNNAMED_CLASSES if classes is None else len(classes)
+    return dict(zip(range(count), range(count), strict=True)) | dict.fromkeys(ignored, IGNORE)
 
 
 def some(ids):

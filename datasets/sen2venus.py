@@ -6,6 +6,7 @@ Michel et al. 2022. v2 (zenodo.org/records/14603764) has 139.5 GB of zips; 10 m 
 
 import functools
 import re
+from operator import getitem
 from pathlib import Path
 
 import torch
@@ -74,16 +75,11 @@ def open_patches(mr_path, hr_path, date, site):
             f"{hr_path}: {len(hr)} patches, but {Path(mr_path).name} has {len(mr)}; unpack both "
             "again"
         )
-    for number in range(len(mr)):
+    for at in range(len(mr)):
         sources = [
-            common.array_source(
-                f"{path}#{number}",
-                images.shape[1:],
-                images.dtype,
-                functools.partial(common.read_array, images[number]),
-                date,
-            )
+            common.array_source(f"{path}#{at}", images.shape[1:], images.dtype, patch, date)
             for path, images in ((mr_path, mr), (hr_path, hr))
+            for patch in [functools.partial(getitem, images, at)]
         ]
         yield common.Pair(sources[0], sources[1:], None, site)
 

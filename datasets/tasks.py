@@ -21,7 +21,7 @@ import numpy as np
 from einops import rearrange
 from tqdm import tqdm
 
-from datasets.common import BGRN, SPLITS, find_bands, find_folder, read_lists, sets
+from datasets.common import BGRN, SPLITS, find_folder, read_lists, sets
 from datasets.images import (
     bounds_in,
     find_masks,
@@ -32,17 +32,20 @@ from datasets.images import (
     to_unit,
 )
 from datasets.labels import (
+    OWN,
     burn,
     by_name,
-    check_ids,
+    class_ids,
     classes_beside,
     open_masks,
+    own_ids,
     read_classes,
     read_polygons,
     some,
 )
 from imagery import raster
 from imagery.bands import IGNORE
+from imagery.bands import positions as bands_at
 from imagery.chips import in_order
 
 THREADS = 8  # that read and decode files
@@ -145,7 +148,7 @@ def load_folder(
 
         def label_of(k):
             label = burn(drawn, files[k])
-            return check_ids(label, label != IGNORE, polygons, names, ignored)
+            return class_ids(label, label != IGNORE, own_ids(names, ignored), polygons, OWN)
 
     side = max(max(file.height, file.width) for file in files)
     if tile > side:
@@ -239,7 +242,13 @@ def load_task(name, root, *, bands=None, tile=None, dates=None, pastis_classes=1
     takes = inspect.signature(about.open).parameters
     if dates is not None and ("dates" not in takes or dates < 1):
         raise ValueError(f"--dates {dates}: 1 or more of a time series, --task {name} has no such")
-    positions = find_bands(bands or BGRN, about.bands, f"--task {name}", sentinel=True)
+    bands = [band.strip() for band in bands or BGRN]
+    positions = tuple(bands_at(bands, about.bands, sentinel=True))
+    if lost := [band for band, at in zip(bands, positions, strict=True) if at < 0]:
+        raise ValueError(
+            f"--bands {','.join(bands)}: --task {name} has no {','.join(lost)}; its bands are "
+            + ",".join(about.bands)
+        )
     options = {"dates": dates, "pastis_classes": pastis_classes, "split_seed": split_seed}
     options = {key: value for key, value in options.items() if key in takes}
     found = about.open(find_folder(about, root), list(positions), **options)
@@ -277,7 +286,7 @@ def load_task(name, root, *, bands=None, tile=None, dates=None, pastis_classes=1
         if found.dates is not None:  # NaN in the dates that only others have
             lacks = found.dates - len(image)
             image = np.pad(image, [(0, lacks)] + [(0, 0)] * 3, constant_values=np.nan)
-        return image, class_ids(raw, ids, paths[0])
+        return image, class_ids(raw, np.ones(raw.shape, bool), ids, paths[0])
 
     images, labels, origin, sizes = gather(read, len(samples), side, name)
     files = tuple(
@@ -313,23 +322,6 @@ def own_folder(root):
     if (root / "splits").is_dir():
         found["splits"] = root / "splits"
     return found | {"classes": classes_beside(images, root / "masks")}
-
-
-def class_ids(raw, ids, path):
-    """Replace the values of a mask by ids, {value: class id or IGNORE} -> int16 of its shape."""
-    values, inverse = np.unique(raw, return_inverse=True)
-    alien = [value for value in values.tolist() if value not in ids]
-    if alien:
-        raise ValueError(
-            f"{path}: its mask holds the values {some(alien)}, those of the set are "
-            f"{some(sorted(ids))}; check --task and --root"
-        )
-    return np.array([ids[value] for value in values.tolist()], np.int16)[inverse].reshape(raw.shape)
-
-
-def corners(file, tile):
-    """Row and column of the first pixel of each tile of an image, row-major -> (n, 2) int64."""
-    return np.indices((-(-file.height // tile), -(-file.width // tile))).reshape(2, -1).T * tile
 
 
 def gather(read, count, tile, what):

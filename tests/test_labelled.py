@@ -16,7 +16,7 @@ from datasets import common, geobench, tasks
 from datasets.common import sets
 from datasets.tasks import SPLITS, load_task
 from imagery import raster
-from imagery.bands import IGNORE
+from imagery.bands import IGNORE, positions
 
 TASKS = sets("TASKS")
 TILE = 8  # of layouts' 12 to 24 px, so that some tiles reach beyond the image
@@ -389,7 +389,7 @@ def test_missing_bands_are_named(name):
 
 def test_the_names_of_bands():
     names = "B2 b02 B b g B8 nir B08 b8a B11 B1 B05 B5".split()
-    found = [common.L1C[at] for at in common.find_bands(names, common.L1C, "it", True)]
+    found = [common.L1C[at] for at in positions(names, common.L1C, sentinel=True)]
     assert found == "B B B B G NIR NIR NIR B8A B11 B01 B05 B05".split()
 
 

@@ -409,8 +409,8 @@ def spoil_nothing(f):
     [
         (spoil_not_a_tiff, {}, ["images/b.tif"]),
         (spoil_truncated, {}, ["masks/b.tif"]),
-        (spoil_ids, {"named": True}, ["masks/b.tif", "9, 255", "0 to 2", "--ignore-index 9"]),
-        (spoil_negative, {}, ["masks/b.tif", "--ignore-index -1"]),
+        (spoil_ids, {"named": True}, ["masks/b.tif", "9, 255", "0, 1, 2;", "--ignore-index"]),
+        (spoil_negative, {}, ["masks/b.tif", "values -1,", "--ignore-index"]),
         (spoil_fill_value, {}, ["masks/b.tif", "65533", "--classes"]),
         (spoil_size, {}, ["masks/b.tif", "18 x 13", "19 x 13"]),
         (spoil_float, {}, ["masks/b.tif", "float32"]),
