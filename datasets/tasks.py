@@ -318,10 +318,9 @@ def own_folder(root):
         raise FileNotFoundError(
             f"--root {root}: --task geotiff wants the folders images (or mr) and masks in it"
         )
-    found = {"images": images, "masks": root / "masks", "splits": None}
-    if (root / "splits").is_dir():
-        found["splits"] = root / "splits"
-    return found | {"classes": classes_beside(images, root / "masks")}
+    masks, splits = root / "masks", root / "splits"
+    found = {"images": images, "masks": masks, "classes": classes_beside(images, masks)}
+    return found | {"splits": splits if splits.is_dir() else None}
 
 
 def gather(read, count, tile, what):
@@ -353,7 +352,7 @@ def gather(read, count, tile, what):
                 sides = sorted({len(labels[0][0]), tiles.shape[-1]})
                 raise ValueError(f"{what}: images of {some(sides)} px; pass --tile")
             try:
-                file.write(tiles.tobytes())
+                file.write(tiles.astype(np.float32).tobytes())
                 file.flush()
             except OSError as error:
                 raise OSError(
@@ -364,7 +363,8 @@ def gather(read, count, tile, what):
                 some_of.append(part)
         labels, origin = np.concatenate(labels), np.concatenate(origin)
         shape = len(labels), *tiles.shape[1:]
-        images = np.memmap(file, np.float32, "r+", shape=shape) if len(labels) else np.empty(shape)
+        # an empty file cannot be mapped
+        images = np.memmap(file, np.float32, "r+", shape=shape) if labels.size else np.empty(shape)
     return images, labels, origin, sizes
 
 
