@@ -154,6 +154,9 @@ def parse_args(argv=None):
          "(default: classes.txt beside the masks; without it the ids name themselves)")
     flag("--ignore-index", type=numbers, metavar="N,N", help="mask values that are no label and no "
          "class, such as 255 or 0,255, beside the masks' nodata (default: none)")
+    flag("--clouds", metavar="PRODUCT", help="hide cloud, its shadow and cirrus, whose pixels then "
+         "have no label, by the masks of sentinel2 (SCL), landsat, hls or planet, which are bands "
+         "or lie beside the images, as for data.py pack (default: nothing is hidden)")
     flag("--splits", help="folder of train.txt, val.txt and test.txt, names without extension")
     flag("--block", type=positive, default=4, help="without --splits: side in tiles of the blocks "
          "of ground that are kept together (default 4)")
@@ -245,7 +248,7 @@ def checked(parser, args):
         args.tile = args.tile or 64
     else:
         refuse(["images", "masks", "labels_file", "label_field", "classes", "ignore_index",
-                "splits", "block", "val", "test"],
+                "clouds", "splits", "block", "val", "test"],
                f"is for --task geotiff; {args.task} has its own")
         if args.root is None:
             parser.error(f"--task {args.task} needs --root, the folder of the set as published; "
@@ -301,7 +304,8 @@ def load(args):
     folder |= {k: v for k in ("classes", "splits") if (v := getattr(args, k)) is not None}
     return load_folder(
         **folder, bands=args.bands, ignore_index=args.ignore_index, tile=args.tile,
-        block=args.block, val=args.val, test=args.test, split_seed=args.split_seed,
+        clouds=args.clouds, block=args.block, val=args.val, test=args.test,
+        split_seed=args.split_seed,
     )  # fmt: skip
 
 

@@ -14,20 +14,15 @@ import datetime
 import functools
 import hashlib
 import importlib
-import io
 import json
 import logging
 import math
 import os
-import pickle
 import pkgutil
 import re
 import struct
 import threading
-import tokenize
 import xml.etree.ElementTree as ET
-import zipfile
-import zlib
 from collections import namedtuple
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
@@ -63,7 +58,10 @@ S2_ORDER = {12: [1, 2, 3, 7], 13: [1, 2, 3, 7]}  # by Sentinel-2's numbers; L2A 
 RGBN_ORDER = {4: [2, 1, 0, 3]}
 
 COPERNICUS = "Contains modified Copernicus Sentinel data"  # how it wants to be named
-DATE = re.compile(r"(?<!\d)((?:19|20)\d\d)([-_]?)([01]\d)\2([0-3]\d)(?!\d)")
+DATE = re.compile(
+    r"(?<!\d)(?:(?P<year>(?:19|20)\d\d)(?P<day>[0-3]\d\d)(?=T)"
+    r"|((?:19|20)\d\d)([-_]?)([01]\d)\4([0-3]\d)(?:(?=\D|$)|(?=\d{6}(?!\d))))"
+)
 
 # An image and what is wanted of it. info: raster.Info, whose path may name a part, "x.pt#12".
 # bands: positions. nodata: value or None. read(window, bands) -> (bands, height, width), as
@@ -96,9 +94,9 @@ class Labelled:
     names in the order of the files. tile: pixels a side in the protocol that scores are compared
     by, None for the whole image. counts: samples in train, val and test, None where the publisher
     gives no split. marks: what the folder holds, by which it is known. folders: where that may lie
-    below --root. archives: what the download is called. size, licence: as others quote the page at
-    `url`, which has the last word. open(folder, positions of the bands, options by name: dates,
-    pastis_classes, split_seed) -> Samples. stats: {band: (mean, std)} as published.
+    below --root. size, licence: as others quote the page at `url`, which has the last word.
+    open(folder, positions of the bands, options by name: dates, pastis_classes, split_seed) ->
+    Samples. stats: {band: (mean, std)} as published.
     """
 
     title: str
@@ -113,7 +111,6 @@ class Labelled:
     licence: str
     marks: tuple
     folders: tuple
-    archives: tuple
     open: Callable
     stats: dict
 
@@ -122,10 +119,11 @@ class Labelled:
 class Samples:
     """A labelled set found on disk; no pixel is read yet.
 
-    split: {sample: "train", "val" or "test"}, sorted by sample. files: {sample: paths}; the first
-    stands for it. label(*paths) -> (rows, cols) as in the file. image(*paths) -> float32 (bands,
-    rows, cols), or (dates, bands, rows, cols) where `dates`, the most that a sample has, is not
-    None; NaN where the image has no data. stats, ids, classes: in place of the set's own.
+    split: {sample: "train", "val" or "test"}, sorted by sample. files: {sample: paths} of those
+    that are complete; the first path stands for it. label(*paths) -> (rows, cols) as in the file.
+    image(*paths) -> float32 (bands, rows, cols), or (dates, bands, rows, cols) where `dates`, the
+    most that a sample has, is not None; NaN where the image has no data. stats, ids, classes: in
+    place of the set's own.
     """
 
     split: dict
@@ -170,32 +168,23 @@ def walk(root, suffixes):
 
 def missing(root, wanted):
     """The error for a folder that is not what was expected; says what is there instead."""
-    there = [] if not Path(root).is_dir() else sorted(path.name for path in Path(root).iterdir())
+    there = sorted(path.name for path in Path(root).iterdir()) if Path(root).is_dir() else []
     more = f" and {len(there) - 5} more" if len(there) > 5 else ""
     return FileNotFoundError(
-        f"{root}: {wanted}, at any depth; it holds {', '.join(there[:5]) or 'nothing'}{more}; "
-        "unpack the archives and give the folder that they are in"
+        f"{root}: {wanted}; it holds {', '.join(there[:5]) or 'nothing'}{more}; unpack archives "
+        "and give the folder that they are in"
     )
 
 
 def find_folder(about, root):
-    """The folder of a Labelled set, which is `root` or lies in it under one of its names.
-
-    Raises FileNotFoundError that says what was looked for, and where an archive was not unpacked.
-    """
-    root = Path(root)
-    places = [root, *(root / folder for folder in about.folders)]
-    for place in places:
+    """The folder of a Labelled set, which is `root` or lies in it under one of its names."""
+    for place in (Path(root), *(Path(root, folder) for folder in about.folders)):
         if all(any(place.glob(mark)) for mark in about.marks):
             return place
-    packed = [path for place in places for name in about.archives for path in place.glob(name)]
-    if packed:
-        raise FileNotFoundError(f"{packed[0]} is not unpacked; unpack it where it lies")
-    held = sorted(path.name for path in root.iterdir())[:8] if root.is_dir() else []
-    raise FileNotFoundError(
-        f"--root {root}: no {about.title.split(':')[0]} set there; looked for "
-        f"{' and '.join(about.marks)} in it and in {', '.join(about.folders)}, found "
-        f"{', '.join(held) or 'nothing'}; download it from {about.url}"
+    raise missing(
+        root,
+        f"no {about.title.split(':')[0]} set, which has {' and '.join(about.marks)}, in it or in "
+        f"{', '.join(about.folders)} (it is at {about.url})",
     )
 
 
@@ -210,16 +199,6 @@ def complete(found):
     return pairs, skipped
 
 
-def check_files(where, split, files, what):
-    """Raise FileNotFoundError if a listed sample is not among the complete ones, `files`."""
-    lost = [name for name in split if name not in files]
-    if lost:
-        raise FileNotFoundError(
-            f"{where}: {len(lost)} of {len(split)} listed samples lack {what}, the first is "
-            f"{lost[0]}; complete the download, or take them off the list"
-        )
-
-
 def check_per_site(per_site):
     if per_site < 1:
         raise ValueError(f"--per-site {per_site}: 1 or more MR dates of each place expected")
@@ -230,43 +209,32 @@ def terms(name, licence, attribution, url):
 
 
 def date_of(text):
-    """The first date in a name, "20200131" or "2020-01-31", as ISO text; "" without one."""
+    """The first date in a name as ISO text, "" without one: "20200131", with a time behind it or
+    without, "2020-01-31", or the day of the year as HLS writes it, "2020031T"."""
     for match in DATE.finditer(text):
-        try:
-            return datetime.date(int(match[1]), int(match[3]), int(match[4])).isoformat()
-        except ValueError:
-            continue  # digits of something else
+        with suppress(ValueError):  # digits of something else
+            if match["day"]:
+                first = datetime.date(int(match["year"]), 1, 1)
+                date = first + datetime.timedelta(int(match["day"]) - 1)
+                if date.year == first.year:
+                    return str(date)
+            else:
+                return str(datetime.date(int(match[3]), int(match[5]), int(match[6])))
     return ""
 
 
 def days_between(a, b):
-    return abs(day_number(a) - day_number(b))
-
-
-@functools.lru_cache
-def day_number(date):
-    return datetime.date.fromisoformat(date).toordinal()
-
-
-def find_bands(wanted, held, what, sentinel=False):
-    """Positions of the bands called `wanted` among those that the files hold, by name.
-
-    sentinel: whether a bare B2 is Sentinel-2's whatever else they hold. Raises ValueError naming
-    the missing ones and what there is; `what` names the set.
-    """
-    found = positions([name.strip() for name in wanted], held, sentinel)
-    if -1 in found:
-        lost = [name for name, at in zip(wanted, found, strict=True) if at < 0]
-        raise ValueError(
-            f"--bands {','.join(wanted)}: {what} has no {','.join(lost)}; its bands are "
-            f"{','.join(held) or 'unnamed'}"
-        )
-    return tuple(found)
+    return abs(datetime.date.fromisoformat(a) - datetime.date.fromisoformat(b)).days
 
 
 def by_band(bands, mean, std):
-    """{band: (mean, std)}"""
-    return dict(zip(bands, zip(mean, std, strict=True), strict=True))
+    """{band: (mean, std)}. Raises ValueError unless they can be of reflectances in some unit."""
+    stats = {}
+    for band, *pair in zip(bands, mean, std, strict=True):
+        stats[band] = tuple(map(float, pair))
+        if not (abs(stats[band][0]) < 1e6 and 1e-6 < stats[band][1] < 1e6):
+            raise ValueError(f"band {band} has the mean and the standard deviation {stats[band]}")
+    return stats
 
 
 def numbered(classes, first=0):
@@ -277,13 +245,13 @@ def numbered(classes, first=0):
 # lists and tables
 
 
-def read_lines(path):
+def read_lines(path, remedy="a list comes with its set, download it"):
     """The lines of a UTF-8 text file, with or without a byte order mark, stripped.
 
     Raises FileNotFoundError, or ValueError if it is not UTF-8.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file, which comes with the set; download it")
+        raise FileNotFoundError(f"{path}: no such file; {remedy}")
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -308,8 +276,7 @@ def table(path):
     if path is None:
         return []
     with whole(path, "CSV"):
-        lines = io.StringIO("\n".join(read_lines(path)))
-        rows = [[cell.strip() for cell in row] for row in csv.reader(lines)]
+        rows = [[cell.strip() for cell in row] for row in csv.reader(read_lines(path))]
     for row in rows:
         while row and not row[-1]:
             row.pop()
@@ -324,14 +291,15 @@ def split_name(path, name):
 
 def read_lists(folder, pattern):
     """Read one text file per split -> {sample: split}. pattern: its name, {} the split."""
-    return join_lists({s: read_lines(folder / pattern.format(s)) for s in SPLITS}, folder)
+    lists = {s: read_lines(Path(folder) / pattern.format(s)) for s in SPLITS}
+    return join_lists(lists, folder)
 
 
 def join_lists(lists, where):
     """{split: samples} -> {sample: split}, sorted. Raises ValueError for a sample in two."""
     split = {}
-    for name in SPLITS:
-        for sample in filter(None, lists[name]):
+    for name, samples in lists.items():
+        for sample in filter(None, samples):
             if split.setdefault(sample, name) != name:
                 raise ValueError(
                     f"{where}: {sample} is listed for {split[sample]} and for {name}; keep it in "
@@ -343,21 +311,11 @@ def join_lists(lists, where):
 def read_partition(path):
     """Read {"train": [samples], "valid" or "val": [...], "test": [...]} -> {sample: split}."""
     with whole(path, "JSON"):
-        found = read_json(path)
-        found.setdefault("val", found.get("valid", []))
-        lists = {s: [str(n).removesuffix(".npz") for n in found.get(s, [])] for s in SPLITS}
+        lists = {
+            split_name(path, name): [str(sample).removesuffix(".npz") for sample in samples]
+            for name, samples in read_json(path).items()
+        }
     return join_lists(lists, path)
-
-
-def check_stats(path, band, mean, std):
-    """Raise ValueError unless a band's statistics can be of reflectances, whatever their unit."""
-    numbers = all(type(value) in (int, float) for value in (mean, std))
-    if band is None or not numbers or not (abs(mean) < 1e6 and 1e-6 < std < 1e6):
-        raise ValueError(
-            f"{path}: band {band} has the mean {str(mean)[:30]} and the standard deviation "
-            f"{str(std)[:30]}, where finite numbers should be, the second above 0; download it "
-            "again"
-        )
 
 
 # pixels
@@ -372,11 +330,7 @@ def whole(path, kind):
     """
     try:
         yield
-    except (
-        ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError,
-        OSError, RuntimeError, SyntaxError, TypeError, ValueError, csv.Error,
-        pickle.UnpicklingError, struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error,
-    ) as error:  # fmt: skip
+    except Exception as error:  # there is no end of what libraries raise on damaged files
         if str(error).startswith(f"{path}: "):
             raise
         reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:300]}"
@@ -391,7 +345,7 @@ def check_array(array, shape):
     fits = array.ndim == len(shape) and all(
         found and wanted in (None, found) for found, wanted in zip(array.shape, shape, strict=True)
     )
-    if not fits or array.dtype.kind not in "biuf":
+    if not fits or array.dtype.kind not in "iuf":
         wanted = " x ".join("any" if length is None else str(length) for length in shape)
         raise ValueError(f"{array.dtype} of shape {array.shape}, wanted numbers of shape {wanted}")
     return array
@@ -474,14 +428,8 @@ def describe(path, page, bands):
         width, height = np.abs(tags["ModelPixelScale"][:2]).tolist()
         col, row, _, x, y, _ = tags["ModelTiepoint"][:6]
         point = 0.5 if int(tags.get("GTRasterTypeGeoKey", 1)) == 2 else 0.0  # centres are tied
-        transform = (
-            width,
-            0.0,
-            x - (col + point) * width,
-            0.0,
-            -height,
-            y + (row + point) * height,
-        )
+        x, y = x - (col + point) * width, y + (row + point) * height
+        transform = (width, 0.0, x, 0.0, -height, y)
         crs = f"EPSG:{code}"
     size = page.imagewidth, page.imagelength, bands, page.dtype.newbyteorder("=")
     return raster.Info(path, *size, nodata, transform, crs, names)
@@ -522,6 +470,16 @@ def read_float(path, count, bands=None):
             f"{path}: {len(pixels)} bands, its publisher ships {count}; download it again"
         )
     return raster.as_float(read_array(pixels, bands=bands), info.nodata)
+
+
+def tiff_samples(split, files, count, positions):
+    """Samples of one TIFF of `count` bands and a mask each; files: {sample: (image, mask)}."""
+    return Samples(
+        split,
+        files,
+        lambda image, mask: read_tiff(mask)[0],
+        lambda image, mask: read_float(image, count, positions),
+    )
 
 
 # pairs
@@ -575,7 +533,12 @@ def tiff_source(path, orders, names, date):
     return Source(info, bands, info.nodata, functools.partial(read_tiff, path), date)
 
 
-def array_source(path, shape, dtype, read, date=""):
+def array_source(path, shape, dtype, image, date=""):
+    """A Source of the array (bands, height, width) that image() gives."""
+
+    def read(window=None, bands=None):
+        return read_array(image(), window, bands)
+
     bands, height, width = shape
     info = raster.Info(Path(path), width, height, bands, dtype, None, None, None, ())
     return Source(info, list(range(bands)), None, read, date)

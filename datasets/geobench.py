@@ -16,7 +16,6 @@ def find(folder, positions):
     names = ("default_partition.json", "1.00x_train_partition.json")
     partition = next((folder / n for n in names if (folder / n).is_file()), folder / names[0])
     split = common.read_partition(partition)
-    common.check_files(partition, split, files, "an .hdf5 file")
     bands = [NUMBERS[common.L2A[position]] for position in positions]
     return common.Samples(
         split,
@@ -34,12 +33,12 @@ def read_stats(path):
         said = common.read_json(path)
         for band in common.L2A:
             dates = [said[key] for key in sorted(said) if is_band(key, NUMBERS[band])]
-            for date in dates:
-                common.check_stats(path, band, date["mean"], date["std"])
+            each = [float(date["mean"]) for date in dates], [float(date["std"]) for date in dates]
+            common.by_band([band] * len(dates), *each)  # which checks them
             if dates:
-                mean = np.array([date["mean"] for date in dates])
-                square = np.array([date["std"] for date in dates]) ** 2 + mean**2
-                stats[band] = mean.mean(), np.sqrt(square.mean() - mean.mean() ** 2)
+                mean, std = np.array(each)
+                std = np.sqrt((std**2 + mean**2).mean() - mean.mean() ** 2)
+                stats |= common.by_band([band], [mean.mean()], [std])
     return stats
 
 
@@ -83,7 +82,6 @@ def geobench(title, classes, splits, counts, *folders):
             for at in ("", "segmentation_v1.0/", "segmentation_v0.9.1/")
             for folder in folders
         ),
-        archives=(f"{folders[-1]}*.zip", f"{folders[0]}*.zip"),
         open=find,
         stats={},  # band_stats.json
     )

@@ -80,19 +80,13 @@ def read_splits(path, splits, rows, ids):
         if not beside:
             return None
         splits = beside[0]
-    row_of = {name: row for row, name in enumerate(ids)}
-    lists = {name: [] for name in common.SPLITS}
-    for name, members in common.read_json(splits).items():
-        for member in members if isinstance(members, list) else [members]:
-            row = row_of.get(member, -1) if isinstance(member, str) else member
-            if type(row) is not int or not 0 <= row < rows:  # true is an int
-                raise ValueError(
-                    f"{splits}: {name} holds {member!r}, but {Path(path).name} has rows 0 to "
-                    f"{rows - 1}; take the splits that belong to it"
-                )
-            lists[common.split_name(splits, name)].append(f"row {row}")
-    split = common.join_lists(lists, splits)
-    return [split.get(f"row {row}") for row in range(rows)]
+    split, known = common.read_partition(splits), {*ids, *map(str, range(rows))}
+    if alien := [member for member in split if member not in known]:
+        raise ValueError(
+            f"{splits}: it holds {alien[0]}, but {Path(path).name} has rows 0 to {rows - 1}; take "
+            "the splits that belong to it"
+        )
+    return [split.get(str(row), split.get(name)) for row, name in enumerate(ids or [None] * rows)]
 
 
 def open_rows(path, names, part, shapes, dtypes, split, sites):
@@ -105,11 +99,8 @@ def open_rows(path, names, part, shapes, dtypes, split, sites):
             return rows.astype(dtypes[sensor], copy=False)
 
     def source(sensor, number):
-        def read(window=None, bands=None):
-            return common.read_array(load(sensor)[number], window, bands)
-
         about = f"{path}#{part.start + number}", shapes[sensor], dtypes[sensor]
-        return common.array_source(*about, read)
+        return common.array_source(*about, lambda: load(sensor)[number])
 
     for number, site in enumerate(sites):
         if split is None or split[number]:

@@ -1,26 +1,29 @@
 """Images of one's own, as they lie on a disk: files of all bands, or of one band each, SAFE folders
 and archives; what their names tell of bands and dates; masks of clouds that lie beside them.
 
-`list_images` finds them, `header` describes one, and `open_image` makes a Source of some bands. All
-of pack, finetune and predict read through these, so an image means the same to each of them.
+`list_images` finds them, `header` describes one, and `open_image` makes a Source of some bands,
+`open_images` of those that all have. All of pack, finetune and predict read through these, so an
+image means the same to each of them.
 """
 
 import functools
 import glob
+import math
 import re
+import shlex
 import tarfile
 import xml.etree.ElementTree as ET
 import zipfile
 from collections import namedtuple
 from dataclasses import replace
-from datetime import date, timedelta
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from datasets.common import BGRN, Source, date_of, whole
 from imagery import raster
-from imagery.bands import SAME_BAND, positions
+from imagery.bands import SAME_BAND, meanings, positions
 
 RASTERS = (".tif", ".tiff", ".jp2")  # of a folder; a file may be any of raster.DRIVERS
 ARCHIVES = {".zip": "/vsizip", ".tar": "/vsitar"}  # which GDAL reads without unpacking
@@ -59,66 +62,58 @@ CLOUDS = {
 }
 
 
-def find_files(where, flag):
-    """The images of a folder and its subfolders, of an archive, one file, or a glob; sorted.
-
-    Of a Sentinel-2 SAFE folder only the images of bands. Companions of images (quality, clouds,
-    pictures) are left alone, and named. Raises FileNotFoundError.
-    """
-    path = Path(where)
-    if path.is_dir():
+def listed(where):
+    """All images, companions among them, of a folder and its subfolders, of an archive, one file,
+    or a glob; sorted. Of an archive that is also unpacked only that."""
+    path, folder = Path(where), Path(where).is_dir()
+    if folder:
         files = [file for file in path.rglob("*") if not file.name.startswith(".")]
     else:
         files = [path] if path.is_file() else [*map(Path, glob.glob(str(where), recursive=True))]
-    kinds = RASTERS if path.is_dir() else raster.DRIVERS
-    packed = [file for file in files if file.suffix.lower() in ARCHIVES]
-    if path.is_dir():
-        packed = [file for file in packed if not unpacked(file)]
-    files = [p for p in files if p.suffix.lower() in kinds and p.is_file()]
-    files += [member for archive in packed for member in members(archive)]
-    files = [p for p in files if not in_safe(p) or ("IMG_DATA" in p.parts and band_of(p)[1])]
-    beside = {file for file in files if COMPANION.search(file.stem)}
-    if len(beside) < len(files) > 1:  # else the user wants them, or so calls all images
-        if beside:
-            named = sorted({COMPANION.search(file.stem)[1] for file in beside})
-            raster.say_once(
-                f"{flag} {where}: {len(beside)} companion files left alone ({', '.join(named)})"
-            )
+    kinds = RASTERS if folder else raster.DRIVERS
+    found = [file for file in files if file.suffix.lower() in kinds and file.is_file()]
+    for file in files:
+        if file.suffix.lower() in ARCHIVES:
+            beside = file.parent.glob(f"{glob.escape(file.stem)}*/") if folder else ()
+            found += [] if any(map(Path.is_dir, beside)) else members(file)
+    return sorted(found)
+
+
+def members(archive):
+    """The images in a .zip or .tar, as paths that GDAL reads."""
+    suffix = archive.suffix.lower()
+    with whole(archive, suffix):
+        if suffix == ".zip":
+            with zipfile.ZipFile(archive) as file:
+                names = file.namelist()
+        else:
+            with tarfile.open(archive) as file:
+                names = file.getnames()
+    names = [name for name in names if ".." not in Path(name).parts and not name.startswith("/")]
+    # GDAL would open what lies beside an image by whatever driver it likes
+    if odd := [n for n in names if n.lower().endswith((".msk", ".ovr"))]:
+        raise ValueError(f"{archive}: holds {odd[0]}, which is not read in archives; unpack it")
+    root = f"{ARCHIVES[suffix]}/{{{archive.resolve()}}}"
+    return [Path(f"{root}/{name}") for name in names if name.lower().endswith(RASTERS)]
+
+
+def find_files(where, flag):
+    """The images of `listed`, of a Sentinel-2 SAFE folder only those of bands. Companions (quality,
+    clouds, pictures) are left alone, and named. Raises FileNotFoundError."""
+    files = [
+        p for p in listed(where) if not in_safe(p) or ("IMG_DATA" in p.parts and band_of(p)[1])
+    ]
+    beside = {file: match[1] for file in files if (match := COMPANION.search(file.stem))}
+    if 0 < len(beside) < len(files):  # else the user wants them, or so calls all images
+        named = ", ".join(sorted({*beside.values()}))
+        raster.say_once(f"{flag} {where}: {len(beside)} companion files left alone ({named})")
         files = [file for file in files if file not in beside]
     if not files:
         raise FileNotFoundError(
             f"{flag} {where}: no .tif, .tiff or .jp2 found; give a folder, an archive (.zip, .tar),"
             " a file or a quoted glob of them"
         )
-    return sorted(files)
-
-
-def names_in(archive):
-    """The names of what a .zip or .tar holds."""
-    with whole(archive, archive.suffix):
-        if archive.suffix.lower() == ".zip":
-            with zipfile.ZipFile(archive) as file:
-                names = file.namelist()
-        else:
-            with tarfile.open(archive) as file:
-                names = file.getnames()
-    return [name for name in names if ".." not in Path(name).parts and not name.startswith("/")]
-
-
-def unpacked(archive):
-    """Whether what an archive holds lies beside it, too."""
-    tops = {archive.stem, *(name.split("/")[0] for name in names_in(archive))}
-    return any((archive.parent / top).exists() for top in tops if top not in ("", "."))
-
-
-def members(archive):
-    """The images in a .zip or .tar, as paths that GDAL reads."""
-    names = names_in(archive)
-    # GDAL would open what lies beside an image by whatever driver it likes
-    if odd := [n for n in names if n.lower().endswith((".msk", ".ovr"))]:
-        raise ValueError(f"{archive}: holds {odd[0]}, which is not read in archives; unpack it")
-    root = f"{ARCHIVES[archive.suffix.lower()]}/{{{archive.resolve()}}}"
-    return [Path(f"{root}/{name}") for name in names if name.lower().endswith(RASTERS)]
+    return files
 
 
 def in_safe(path):
@@ -180,13 +175,13 @@ def header(path, files=None):
     return info
 
 
-def usual_bands(info, files=None, masks=()):
+def usual_bands(info, files=None, hides=()):
     """Which bands of an image are meant where none are named, as positions: B, G, R, NIR of a scene
     of one file per band, else all that are no mask."""
     names = info.band_names
     if files and {*BGRN} <= {*names}:
         return positions(BGRN, names)
-    hide = {mask.name.lower() for mask in masks}
+    hide = {mask.name.lower() for _, mask in hides}
     no_image = [k for k, n in enumerate(names) if n.lower() in hide or COMPANION.fullmatch(n)]
     if 0 < len(no_image) < info.bands:
         left = ",".join(names[k] for k in no_image)
@@ -199,12 +194,75 @@ def usual_bands(info, files=None, masks=()):
     return list(range(info.bands))
 
 
-def open_image(info, files=None, bands=None, nodata=None, masks=()):
-    """The Source of some bands of an image. info: its `header`. bands: positions among those, None
-    for `usual_bands`. nodata: for files that declare none. masks: [(file, band, Mask)] of
-    `find_masks`.
+def names_of(info, bands):
+    """[(name in the file, what it means)] of some bands; [] unless all are named, and not by
+    numbers."""
+    has = info.band_names
+    names = [(has[band], meanings(has)[band]) for band in bands] if has else []
+    return names if all(name and not name.isdecimal() for name, _ in names) else []
 
-    Raises ValueError where the files of a scene do not fit each other.
+
+def open_images(images, hides, flag, wanted=None, names=None, nodata=None):
+    """Open the images of one sensor, with the same bands: ([Source], what the bands are called).
+
+    images, hides: of `list_images` and `find_masks`. flag: that by which bands are chosen. wanted:
+    names or positions from 0, as text; None for the usual, in files that name them by name, and of
+    those the ones that all files have. names: what they are called, else as in the first file.
+    nodata: for files that declare none. Raises ValueError for a band that is not there, and where
+    files name the same bands in another order.
+    """
+    heads = [header(*image) for image in tqdm(images, "headers", leave=False)]
+    usual = [
+        usual_bands(info, files, hide)
+        for info, (_, files), hide in zip(heads, images, hides, strict=True)
+    ]
+    wanted = wanted or common_bands(heads, usual, flag)
+    sources, orders = [], {}  # what bands mean, sorted -> who has them first, and in which order
+    if names:
+        meant, who = meanings(names), f"--{'hr-' * ('hr' in flag)}band-names"
+        orders[tuple(sorted(meant))] = who, names, meant
+    for info, (path, files), bands, hide in zip(heads, images, usual, hides, strict=True):
+        has, count = info.band_names, info.bands
+        bands = positions(wanted, has) if wanted else bands
+        if not all(0 <= band < count for band in bands):
+            raise ValueError(
+                f"{path}: {flag} {','.join(wanted)} asked for, the file has {count} bands "
+                f"({','.join(has) if any(has) else 'without names'}); use indices from 0"
+            )
+        names = names or [has[b] if has else str(b) for b in bands]
+        if len(bands) != len(names):
+            raise ValueError(
+                f"{path}: {len(names)} bands expected ({','.join(names)}), found {len(bands)}; use "
+                f"{flag} to choose them, such as {flag} 2,1,0 for RGB files"
+                + (", or say with --hr-band-names what they are" if "hr" in flag else "")
+            )
+        if own := names_of(info, bands):
+            own, meant = map(list, zip(*own, strict=True))
+            who, first, order = orders.setdefault(tuple(sorted(meant)), (path, own, meant))
+            if meant != order:
+                raise ValueError(
+                    f"{path}: its bands are {','.join(own)}, but {who} has {','.join(first)}; use "
+                    f"{flag} {shlex.quote(','.join(first))}"
+                )
+        sources.append(open_image(info, files, bands, nodata, hide))
+    return sources, names
+
+
+def common_bands(heads, usual, flag):
+    """The names of the usual bands that all images have, where all name them; else None."""
+    every = [names_of(*each) for each in zip(heads, usual, strict=True)]
+    common = set.intersection(*({meant for _, meant in some} for some in every))
+    chosen = [name for name, meant in every[0] if meant in common]
+    if chosen and len(chosen) < max(map(len, every)):
+        print(f"{flag}: {','.join(chosen)}, which all of {len(heads)} files have; some have more")
+    return chosen or None
+
+
+def open_image(info, files=None, bands=None, nodata=None, hides=()):
+    """The Source of some bands of an image. info: its `header`. bands: positions among those, None
+    for `usual_bands`. nodata: for files that declare none. hides: [(file, Mask)] of `find_masks`.
+
+    Raises ValueError where the files of a scene do not fit each other, or a mask not its image.
     """
     path = info.path
     bands = usual_bands(info, files) if bands is None else bands
@@ -216,8 +274,7 @@ def open_image(info, files=None, bands=None, nodata=None, masks=()):
             offset = safe_offset(path)
             info = replace(info, nodata=0.0)  # the product's, which its files do not declare
     nodata = nodata if info.nodata is None else info.nodata
-    masks = [(*place_mask(info, *mask), mask[-1]) for mask in masks]
-    read = functools.partial(read_image, files or [path], masks)
+    read = functools.partial(read_image, files or [path], [place(info, *one) for one in hides])
     return Source(info, list(bands), nodata, read, date_in(path) or info.date, offset)
 
 
@@ -262,15 +319,16 @@ def read_image(files, masks, window=None, bands=None, grid=None):
 
 
 def read_rows(source):
-    """Read a Source from top to bottom: yields (pixels, valid) of n rows until all were given."""
-    about, files = source.info, source.read.args[0]
-    if len(files) == 1 and not source.read.args[1]:
-        parts = raster.read_rows(files[0], source.bands, masked=True)
-    else:  # 1024 rows are whole tiles of nearly all files, so that few are decoded twice
-        steps = range(0, about.height, 1024)
-        windows = ((row, 0, min(1024, about.height - row), about.width) for row in steps)
-        parts = (source.read(window, source.bands) for window in windows)
-    for pixels, valid in parts:
+    """Read a Source from top to bottom: yields (pixels, valid) of n rows until all were given.
+
+    No file stays open in between: GDAL's environment is a thread's own, and who takes the rows may
+    go on in another, or open and close other files meanwhile.
+    """
+    about = source.info
+    # 1024 rows are whole tiles of nearly all files, so that few are decoded twice
+    for row in range(0, about.height, 1024):
+        window = row, 0, min(1024, about.height - row), about.width
+        pixels, valid = source.read(window, source.bands)
         if source.nodata is not None:
             valid = valid & (pixels != source.nodata).any(0)
         yield pixels, valid
@@ -307,41 +365,49 @@ def parse_masks(mask_band=None, mask_values=None, clouds=None):
 
 
 def find_masks(images, masks):
-    """What hides the ground of some images: [[(file, band, Mask)]] in their order.
+    """What hides the ground of images: {sensor: [[(file, Mask)]]} of {sensor: of `list_images`}.
 
-    images: of `list_images`. A mask is a band of the image, or lies beside it in a file that is
-    called as the image is, or begins to be, and then as the mask.
+    A mask is a band of the image, or lies beside it in a file that is called as the image is, or
+    begins to be, and then as the mask. Says how many images have each; raises ValueError for one
+    that none has.
     """
-    listings, found = {}, []
+    listings = {}
 
-    def beside(path):
-        """[(scene, mask, file)] of the companions where an image lies, and in it if a folder."""
-        for folder in (path.parent, path):
-            if folder not in listings:
-                files = [f for f in files_in(folder) if f.suffix.lower() in RASTERS]
-                about = [(f, COMPANION.search(f.stem)) for f in sorted(files)]
-                listings[folder] = [
-                    (scene_of(f, f.stem[: m.start()]), m[1], f) for f, m in about if m
-                ]
-            yield from listings[folder]
-
-    for path, files in images:
-        own, hides = path if files else path.with_suffix(""), []
-        names = [] if files else [name.lower() for name in header(path).band_names]
-        for mask in masks:
-            if mask.name.lower() in names:
-                hides.append((path, names.index(mask.name.lower()), mask))
-                continue
-            near = [
-                (scene, file)
-                for scene, kind, file in beside(own)
-                if kind.lower() == mask.name.lower() and begins(own, scene)
+    def file_of(mask, path, files):
+        name, own = mask.name.lower(), path if files else path.with_suffix("")
+        if not files and name in (band.lower() for band in header(path).band_names):
+            return path
+        folder = str(path).partition("{")[2].partition("}")[0]  # the archive that it lies in
+        folder = folder or (path if path.is_dir() else path.parent)
+        if folder not in listings:
+            about = [(file, COMPANION.search(file.stem)) for file in listed(folder)]
+            listings[folder] = [
+                (scene_of(f, f.stem[: m.start()]), m[1].lower(), f) for f, m in about if m
             ]
-            if near:
-                _, file = max(near, key=lambda one: len(one[0].name))  # of equals the first
-                hides.append((file, band_in(file, mask), mask))
-        found.append(hides)
-    return found
+        near = [(s, f) for s, kind, f in listings[folder] if kind == name and begins(own, s)]
+        return max(near, key=lambda one: len(one[0].name))[1] if near else None  # of equals, first
+
+    hides = {sensor: [[] for _ in some] for sensor, some in images.items()}
+    for mask in masks:
+        told = False
+        for sensor, some in images.items():
+            found = [file_of(mask, *image) for image in some]
+            for hide, file in zip(hides[sensor], found, strict=True):
+                hide += [(file, mask)] if file else []
+            if count := len(found) - found.count(None):
+                told = True
+                print(
+                    f"{mask.name}: hides what it marks in {count} of {len(some)} "
+                    f"{sensor.upper()} images"
+                    + (f"; {some[found.index(None)][0]} has none" if None in found else "")
+                )
+        if not told:
+            raise ValueError(
+                f"{some[0][0]}: no band {mask.name} in it, nor a file beside it that is called as "
+                f"it is and {mask.name}; nor has another image; choose another --mask-band or "
+                "--clouds"
+            )
+    return hides
 
 
 def begins(path, scene):
@@ -351,46 +417,59 @@ def begins(path, scene):
     return path == scene or (alike and not rest[:1].isalnum())
 
 
-def files_in(folder):
-    """The files of a folder, which may lie in an archive; of a SAFE folder those of its bands."""
-    if folder.parts[1:2] in (("vsizip",), ("vsitar",)):
-        if "}" not in str(folder):
-            return []  # of the folder that the archive lies in
-        all_of = members(Path(str(folder).partition("{")[2].partition("}")[0]))
-        return [f for f in all_of if f.parent == folder or (folder in f.parents and in_safe(f))]
-    return [*(folder.rglob if (folder / "IMG_DATA").is_dir() else folder.glob)("*")]
-
-
-def band_in(file, mask):
-    """The position of a mask's band in its file. Raises ValueError where nothing tells."""
-    info = raster.info(file)
-    if mask.band is None and info.bands == 1:
-        return 0
-    (band,) = positions([mask.band], info.band_names) if mask.band else (-1,)
-    if not 0 <= band < info.bands:
+def place(info, file, mask):
+    """(file, band, Grid or None, Mask): where an image's mask is, and how it is read. Raises
+    ValueError where nothing tells."""
+    about = info if file == info.path else raster.info(file)
+    band = 0
+    if about.bands > 1 or mask.band is not None:
+        (band,) = positions([mask.band or mask.name], about.band_names)
+    if not 0 <= band < about.bands:
         raise ValueError(
-            f"{file}: {info.bands} bands ({','.join(info.band_names) or 'unnamed'}); say which is "
-            f"the mask, such as --mask-band {mask.name}:0"
+            f"{file}: {about.bands} bands ({','.join(about.band_names) or 'unnamed'}); say which "
+            f"is the mask, such as --mask-band {mask.name}:0"
         )
-    return band
-
-
-def place_mask(info, file, band, mask):
-    """(file, band, the Grid to read it on): an image's own, None where the mask has that."""
-    about = raster.info(file)
     if about.dtype.kind not in "iu":
         raise ValueError(f"{file}: {about.dtype} pixels; a mask holds whole numbers")
-    same = (about.height, about.width) == (info.height, info.width)
-    if same and (about.transform, about.crs) == (info.transform, info.crs):
-        return file, band, None
-    if not (about.crs and about.transform and info.crs and info.transform):
-        if same:
-            return file, band, None
+    return file, band, grid_for(info, about), mask
+
+
+def grid_for(info, mask):
+    """The Grid of an image, on which its mask is read; None where that has it, to a hundredth of a
+    pixel, or nothing tells of another. info, mask: raster.Info. Raises ValueError where they differ
+    and it is unknown how the two lie."""
+    apart, size = math.inf, (info.height, info.width)
+    placed = info.crs and mask.crs and info.transform and mask.transform
+    if size == (mask.height, mask.width):
+        if not (info.transform and mask.transform):
+            return None
+        if not placed or raster.same_ground(mask, info.crs):
+            at = np.array(raster.corners(info)) - raster.corners(mask)
+            apart = np.abs(at).max() / info.gsd
+    if apart <= 0.01:
+        return None
+    if not placed:
         raise ValueError(
-            f"{file}: {about.height} x {about.width} pixels over {info.height} x {info.width} of "
-            f"{info.path}, and no georeference; resample it to the image's grid"
+            f"{mask.path}: {mask.height} x {mask.width} pixels over {info.height} x {info.width} "
+            f"of {info.path}, up to {apart:.3g} px off, and no CRS tells how the two lie; resample "
+            "it to the image's grid, or add the georeference"
         )
-    return file, band, raster.Grid(info.crs, info.transform, info.height, info.width, "nearest")
+    return raster.Grid(info.crs, info.transform, *size, "nearest")
+
+
+def bounds_in(info, crs):
+    """Bounds of an image in another CRS; NaN where it does not reach."""
+    if info.crs == crs:
+        return info.bounds
+    nowhere = (math.nan,) * 4
+    if not info.crs or not crs:
+        return nowhere
+    try:
+        x, y = raster.project(info.crs, crs, *raster.corners(info, 21))
+    except ValueError:
+        return nowhere
+    box = x.min(), y.min(), x.max(), y.max()
+    return box if np.isfinite(box).all() else nowhere
 
 
 # what pixels mean, and when
@@ -417,15 +496,10 @@ def safe_offset(path):
 
 
 def date_in(path):
-    """ISO date that a path tells: of its name, also as HLS writes it (2009230T), else of the next
-    folder that is called by one; "" without."""
-    for name in [path.name, *(folder.name for folder in path.parents[:3])]:
-        if found := date_of(re.sub(r"(?<!\d)(\d{8})\d{6}(?!\d)", r"\1", name)):
-            return found
-        if day := re.search(r"(?<!\d)((?:19|20)\d\d)([0-3]\d\d)(?=T)", name):
-            found = date(int(day[1]), 1, 1) + timedelta(int(day[2]) - 1)
-            return str(found) if found.year == int(day[1]) else ""  # day 366, or other digits
-    return ""
+    """ISO date that a path tells: of its name, else of the next folder that is called by one; ""
+    without."""
+    names = [path.name, *(folder.name for folder in path.parents[:3])]
+    return next(filter(None, map(date_of, names)), "")
 
 
 def scaling_of(source):
@@ -438,3 +512,15 @@ def to_unit(source, scaling):
     tagged by `scaling`, the offset of its product included."""
     own, base = np.array(scaling_of(source)).T, np.array(scaling).T
     return own[0] / base[0], (source.offset * own[0] + own[1] - base[1]) / base[0]
+
+
+def tell_units(sources, flag):
+    """Say where files are tagged by another scale or offset than the first, to whose unit the
+    caller brings them."""
+    first = sources[0]
+    moved = [s.info.path for s in sources if scaling_of(s) != scaling_of(first)]
+    if moved:
+        print(
+            f"{flag}: {len(moved)} of {len(sources)} files, such as {moved[0]}, have another scale "
+            f"or offset in their tags than {first.info.path}; their pixels are brought to its unit"
+        )

@@ -24,7 +24,6 @@ def find(folder, positions):
     files = {s: [found[key] for key in sorted(found)] for s, found in files.items()}
     files = {s: paths for s, paths in files.items() if len(paths) == 12}
     split = common.read_lists(folder / "splits", "{}_X.txt")
-    common.check_files(folder / "splits", split, files, "a mask and 11 bands")
 
     def label(mask, *paths):
         return common.read_tiff(mask)[0]
@@ -36,12 +35,9 @@ def find(folder, positions):
             band = common.read_float(path, 1)[0]
             rows, cols = height // band.shape[0], width // band.shape[1]
             # nearest neighbour, as the publisher stacks the 20 m and 60 m bands
-            bands.append(band.repeat(rows, 0).repeat(cols, 1))
-            if bands[-1].shape != (height, width):
-                raise ValueError(
-                    f"{path}: {band.shape[0]} x {band.shape[1]} pixels do not divide its mask's "
-                    f"{height} x {width}; download it again"
-                )
+            with common.whole(path, "TIFF"):
+                band = band.repeat(rows, 0).repeat(cols, 1)
+                bands.append(common.check_array(band, (height, width)))
         return np.stack(bands)
 
     return common.Samples(split, files, label, image)
@@ -61,7 +57,6 @@ TASKS = {
         licence="CC BY 4.0",
         marks=("Scene_*",),
         folders=("MADOS",),
-        archives=("MADOS.zip",),
         open=find,
         stats=common.by_band(  # PANGAEA's
             common.BGRN, (0.05223, 0.04381, 0.03571, 0.03567), (0.03432, 0.03548, 0.03758, 0.05546)

@@ -18,13 +18,7 @@ def find(folder, positions):
         if isfile(image):
             files[image.stem.removeprefix("S2_")] = image, mask
     split = common.read_lists(folder / "splits", "{}_X.txt")
-    common.check_files(folder / "splits", split, files, "an image and a _cl mask")
-    return common.Samples(
-        split,
-        files,
-        lambda image, mask: common.read_tiff(mask)[0],
-        lambda image, mask: common.read_float(image, len(common.RHO), positions),
-    )
+    return common.tiff_samples(split, files, len(common.RHO), positions)
 
 
 TASKS = {
@@ -42,7 +36,6 @@ TASKS = {
         licence="CC BY 4.0",
         marks=("patches",),
         folders=("MARIDA",),
-        archives=("MARIDA.zip", "patches.zip"),
         open=find,
         stats=common.by_band(
             common.RHO,

@@ -1,6 +1,5 @@
 """PASTIS-R: Sentinel-2 time series of crops in France, a .npy of (dates, 10, 128, 128) a patch."""
 
-from itertools import zip_longest
 from os.path import isfile
 
 import numpy as np
@@ -35,7 +34,6 @@ def find(folder, positions, *, dates=None, pastis_classes=18):
             if all(map(isfile, paths)):
                 files[name] = paths
     split = dict(sorted(split.items()))
-    common.check_files(place, split, files, "DATA_S2 and ANNOTATIONS")
 
     def series(path):
         return common.read_numpy(path, (None, len(BANDS), None, None))
@@ -55,7 +53,7 @@ def find(folder, positions, *, dates=None, pastis_classes=18):
     ids, classes = {**common.numbered(CLASSES), 19: IGNORE}, CLASSES[:pastis_classes]
     if pastis_classes == 18:
         ids, classes = {0: IGNORE, 19: IGNORE} | {k: k - 1 for k in range(1, 19)}, CLASSES[1:19]
-    longest = max((len(chosen(len(series(files[name][0])))) for name in split), default=0)
+    longest = max((len(chosen(len(series(path)))) for path, _ in files.values()), default=0)
     stats = read_stats(folder / "NORM_S2_patch.json")
     return common.Samples(split, files, label, image, stats, ids, classes, longest)
 
@@ -71,12 +69,8 @@ def read_stats(path):
     with common.whole(path, "JSON"):
         said = common.read_json(path)
         folds = [said[f"Fold_{fold}"] for fold in (1, 2, 3)]
-        for fold in folds:
-            for band, *pair in zip_longest(BANDS, fold["mean"], fold["std"]):
-                common.check_stats(path, band, *pair)
-        return common.by_band(
-            BANDS, *(np.mean([fold[key] for fold in folds], 0) for key in ("mean", "std"))
-        )
+        stats = [common.by_band(BANDS, fold["mean"], fold["std"]) for fold in folds]
+        return {band: np.mean([each[band] for each in stats], 0) for band in BANDS}
 
 
 TASKS = {
@@ -93,7 +87,6 @@ TASKS = {
         licence="CC BY 4.0",
         marks=("DATA_S2", "ANNOTATIONS"),
         folders=("PASTIS-R", "PASTIS", "PASTIS-HD"),
-        archives=("PASTIS*.zip",),
         open=find,
         stats={},  # NORM_S2_patch.json
     )

@@ -20,13 +20,7 @@ def find(folder, positions):
         paths = chips / f"S2Hand/{name}_S2Hand.tif", chips / f"LabelHand/{name}_LabelHand.tif"
         if all(map(isfile, paths)):  # False of a name that is none, too
             files[name] = paths
-    common.check_files(lists, split, files, "S2Hand and LabelHand")
-    return common.Samples(
-        split,
-        files,
-        lambda image, mask: common.read_tiff(mask)[0],
-        lambda image, mask: common.read_float(image, len(common.L1C), positions),
-    )
+    return common.tiff_samples(split, files, len(common.L1C), positions)
 
 
 TASKS = {
@@ -43,7 +37,6 @@ TASKS = {
         licence="none stated with the files; cite Bonafilia et al. 2020",
         marks=("data/flood_events/HandLabeled/S2Hand",),
         folders=("v1.1", "sen1floods11/v1.1", "Sen1Floods11/v1.1", "sen1floods11", "Sen1Floods11"),
-        archives=("v1.1*.zip", "*en1*loods11*.zip", "*en1*loods11*.tar.gz"),
         open=find,
         stats=common.by_band(
             common.L1C,

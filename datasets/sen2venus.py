@@ -6,9 +6,9 @@ Michel et al. 2022. v2 (zenodo.org/records/14603764) has 139.5 GB of zips; 10 m 
 
 import functools
 import re
+from operator import getitem
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from datasets import common
@@ -75,16 +75,11 @@ def open_patches(mr_path, hr_path, date, site):
             f"{hr_path}: {len(hr)} patches, but {Path(mr_path).name} has {len(mr)}; unpack both "
             "again"
         )
-    for number in range(len(mr)):
+    for at in range(len(mr)):
         sources = [
-            common.array_source(
-                f"{path}#{number}",
-                images.shape[1:],
-                images.dtype,
-                functools.partial(common.read_array, images[number]),
-                date,
-            )
+            common.array_source(f"{path}#{at}", images.shape[1:], images.dtype, patch, date)
             for path, images in ((mr_path, mr), (hr_path, hr))
+            for patch in [functools.partial(getitem, images, at)]
         ]
         yield common.Pair(sources[0], sources[1:], None, site)
 
@@ -96,18 +91,7 @@ def load_patches(path):
             images = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # a file of before torch 1.6 cannot be mapped
             images = torch.load(path, map_location="cpu", weights_only=True)
-    shape = tuple(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
-    if not isinstance(images, torch.Tensor) or images.ndim != 4 or images.shape[1] != 4:
-        raise ValueError(f"{path}: a tensor (patches, 4, height, width) expected, found {shape}")
-    # bfloat16, for one, is unknown to numpy
-    dtype = np.dtype(getattr(np, str(images.dtype).removeprefix("torch."), object))
-    if images.layout != torch.strided or images.is_meta or dtype.kind not in "iuf":
-        layout = "meta" if images.is_meta else str(images.layout).removeprefix("torch.")
-        raise ValueError(
-            f"{path}: a {layout} tensor of {images.dtype}; save it again, dense, as int16 or "
-            "float32"
-        )
-    return images.detach().numpy()
+        return common.check_array(images.detach().numpy(), (None, 4, None, None))
 
 
 PAIRS = {"sen2venus": read}

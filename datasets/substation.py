@@ -11,10 +11,8 @@ def find(folder, positions, *, split_seed=0):
     masks = {path.stem: path for path in folder.glob("mask/*.npz")}
     images = {path.stem: path for path in folder.glob("image*/*.npz")}
     files = {name: (images[name], masks[name]) for name in images.keys() & masks.keys()}
-    listed = folder / "splits.json"
-    if listed.is_file():
+    if (listed := folder / "splits.json").is_file():
         split = common.read_partition(listed)
-        common.check_files(listed, split, files, "an image stack and a mask")
     else:
         names = sorted(files)
         ends = [round(0.6 * len(names)), round(0.8 * len(names))]
@@ -46,7 +44,6 @@ TASKS = {
         licence="CC BY 4.0; labels from OpenStreetMap, ODbL",
         marks=("image*/*.npz", "mask/*.npz"),
         folders=("Substation", "substation"),
-        archives=("image_stack.tar.gz", "images.zip", "mask.tar.gz"),
         open=find,
         stats=common.by_band(
             common.L1C,

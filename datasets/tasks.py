@@ -4,43 +4,51 @@ A `Task` is a set of square tiles with their labels, splits and origins; whateve
 disk, the probe sees only this. `load_task` reads the published sets of this folder as they come
 from their publishers, `load_folder` images and masks, or polygons, of one's own.
 
-Tiles are held as float32: 4 bands at 64 px take 64 KiB a tile, so 100,000 tiles need 6.5 GB.
-`load_folder` holds them in memory; what `load_task` reads lies in a temporary file if it is large.
+Tiles are held as float32: 4 bands at 64 px take 64 KiB a tile, so 100,000 tiles need 6.5 GB, in a
+temporary file.
 """
 
 import hashlib
 import inspect
-import math
-import shutil
 import sys
 import tempfile
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from einops import rearrange
 from tqdm import tqdm
 
-from datasets.common import BGRN, SPLITS, find_bands, find_folder, join_lists, read_lines, sets
-from datasets.images import scaling_of
+from datasets.common import BGRN, SPLITS, find_folder, read_lists, sets
+from datasets.images import (
+    bounds_in,
+    find_masks,
+    open_images,
+    parse_masks,
+    scaling_of,
+    tell_units,
+    to_unit,
+)
 from datasets.labels import (
+    OWN,
     burn,
-    check_alike,
-    check_ids,
-    named_images,
+    by_name,
+    class_ids,
+    classes_beside,
     open_masks,
-    open_of_task,
+    own_ids,
     read_classes,
-    read_image,
     read_polygons,
     some,
 )
 from imagery import raster
 from imagery.bands import IGNORE
+from imagery.bands import positions as bands_at
+from imagery.chips import in_order
 
-IN_MEMORY = 2 * 2**30  # bytes of images; more of them lie in a temporary file
+THREADS = 8  # that read and decode files
 
 
 @dataclass(frozen=True)
@@ -49,8 +57,7 @@ class Task:
 
     images: (N, bands, tile, tile) float32 in the files' units, (N, dates, bands, tile, tile) for
         time series; NaN where the image has no data, beyond its right and lower edge, and in the
-        dates that it lacks. A np.memmap on a temporary file where it is larger than IN_MEMORY:
-        take it by batches, never whole.
+        dates that it lacks. A np.memmap: take it by batches, never whole.
     labels: (N, tile, tile) int16 class ids, IGNORE where unlabelled; from `load_folder` also where
         the image has no data, while published sets keep their publishers' labels there.
     split: (N,) "train", "val" or "test".
@@ -87,7 +94,7 @@ class Task:
 
 def load_folder(
     images, masks=None, *, polygons=None, field=None, classes=None, bands=None, ignore_index=None,
-    tile=64, splits=None, block=4, val=0.2, test=0.2, split_seed=0,
+    clouds=None, tile=64, splits=None, block=4, val=0.2, test=0.2, split_seed=0,
 ):  # fmt: skip
     """Read a task from images and masks that are paired by file name without extension, or from
     images and polygons.
@@ -99,7 +106,7 @@ def load_folder(
     0-based positions or names, in the order wanted; default all, B, G, R, NIR of a scene of one
     file per band. ignore_index: the mask value, or values, that are no label, beside the nodata
     that a mask declares; none of them is a class, so that ids 1 to N with 0 ignored are N classes.
-    tile: pixels.
+    clouds: products whose masks hide pixels of the images (`parse_masks`). tile: pixels.
 
     splits: a folder with train.txt, val.txt and test.txt of file names without extension; images
     in none of them are left out. Without it the fractions `val` and `test` are held out: by
@@ -110,27 +117,38 @@ def load_folder(
     file or flag, what was found and the remedy; headers are all checked before pixels are read.
     """
     ignored = (ignore_index,) if np.ndim(ignore_index) == 0 else tuple(ignore_index)
-    listed = None if splits is None else read_splits(splits)
+    listed = None
+    if splits is not None:
+        listed = read_lists(splits, "{}.txt")
+        listed = {n.removesuffix(".tif").removesuffix(".tiff"): s for n, s in listed.items()}
     names = None if classes is None else read_classes(classes)
-    found = named_images(images, masks)
+    found = by_name(images, masks)
     chosen = sorted(found if listed is None else listed)
     if missing := [name for name in chosen if name not in found]:
         raise FileNotFoundError(
             f"{images}: no image named {missing[0]}, which the --splits lists name; add it, or "
             "take the name off its list"
         )
-    sources, files = zip(*(open_of_task(*found[name], bands) for name in chosen), strict=True)
-    check_alike(sources, files, bands)
+    found = [found[name] for name in chosen]
+    hides = find_masks({"mr": found}, parse_masks(clouds=clouds))["mr"]
+    sources, _ = open_images(found, hides, "--bands", bands and [str(band) for band in bands])
+    files, scaling = tuple(source.info for source in sources), scaling_of(sources[0])
+    if odd := [source for source in sources if source.bands != sources[0].bands]:
+        raise ValueError(
+            f"{odd[0].info.path}: the bands are its {odd[0].bands}, those of other images "
+            f"{sources[0].bands}; bring all to one order"
+        )
+    tell_units(sources, "--images")
     of = masks or polygons
     if polygons is None:
         paths, nodata, label_of = open_masks(masks, chosen, files, names, ignored)
     else:
         drawn = read_polygons(polygons, field, names, ignored)
-        names, nodata, paths = drawn.classes, [None] * len(files), [polygons] * len(files)
+        names, nodata, paths = drawn.classes, [None], [polygons] * len(files)
 
         def label_of(k):
             label = burn(drawn, files[k])
-            return check_ids(label, label != IGNORE, polygons, names, ignored)
+            return class_ids(label, label != IGNORE, own_ids(names, ignored), polygons, OWN)
 
     side = max(max(file.height, file.width) for file in files)
     if tile > side:
@@ -138,15 +156,12 @@ def load_folder(
             f"--tile {tile}: the largest image is {side} px wide or high; use at most that"
         )
 
-    parts, scaling = [], scaling_of(sources[0])
-    for position, file in enumerate(tqdm(files, "images and masks", unit="file")):
-        image, label = read_image(sources[position], scaling), label_of(position)
+    def read(k):
+        image, label = read_image(sources[k], scaling), label_of(k)
         label[np.isnan(image[0])] = IGNORE
-        image, label = cut(image, tile, np.nan), cut(label[None], tile, IGNORE)[:, 0]
-        origin = np.insert(corners(file, tile), 0, position, axis=1)
-        keep = (label != IGNORE).any((1, 2))
-        parts.append((image[keep], label[keep], origin[keep]))
-    image, label, origin = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return image, label
+
+    image, label, origin, _ = gather(read, len(files), tile, "images and masks")
     if not len(label):
         raise ValueError(
             f"{of}: no labelled pixel in any image; check --ignore-index, nodata, and that images "
@@ -180,8 +195,8 @@ def load_folder(
                 f"{of}: no labelled pixel falls in the {name} split ({split_by}, "
                 f"{len(label)} labelled tiles); label more, or choose other --splits or --block"
             )
-    keep = split != ""
-    image, label, split, origin = image[keep], label[keep], split[keep], origin[keep]
+    if (keep := split != "").sum() < len(split):
+        image, label, split, origin = image[keep], label[keep], split[keep], origin[keep]
     nodata = tuple(np.unique([value for value in nodata if value is not None]).tolist())
     positions = tuple(sources[0].bands)
     mean, std = band_stats(image, np.flatnonzero(split == "train"))
@@ -192,6 +207,18 @@ def load_folder(
         positions, files[0].bands, mean, std, files[0].gsd,
         hash_splits(zip(tiles, split, strict=True)), tuple(scaling),
     )  # fmt: skip
+
+
+def read_image(source, scaling):
+    """Read one image (bands, rows, cols) float32 in the pixels of files that are tagged by
+    `scaling`, NaN in all bands of a pixel without data."""
+    pixels, valid = raster.masked(source.read(None, source.bands), source.nodata)
+    image, change = pixels.astype(np.float32), to_unit(source, scaling)
+    if (change[0] != 1).any() or change[1].any():
+        gain, shift = (np.float32(each)[:, None, None] for each in change)
+        image = image * gain + shift
+    image[:, ~valid] = np.nan
+    return image
 
 
 def load_task(name, root, *, bands=None, tile=None, dates=None, pastis_classes=18, split_seed=0):
@@ -214,13 +241,14 @@ def load_task(name, root, *, bands=None, tile=None, dates=None, pastis_classes=1
     about = known[name]
     takes = inspect.signature(about.open).parameters
     if dates is not None and ("dates" not in takes or dates < 1):
-        series = [
-            n for n, one in known.items() if "dates" in inspect.signature(one.open).parameters
-        ]
+        raise ValueError(f"--dates {dates}: 1 or more of a time series, --task {name} has no such")
+    bands = [band.strip() for band in bands or BGRN]
+    positions = tuple(bands_at(bands, about.bands, sentinel=True))
+    if lost := [band for band, at in zip(bands, positions, strict=True) if at < 0]:
         raise ValueError(
-            f"--dates {dates}: at least 1, and only --task {' or '.join(series)} is a time series"
+            f"--bands {','.join(bands)}: --task {name} has no {','.join(lost)}; its bands are "
+            + ",".join(about.bands)
         )
-    positions = find_bands(bands or BGRN, about.bands, f"--task {name}", sentinel=True)
     options = {"dates": dates, "pastis_classes": pastis_classes, "split_seed": split_seed}
     options = {key: value for key, value in options.items() if key in takes}
     found = about.open(find_folder(about, root), list(positions), **options)
@@ -228,6 +256,11 @@ def load_task(name, root, *, bands=None, tile=None, dates=None, pastis_classes=1
     samples, splits = list(found.split), list(found.split.values())
     if not samples:
         raise ValueError(f"--root {root}: its lists name no sample")
+    if lost := [name for name in samples if name not in found.files]:
+        raise FileNotFoundError(
+            f"--root {root}: {len(lost)} of {len(samples)} listed samples lack a file, the first "
+            f"is {lost[0]}; complete the download, or take them off the list"
+        )
     counts = tuple(splits.count(split) for split in SPLITS)
     if about.counts not in (None, counts):
         print(
@@ -236,63 +269,43 @@ def load_task(name, root, *, bands=None, tile=None, dates=None, pastis_classes=1
             "scores do not compare with published ones",
             file=sys.stderr,
         )
+    side = tile or about.tile
 
-    def read_labels(sample):
-        path, raw = found.files[sample][0], found.label(*found.files[sample])
-        side = tile or about.tile or max(raw.shape)
-        if side > max(raw.shape):
+    def read(k):
+        paths = found.files[samples[k]]
+        raw, image = found.label(*paths), found.image(*paths)
+        if image.shape[-2:] != raw.shape:
             raise ValueError(
-                f"--tile {side}: {path} is {max(raw.shape)} px wide or high; use at most that"
+                f"{paths[0]}: {image.shape[-2]} x {image.shape[-1]} pixels, its mask has "
+                f"{raw.shape[0]} x {raw.shape[1]}; download it again"
             )
-        label = cut(class_ids(raw, ids, path)[None], side, IGNORE)[:, 0]
-        keep = (label != IGNORE).any((1, 2))
-        info = raster.Info(path, *raw.shape[::-1], len(about.bands), *[None] * 4, about.bands)
-        return label[keep], keep, info
+        if side and side > max(raw.shape):
+            raise ValueError(
+                f"--tile {side}: {paths[0]} is {max(raw.shape)} px wide or high; use at most that"
+            )
+        if found.dates is not None:  # NaN in the dates that only others have
+            lacks = found.dates - len(image)
+            image = np.pad(image, [(0, lacks)] + [(0, 0)] * 3, constant_values=np.nan)
+        return image, class_ids(raw, np.ones(raw.shape, bool), ids, paths[0])
 
-    parts = in_threads(read_labels, samples, f"{name}, labels")
-    sides = sorted({label.shape[-1] for label, _, _ in parts})
-    if len(sides) > 1:
-        raise ValueError(f"--root {root}: images of {some(sides)} px; pass --tile")
-    side = sides[0]
-    labels, keeps, files = zip(*parts, strict=True)
-    ends = np.cumsum([len(label) for label in labels])
-    split = np.repeat(splits, np.diff(ends, prepend=0))
+    images, labels, origin, sizes = gather(read, len(samples), side, name)
+    files = tuple(
+        raster.Info(found.files[sample][0], *size, len(about.bands), *[None] * 4, about.bands)
+        for sample, size in zip(samples, sizes, strict=True)
+    )
+    split = np.array(splits)[origin[:, 0]]
     for part in SPLITS:
         if part not in split:
             raise ValueError(f"--root {root}: no labelled pixel in the {part} split of the set")
-
-    series = () if found.dates is None else (found.dates,)
-    images = allocate((ends[-1], *series, len(positions), side, side))
-
-    def read_tiles(k):
-        image, file = found.image(*found.files[samples[k]]), files[k]
-        if image.shape[-2:] != (file.height, file.width):
-            raise ValueError(
-                f"{file.path}: {image.shape[-2]} x {image.shape[-1]} pixels, its mask has "
-                f"{file.height} x {file.width}; download it again"
-            )
-        tiles = cut(image.reshape(-1, file.height, file.width), side, np.nan)[keeps[k]]
-        place = images[ends[k] - len(tiles) : ends[k]]
-        if series:
-            place[:, len(image) :] = np.nan  # dates that only others have
-            place = place[:, : len(image)]
-        place[:] = tiles.reshape(place.shape)
-
-    in_threads(read_tiles, range(len(samples)), f"{name}, images")
-    origin = [
-        np.insert(corners(file, side)[keep], 0, k, axis=1)
-        for k, (file, keep) in enumerate(zip(files, keeps, strict=True))
-    ]
     names = tuple(about.bands[position] for position in positions)
     if all(band in stats for band in names):
         mean, std = np.array([stats[band] for band in names], np.float64).T
     else:
         mean, std = band_stats(images, np.flatnonzero(split == "train"))
     return Task(
-        images, np.concatenate(labels), split, np.concatenate(origin), files,
-        found.classes or about.classes,
-        about.splits, (), name, names, positions, len(about.bands), mean, std,
-        10.0, hash_splits(found.split.items()),
+        images, labels, split, origin, files, found.classes or about.classes, about.splits, (),
+        name, names, positions, len(about.bands), mean, std, 10.0,
+        hash_splits(found.split.items()),
     )  # fmt: skip
 
 
@@ -305,56 +318,54 @@ def own_folder(root):
         raise FileNotFoundError(
             f"--root {root}: --task geotiff wants the folders images (or mr) and masks in it"
         )
-    there = {name: root / name for name in ("classes.txt", "splits") if (root / name).exists()}
-    return {
-        "images": images,
-        "masks": root / "masks",
-        "classes": there.get("classes.txt"),
-        "splits": there.get("splits"),
-    }
+    masks, splits = root / "masks", root / "splits"
+    found = {"images": images, "masks": masks, "classes": classes_beside(images, masks)}
+    return found | {"splits": splits if splits.is_dir() else None}
 
 
-def class_ids(raw, ids, path):
-    """Replace the values of a mask by ids, {value: class id or IGNORE} -> int16 of its shape."""
-    values, inverse = np.unique(raw, return_inverse=True)
-    alien = [value for value in values.tolist() if value not in ids]
-    if alien:
-        raise ValueError(
-            f"{path}: its mask holds the values {some(alien)}, those of the set are "
-            f"{some(sorted(ids))}; check --task and --root"
-        )
-    return np.array([ids[value] for value in values.tolist()], np.int16)[inverse].reshape(raw.shape)
+def gather(read, count, tile, what):
+    """Read samples by threads and cut them to tiles: (images, labels, origin) as in Task, of the
+    tiles that have a label, and the (width, height) of each sample.
 
-
-def corners(file, tile):
-    """Row and column of the first pixel of each tile of an image, row-major -> (n, 2) int64."""
-    return np.indices((-(-file.height // tile), -(-file.width // tile))).reshape(2, -1).T * tile
-
-
-def in_threads(function, items, what):
-    """[function(item) for item in items] by threads, with a bar; the first error ends it."""
-    with ThreadPoolExecutor() as pool:
-        return list(tqdm(pool.map(function, items), what, len(items), unit="sample"))
-
-
-def allocate(shape):
-    """An empty float32 array, above IN_MEMORY on a temporary file that goes when the array does.
-
-    The file has no name (on Windows: is deleted on closing), so that it never stays behind.
-    Raises OSError where the disk, of which the environment variable TMPDIR decides, is too full.
+    read(k) -> image (..., rows, cols) float32, labels (rows, cols) int16. tile: pixels, None for
+    whole samples. what: they are, in words. The images go to a temporary file without a name (on
+    Windows: one that goes on closing), so that it never stays behind. Raises OSError where the
+    disk, of which the environment variable TMPDIR decides, is too full; the first error ends it.
     """
-    size = 4 * math.prod(shape)
-    if size <= IN_MEMORY:
-        return np.empty(shape, np.float32)
-    folder = tempfile.gettempdir()
-    free = shutil.disk_usage(folder).free
-    if size > free:
-        raise OSError(
-            f"{folder}: {size / 1e9:.1f} GB needed for the images, {free / 1e9:.1f} GB free; name "
-            "a larger disk in the environment variable TMPDIR, or take fewer --bands or --dates"
-        )
-    with tempfile.TemporaryFile() as file:
-        return np.memmap(file, np.float32, "w+", shape=shape)
+    labels, origin, sizes = [], [], []
+
+    def one(k):
+        image, label = read(k)
+        rows, cols = label.shape
+        side = tile or max(rows, cols)
+        corner = np.indices((-(-rows // side), -(-cols // side))).reshape(2, -1).T * side
+        label = cut(label[None], side, IGNORE)[:, 0]
+        keep = (label != IGNORE).any((1, 2))
+        tiles = cut(image.reshape(-1, rows, cols), side, np.nan)[keep]
+        tiles = tiles.reshape(len(tiles), *image.shape[:-2], side, side)
+        return tiles, label[keep], np.insert(corner[keep], 0, k, axis=1), (cols, rows)
+
+    with ThreadPoolExecutor(THREADS) as pool, tempfile.TemporaryFile() as file:
+        parts = in_order(pool, one, range(count), 2 * THREADS)
+        for tiles, *more in tqdm(parts, what, count, unit="sample"):
+            if labels and more[0].shape[1:] != labels[0].shape[1:]:
+                sides = sorted({len(labels[0][0]), tiles.shape[-1]})
+                raise ValueError(f"{what}: images of {some(sides)} px; pass --tile")
+            try:
+                file.write(tiles.astype(np.float32).tobytes())
+                file.flush()
+            except OSError as error:
+                raise OSError(
+                    f"{tempfile.gettempdir()}: no room for {what} ({error.strerror}); name a "
+                    "larger disk in the environment variable TMPDIR, or take fewer --bands"
+                ) from error
+            for some_of, part in zip((labels, origin, sizes), more, strict=True):
+                some_of.append(part)
+        labels, origin = np.concatenate(labels), np.concatenate(origin)
+        shape = len(labels), *tiles.shape[1:]
+        # an empty file cannot be mapped
+        images = np.memmap(file, np.float32, "r+", shape=shape) if labels.size else np.empty(shape)
+    return images, labels, origin, sizes
 
 
 def list_tasks():
@@ -379,25 +390,6 @@ def list_tasks():
         textwrap.fill(entry, 100, subsequent_indent=" " * 8, break_on_hyphens=False)
         for entry in entries
     )
-
-
-def read_splits(folder):
-    """Read train.txt, val.txt and test.txt, one file name per line -> {name: split}.
-
-    A .tif or .tiff extension is taken off. Raises FileNotFoundError for a missing or empty list,
-    ValueError for a name in two lists.
-    """
-    lists = {}
-    for split in SPLITS:
-        path = Path(folder) / f"{split}.txt"
-        lines = read_lines(path) if path.is_file() else []
-        lists[split] = [line.removesuffix(".tif").removesuffix(".tiff") for line in lines]
-        if not any(lists[split]):
-            raise FileNotFoundError(
-                f"{path}: no list of file names there; --splits needs train.txt, val.txt and "
-                "test.txt, one name per line"
-            )
-    return join_lists(lists, folder)
 
 
 def number_classes(label, ids, names, ignored):
@@ -429,8 +421,9 @@ def draw_splits(files, origin, tile, block, val, test, seed):
     covers ground of another split, which happens where images overlap off each other's grid.
     Raises ValueError if there are fewer groups than splits need.
     """
-    bounds = ground(files, origin, tile)
-    if bounds is not None:
+    bounds = np.array([ground(files[n], *at, tile, files[0].crs) for n, *at in origin.tolist()])
+    placed = np.isfinite(bounds).all()
+    if placed:
         side = block * tile * files[0].gsd
         centre = (bounds[:, :2] + bounds[:, 2:]) / 2
         # from the upper left corner, where the tiles of the first image begin
@@ -450,34 +443,20 @@ def draw_splits(files, origin, tile, block, val, test, seed):
         )
     names = np.repeat(SPLITS, [groups - sum(held), *held])
     split = np.random.default_rng(seed).permutation(names)[group.ravel()]
-    if bounds is not None:
+    if placed:
         for keep, others in (("test", ("train", "val")), ("val", ("train",))):
             split[overlaps(bounds, split == keep) & np.isin(split, others)] = ""
     return split, how
 
 
-def ground(files, origin, tile):
-    """Bounding box of each tile's part inside its image -> (N, 4) left, bottom, right, top, in the
-    CRS of the first image; None where an image has no ground, or none that reaches there."""
-    crs = [file.crs for file in files]
-    if not all(file.transform for file in files) or (None in crs and len({*crs}) > 1):
-        return None
-    size = np.array([(f.height, f.width) for f in files])[origin[:, 0]]
-    first, last = origin[:, 1:], np.minimum(origin[:, 1:] + tile, size)
-    a, b, c, d, e, f = np.array([file.transform for file in files])[origin[:, 0]].T
-    corners = [(first[:, 0], first[:, 1]), (first[:, 0], last[:, 1]),
-               (last[:, 0], first[:, 1]), (last[:, 0], last[:, 1])]  # fmt: skip
-    x = np.stack([a * col + b * row + c for row, col in corners])
-    y = np.stack([d * col + e * row + f for row, col in corners])
-    for other in {*crs} - {crs[0]}:
-        mine = np.array([each == other for each in crs])[origin[:, 0]]
-        try:
-            moved = raster.project(other, crs[0], x[:, mine].ravel(), y[:, mine].ravel())
-        except ValueError:
-            return None
-        x[:, mine], y[:, mine] = (v.reshape(4, -1) for v in moved)
-    box = np.stack([x.min(0), y.min(0), x.max(0), y.max(0)], axis=1)
-    return box if np.isfinite(box).all() else None
+def ground(file, row, col, tile, crs):
+    """(left, bottom, right, top) in a CRS of a tile's part inside its image, NaN without ground."""
+    if file.transform is None:
+        return (np.nan,) * 4
+    a, b, c, d, e, f = file.transform
+    place = a, b, c + a * col + b * row, d, e, f + d * col + e * row
+    size = {"height": min(tile, file.height - row), "width": min(tile, file.width - col)}
+    return bounds_in(replace(file, transform=place, **size), crs)
 
 
 def overlaps(bounds, chosen):

@@ -74,25 +74,14 @@ def read(root, *, level="L2A", hr="rgbn", per_site=1):
 
 
 def read_split_table(path):
-    """{place: split} of the publisher's table, with a header or without; {} without a table.
-
-    The columns are those called tile and split, else the last is the split and the place is the
-    first cell that is no number. Rows without either are left out.
-    """
-    rows = common.table(path)
-    header = [cell.lower() for cell in rows[0]] if rows else []
-    if not {*header} & common.SPLIT_NAMES.keys():
-        rows = rows[1:]
-    at = header.index("split") if "split" in header else -1
+    """{place: split} of the publisher's table, with a header or without; {} without a table. The
+    last cell of a row is the split, the first that is no number the place."""
     splits = {}
-    for row in rows:
-        if len(row) < 2 or row[at:][:1] in ([], [""]):
+    for n, row in enumerate(common.table(path)):
+        header = n == 0 and row[-1].lower() not in common.SPLIT_NAMES
+        if header or len(row) < 2:
             continue
-        split, others = common.split_name(path, row[at]), [*row]
-        del others[at]
-        place = next((cell for cell in others if cell and not cell.isdecimal()), others[-1])
-        if "tile" in header and row[header.index("tile") :]:
-            place = row[header.index("tile")]
+        split, place = common.split_name(path, row[-1]), next(c for c in row if not c.isdecimal())
         if splits.setdefault(place, split) != split:
             raise ValueError(f"{path}: {place} is in {splits[place]} and in {split}; choose one")
     return splits

@@ -1,5 +1,5 @@
-"""Damaged files to every reader of weights, checkpoints, stores and published sets: each is read,
-or refused in a sentence that names the file.
+"""Damaged files to every reader of weights, checkpoints, stores, published sets and images of one's
+own: each is read, or refused in a sentence that names the file.
 
     python tests/fuzz.py --seconds 60 --seed 0      as .ci/run does; hours by the flag
 
@@ -11,10 +11,12 @@ number, and the file is kept.
 import argparse
 import contextlib
 import io
+import json
 import logging
 import os
 import random
 import resource
+import shutil
 import sys
 import tempfile
 import time
@@ -33,7 +35,8 @@ from stores import write_store
 
 from data import Store
 from datasets.common import sets
-from datasets.tasks import load_task
+from datasets.folder import read_geotiff
+from datasets.tasks import load_folder, load_task
 from files import save_sealed
 from imagery import raster
 from model import ViT
@@ -46,6 +49,7 @@ MEMORY = 2**33  # bytes of address space beyond what the libraries take
 PAIRS = {  # layouts that differ in their kinds of files, small ones
     "sen2venus": lambda root: pair_layouts.sen2venus(root, patches=1),
     "sen2naip": pair_layouts.sen2naip,
+    "rapidai4eo": lambda root: pair_layouts.rapidai4eo(root, ["33N_15E-243N_01_09"]),
     "worldstrat": pair_layouts.worldstrat,
     "hdf5": lambda root: pair_layouts.hdf5(root / "sen2venus.hdf5"),
 }
@@ -84,8 +88,67 @@ def samples(folder):
         write(add(name, "root", lambda root, name=name: load_task(name, root, tile=8)),
               np.random.default_rng(0))  # fmt: skip
     for name, write in PAIRS.items():
-        write(add(f"pairs of {name}", "root", lambda root, name=name: read_pairs(name, root)))
+        reader = sets("PAIRS")[name]
+        write(add(f"pairs of {name}", "root", lambda root, reader=reader: read_pairs(reader(root))))
+    own_images(add)
     return {kind: (place, readers[kind]) for kind, place in places.items()}
+
+
+def own_images(add):
+    """Add what people have: a product, an archive, a mosaic, folders of pairs and of labels."""
+    pair_layouts.safe(add("SAFE of JPEG 2000", "root", lambda p: read_pairs(read_geotiff(p))))
+    path = add("zipped scene", "a.zip", lambda p: read_pairs(read_geotiff(p, clouds="sentinel2")))
+    for name in ("B02", "B03", "B04", "B08", "SCL"):
+        pixels = pair_layouts.pixels(1, 20, 20, dtype="uint8")
+        pair_layouts.tif(path.parent / "in" / f"{name}.tif", pixels, 10.0)
+    shutil.make_archive(path.with_suffix(""), "zip", path.parent / "in")
+    shutil.rmtree(path.parent / "in")
+    path = add("VRT", "root", lambda root: raster.read(root / "a.vrt", masked=True))
+    sources = ""
+    for k in range(2):
+        pair_layouts.tif(path / f"{k}.tif", pair_layouts.pixels(1, 20, 20), 10.0)
+        sources += f"""<SimpleSource><SourceFilename relativeToVRT="1">{k}.tif</SourceFilename>
+            <SourceBand>1</SourceBand><SrcRect xOff="0" yOff="0" xSize="20" ySize="20"/>
+            <DstRect xOff="{20 * k}" yOff="0" xSize="20" ySize="20"/></SimpleSource>"""
+    (
+        path / "a.vrt"
+    ).write_text(f"""<VRTDataset rasterXSize="40" rasterYSize="20"><SRS>EPSG:32631</SRS>
+        <GeoTransform>3e5, 10, 0, 5e6, 0, -10</GeoTransform>
+        <VRTRasterBand dataType="Int16" band="1">{sources}</VRTRasterBand></VRTDataset>""")
+    path = add("folder of pairs", "root", lambda p: read_pairs(read_geotiff(p, clouds="planet")))
+    for sensor, gsd, crs in (("mr", 10.0, 32631), ("hr", 5.0, 32632)):
+        x, y = raster.project("EPSG:32631", f"EPSG:{crs}", [300_000.0], [5_000_000.0])
+        at = (gsd, 0.0, float(x[0]), 0.0, -gsd, float(y[0]))
+        for name, bands, kind in (("a_AnalyticMS", 4, "uint16"), ("a_udm2", 8, "uint8")):
+            (path / sensor).mkdir(parents=True, exist_ok=True)
+            array = pair_layouts.pixels(bands, 40, 40, dtype=kind)
+            raster.write(path / sensor / f"{name}.tif", array, at, crs)
+    path = add("images and masks", "root", read_masks)
+    for name in "abc":
+        pair_layouts.tif(path / "images" / f"{name}.tif", pair_layouts.pixels(2, 16, 16), 10.0)
+        mask = np.arange(256, dtype="uint8").reshape(16, 16) % 2
+        pair_layouts.tif(path / "masks" / f"{name}.tif", mask, 10.0)
+    truth = {"a": ("train",), "b": ("val",), "c": ("test",)}
+    layouts.write_lists(path / "lists", truth, "{}.txt")
+    (path / "classes.txt").write_text("field\nwood\n")
+    other = add("images and polygons", "root", read_polygons)
+    shutil.copytree(path / "images", other / "images")
+    features = []
+    for name, x in (("wheat", 3e5), ("maize", 3e5 + 90)):
+        ring = [[x, 5e6], [x, 49e5], [32e4, 49e5], [32e4, 5e6], [x, 5e6]]
+        geometry = {"type": "Polygon", "coordinates": [ring]}
+        features.append({"properties": {"crop": name}, "geometry": geometry})
+    crs = {"properties": {"name": "urn:ogc:def:crs:EPSG::32631"}}
+    (other / "a.json").write_text(json.dumps({"crs": crs, "features": features}))
+
+
+def read_masks(root):
+    lists, classes = root / "lists", root / "classes.txt"
+    load_folder(root / "images", root / "masks", splits=lists, classes=classes, tile=8)
+
+
+def read_polygons(root):
+    load_folder(root / "images", polygons=root / "a.json", field="crop", tile=8, block=1)
 
 
 def read_store(path):
@@ -93,11 +156,12 @@ def read_store(path):
     store.batch(np.arange(min(len(store), 100)))
 
 
-def read_pairs(name, root):
-    for unit in sets("PAIRS")[name](str(root)).units:
+def read_pairs(listing):
+    for unit in listing.units:
         for pair in unit.open():
             for source in (pair.mr, *pair.hrs):
-                source.read(None, source.bands)
+                whole = 0, 0, source.info.height, source.info.width
+                source.read(whole, source.bands)
 
 
 def mutated(data, draw):

@@ -228,7 +228,7 @@ def test_images_of_other_tags_come_in_one_unit(tmp_path, capsys):
     assert task.scaling == ((1e-4, 0.0),) * 2
     for image, (_, row, col) in zip(task.images, task.origin, strict=True):
         assert np.abs(image - first[:, row : row + 8, col : col + 8]).max() < 1e-2
-    assert "b.tif: its tags" in (out := capsys.readouterr().out) and "2 of 3 images" in out
+    assert "b.tif, have another scale" in (out := capsys.readouterr().out) and "2 of 3" in out
 
 
 def test_classes_lie_beside_the_masks(tmp_path, scene, capsys):
@@ -244,6 +244,30 @@ def test_classes_lie_beside_the_masks(tmp_path, scene, capsys):
     other.write_text("x\ny")
     task = finetune.load(finetune.parse_args([*words, "--classes", str(other)]))
     assert task.classes == ("x", "y")
+
+
+def test_what_clouds_hide_has_no_label(tmp_path, scene, capsys):
+    """SCL of 20 m beside the image: 8 is cloud, 3 its shadow, 0 unknown to the mask itself."""
+    layouts.tif(tmp_path / "masks" / "a.tif", layouts.RNG.integers(0, 2, (SIDE, SIDE)), 10.0)
+    scl = np.full((1, SIDE // 2, SIDE // 2), 4, "uint8")
+    scl[0, :3], scl[0, 10, 10:] = 8, 3
+    layouts.tif(tmp_path / "images" / "a_SCL.tif", scl, 20.0)
+    words = ["--encoder", "random", "--images", str(tmp_path / "images")]
+    words += ["--masks", str(tmp_path / "masks"), "--tile", "8", "--block", "1"]
+    plain, hidden = (
+        finetune.load(finetune.parse_args([*words, *more]))
+        for more in ([], ["--clouds", "sentinel2"])
+    )
+    assert "SCL: hides what it marks in 1 of 1 MR images" in capsys.readouterr().out
+    clear = ~np.isin(scl[0], (3, 8)).repeat(2, 0).repeat(2, 1)
+    assert (plain.labels != IGNORE).all() and len(hidden.labels) == len(plain.labels)
+    for label, image, (_, row, col) in zip(
+        hidden.labels, hidden.images, hidden.origin, strict=True
+    ):
+        part = clear[row : row + 8, col : col + 8]
+        assert np.array_equal(label != IGNORE, part) and np.array_equal(~np.isnan(image[0]), part)
+    with refused(SystemExit, "--clouds", "marida"):
+        finetune.parse_args([*words[:2], "--task", "marida", "--root", "r", "--clouds", "hls"])
 
 
 @pytest.mark.parametrize(
