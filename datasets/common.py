@@ -41,7 +41,6 @@ from imagery.bands import IGNORE, positions
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it logs of a file, `whole` raises
 HEADERS = threading.Lock()  # of numpy's files; read_numpy says why
 GDAL_METADATA, GDAL_NODATA = 42112, 42113  # tags
-COMPRESSED = 2**17  # pixels shrink to no less than 1 in this, whatever the codec
 MOST = 2**30  # bytes of pixels that are read at once
 
 SPLITS = ("train", "val", "test")
@@ -355,7 +354,7 @@ def check_claim(path, claimed, parts=1):
     """Raise ValueError where a file claims to hold more bytes than it can, or more in one of the
     `parts` that it is read by than memory is to hold: before any are asked for."""
     size = Path(path).stat().st_size
-    if claimed > COMPRESSED * size:
+    if claimed > raster.SHRUNK * size:
         raise ValueError(f"pixels of {claimed} bytes in a file of {size}")
     if claimed > MOST * parts:
         raise ValueError(f"{claimed // parts} bytes of pixels at once, at most {MOST} are read")

@@ -15,6 +15,7 @@ import tarfile
 import xml.etree.ElementTree as ET
 import zipfile
 from collections import namedtuple
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,21 +80,26 @@ def listed(where):
     return sorted(found)
 
 
-def members(archive):
-    """The images in a .zip or .tar, as paths that GDAL reads."""
-    suffix = archive.suffix.lower()
-    with whole(archive, suffix):
-        if suffix == ".zip":
+@contextmanager
+def opened(archive):
+    """Yield the names of what a .zip or .tar holds, and a function that reads the start of one."""
+    with whole(archive, archive.suffix):
+        if archive.suffix.lower() == ".zip":
             with zipfile.ZipFile(archive) as file:
-                names = file.namelist()
+                yield file.namelist(), lambda name: file.open(name).read(2**24)
         else:
             with tarfile.open(archive) as file:
-                names = file.getnames()
-    names = [name for name in names if ".." not in Path(name).parts and not name.startswith("/")]
+                yield file.getnames(), lambda name: file.extractfile(name).read(2**24)
+
+
+def members(archive):
+    """The images in a .zip or .tar, as paths that GDAL reads."""
+    with opened(archive) as (names, _):
+        names = [name for name in names if ".." not in Path(name).parts and name[0] != "/"]
     # GDAL would open what lies beside an image by whatever driver it likes
     if odd := [n for n in names if n.lower().endswith((".msk", ".ovr"))]:
         raise ValueError(f"{archive}: holds {odd[0]}, which is not read in archives; unpack it")
-    root = f"{ARCHIVES[suffix]}/{{{archive.resolve()}}}"
+    root = f"{ARCHIVES[archive.suffix.lower()]}/{{{archive.resolve()}}}"
     return [Path(f"{root}/{name}") for name in names if name.lower().endswith(RASTERS)]
 
 
@@ -478,21 +484,33 @@ def bounds_in(info, crs):
 def safe_offset(path):
     """What is to be added to the pixels of a Sentinel-2 product: -1000 from baseline 04.00 on.
 
-    Read from the product's MTD_MSI*.xml, else from the baseline in its name; 0 of other files.
+    Read from the product's MTD_MSI*.xml, in a folder or an archive, else from the baseline in its
+    name; 0 of other files.
     """
-    for folder in [path, *path.parents][:4]:
-        for mtd in sorted(folder.glob("MTD_MSIL*.xml")):
-            try:
-                items = ET.parse(mtd).iter()
-            except ET.ParseError as error:
-                raise ValueError(f"{mtd}: damaged XML ({error}); fetch it again") from error
-            found = [e.text for e in items if e.tag.rpartition("}")[2] in OFFSET_TAGS]
-            return float(found[0]) if found else 0
-        if folder.name.upper().endswith(".SAFE"):
-            baseline = re.search(r"_N(\d{4})_", folder.name)
-            # 9999 are those that users processed, who are known to have an MTD
-            return -1000 if baseline and 400 <= int(baseline[1]) < 9999 else 0
-    return 0
+    folders = [path, *path.parents][:4]
+    head, _, archive = str(path).partition("}")[0].partition("{")
+    if archive:
+        with opened(Path(archive)) as (names, read):
+            inside = {Path(f"{head}{{{archive}}}") / name: name for name in names}
+            texts = {
+                mtd: read(name)
+                for mtd, name in inside.items()
+                if mtd.match("MTD_MSIL*.xml") and mtd.parent in folders
+            }
+    else:
+        mtds = (mtd for folder in folders for mtd in sorted(folder.glob("MTD_MSIL*.xml")))
+        texts = {mtd: mtd.read_bytes() for mtd in mtds}
+    for mtd, text in texts.items():
+        try:
+            items = ET.fromstring(text).iter()
+        except ET.ParseError as error:
+            raise ValueError(f"{mtd}: damaged XML ({error}); fetch it again") from error
+        found = [e.text for e in items if e.tag.rpartition("}")[2] in OFFSET_TAGS]
+        return float(found[0]) if found else 0
+    product = next((f.name for f in folders if f.name.upper().endswith(".SAFE")), "")
+    baseline = re.search(r"_N(\d{4})_", product)
+    # 9999 are those that users processed, who are known to have an MTD
+    return -1000 if baseline and 400 <= int(baseline[1]) < 9999 else 0
 
 
 def date_in(path):

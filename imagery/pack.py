@@ -394,6 +394,7 @@ def report(out, meta, skipped, without, notes):
             meta["bands"][sensor], meta["mean"][sensor], meta["std"][sensor], strict=True
         ):
             print(f"    {band:8} mean {mean:10.4f}  std {std:10.4f}")
-    print(f"  look at {out / 'contact.png'}")
+    if (out / "contact.png").is_file():
+        print(f"  look at {out / 'contact.png'}")
     for note in notes:
         print(note)

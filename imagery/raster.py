@@ -12,12 +12,14 @@ beside it has to be a TIFF, and the sources of a VRT lie in the VRT's folder. Pa
 import logging
 import math
 import os
+import re
 import shlex
+import tempfile
 import uuid
 import warnings
 import xml.etree.ElementTree as ET
 from collections import namedtuple
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from xml.sax.saxutils import escape
@@ -32,6 +34,8 @@ from rasterio.transform import from_gcps
 from rasterio.vrt import WarpedVRT
 from rasterio.windows import Window
 
+from files import replacing, write_atomic
+
 logging.getLogger("rasterio").setLevel(logging.CRITICAL)  # what GDAL says is raised here
 warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
 
@@ -45,6 +49,7 @@ TILE = 256  # px a side of the tiles written
 ROWS = 256  # rows of an image that are read at a time, about
 # sidecar files are looked for one by one: to list a folder of a million files takes minutes
 ENV = {"GDAL_DISABLE_READDIR_ON_OPEN": "TRUE", "GDAL_CACHEMAX": 2**28, "GDAL_NUM_THREADS": "1"}
+SHRUNK = 2**17  # pixels shrink to no less than 1 in this, whatever the codec
 FIT = 0.1  # px within which ground control points have to lie on one affine transform
 
 # Where an image is warped to. transform as of Info; resampling: "cubic", "bilinear" or "nearest"
@@ -79,8 +84,7 @@ class Info:
         """Side of a pixel in CRS units (metres in most projections); None if not georeferenced."""
         if self.transform is None:
             return None
-        a, b, _, d, e, _ = self.transform
-        return math.sqrt(abs(a * e - b * d))
+        return math.sqrt(abs(rasterio.Affine(*self.transform).determinant))
 
     @property
     def bounds(self):
@@ -130,7 +134,8 @@ def read_rows(path, bands=None, *, masked=False):
     """Read an image from top to bottom: yields what `read` returns of n rows until all were given;
     the file is opened once, and memory holds a few rows of tiles."""
     with _open(path) as file:
-        about, step = file.about, file.block_rows
+        about, (block, _) = file.about, file.file.block_shapes[0]
+        step = block * max(1, ROWS // block)  # whole rows of tiles or strips
         for row in range(0, about.height, step):
             window = (row, 0, min(step, about.height - row), about.width)
             yield file.read(window, bands, masked)
@@ -139,9 +144,8 @@ def read_rows(path, bands=None, *, masked=False):
 @contextmanager
 def _open(path, grid=None):
     """Yield a _File; whatever GDAL raises becomes one sentence."""
-    text = str(path)
+    text, path = str(path), Path(path)
     local = not text.startswith("/vsi")
-    path = Path(path)
     driver = DRIVERS.get(path.suffix.lower())
     if local and not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -149,15 +153,24 @@ def _open(path, grid=None):
         raise ValueError(
             f"{path}: images are {', '.join(sorted(DRIVERS))}; convert it with gdal_translate"
         )
-    if local:
-        _refuse_foreign(path, driver)
-    with _one_error(ValueError, f"{path}: damaged {driver} (%s); fetch the file again"):
-        with rasterio.Env(**ENV), rasterio.open(path if local else text, driver=driver) as file:
-            if grid is None:
-                yield _File(path, file)
-            else:
-                with _warped(path, file, grid) as (vrt, alpha):
-                    yield _File(path, vrt, alpha)
+    size = _own_bytes(path, driver) if local else math.inf
+    with (
+        _one_error(ValueError, f"{path}: damaged {driver} (%s); fetch the file again"),
+        rasterio.Env(**ENV),
+        rasterio.open(path if local else text, driver=driver) as file,
+    ):
+        opened = _File(path, file)
+        about = opened.about
+        if about.width * about.height * about.bands * about.dtype.itemsize > SHRUNK * size:
+            raise ValueError(
+                f"{path}: {about.width} x {about.height} pixels cannot be in its {size} bytes; "
+                "fetch the file again, or fill a sparse one with gdal_translate"
+            )
+        if grid is None:
+            yield opened
+        else:
+            with _warped(path, opened, grid) as warped:
+                yield warped
 
 
 @contextmanager
@@ -173,18 +186,20 @@ def _one_error(kind, sentence):
         raise kind(sentence.replace("%s", reason)) from error
 
 
-def _refuse_foreign(path, driver):
-    """Raise ValueError where GDAL would follow a file to the network or out of its folder."""
+def _own_bytes(path, driver):
+    """Bytes of a file, of a VRT with its sources. Raises ValueError where GDAL would follow it to
+    the network or out of its folder."""
     for beside in (".msk", ".ovr"):
         other = path.with_name(path.name + beside)
         if other.is_file() and _start(other) not in MAGIC:
             raise ValueError(f"{other}: no TIFF, as masks and overviews are; delete it")
+    size = path.stat().st_size
     if driver == "GTiff" and (magic := _start(path)) not in MAGIC:
         raise ValueError(
             f"{path}: not a TIFF, it starts with {magic!r}; convert it with gdal_translate"
         )
     if driver != "VRT":
-        return
+        return size
     try:
         tree = ET.parse(path)
     except ET.ParseError as error:
@@ -197,21 +212,17 @@ def _refuse_foreign(path, driver):
         if tag != "SourceFilename":
             continue
         name = Path(element.text or "")
-        source = (folder / name).resolve()
-        if (
-            name.is_absolute()
-            or element.get("relativeToVRT") != "1"
-            or folder not in source.parents
-        ):
+        source, kind = (folder / name).resolve(), DRIVERS.get(name.suffix.lower())
+        relative = element.get("relativeToVRT") == "1" and not name.is_absolute()
+        if not relative or folder not in source.parents or kind in (None, "VRT"):
             raise ValueError(
-                f"{path}: its source {name} is not below its own folder by a relative path; move "
-                "the VRT there and build it again with gdalbuildvrt"
+                f"{path}: its source {name} is no image below its own folder by a relative path; "
+                "move the VRT there and build it again with gdalbuildvrt"
             )
-        if source.suffix.lower() not in DRIVERS or source.suffix.lower() == ".vrt":
-            raise ValueError(f"{path}: its source {name} is none of {', '.join(sorted(DRIVERS))}")
         if not source.is_file():
             raise FileNotFoundError(f"{source}: no such file, but {path} names it")
-        _refuse_foreign(source, DRIVERS[source.suffix.lower()])
+        size += _own_bytes(source, kind)
+    return size
 
 
 def _start(path):
@@ -220,22 +231,22 @@ def _start(path):
 
 
 @contextmanager
-def _warped(path, file, grid):
-    """Yield (a WarpedVRT, the number of its alpha band), both masks and missing ground in that."""
-    about = _File(path, file)
-    if about.flip:
-        raise ValueError(f"{path}: south-up, and to be warped; turn it with gdalwarp first")
-    options = {} if about.alpha else {"add_alpha": True}
-    if about.about.nodata is not None:
-        options["src_nodata"] = options["nodata"] = about.about.nodata
-    if not about.about.crs:
+def _warped(path, opened, grid):
+    """Yield the _File of a warp of another; its alpha has both masks and missing ground."""
+    about, file, alpha = opened.about, opened.file, opened.alpha
+    if not (about.crs and about.transform):
         raise ValueError(f"{path}: no CRS, so it cannot be warped")
+    options = {} if alpha else {"add_alpha": True}
+    if about.nodata is not None:
+        options["src_nodata"] = options["nodata"] = about.nodata
     with (
-        _without_alpha(file, about.alpha) as source,
+        _without_alpha(file)
+        if not alpha and ColorInterp.alpha in file.colorinterp
+        else nullcontext(file) as source,
         WarpedVRT(
             source,
-            src_crs=about.about.crs,
-            src_transform=rasterio.Affine(*about.about.transform),
+            src_crs=about.crs,
+            src_transform=opened.transform,
             crs=grid.crs,
             transform=rasterio.Affine(*grid.transform),
             width=grid.width,
@@ -245,24 +256,17 @@ def _warped(path, file, grid):
             **options,
         ) as vrt,
     ):
-        yield vrt, about.alpha or vrt.count
+        yield _File(path, vrt, alpha or vrt.count)
 
 
 @contextmanager
-def _without_alpha(file, alpha):
-    """The file, or where GDAL takes an image of it for a mask, a VRT of it in memory that says
-    better: the warp would blend by it."""
-    if alpha or ColorInterp.alpha not in file.colorinterp:
-        yield file
-        return
+def _without_alpha(file):
+    """A file whose alpha is an image, as a VRT in memory that says so: a warp blends by alpha."""
     name = f"/vsimem/{uuid.uuid4()}.vrt"
     rasterio.shutil.copy(file, name, driver="VRT")
     try:
         with rasterio.open(name, "r+") as source:
-            source.colorinterp = [
-                ColorInterp.undefined if kind is ColorInterp.alpha else kind
-                for kind in file.colorinterp
-            ]
+            source.colorinterp = [ColorInterp.undefined] * file.count
         with rasterio.open(name) as source:
             yield source
     finally:
@@ -270,29 +274,28 @@ def _without_alpha(file, alpha):
 
 
 class _File:
-    """An open file: `about`, its Info, and `read`."""
+    """An open file: `about`, its Info, and `read`. transform: as the file has it, an Affine."""
 
     def __init__(self, path, file, alpha=None):
-        self.file, self.alpha = file, alpha or _alpha(path, file)
-        if file.count == 1 and len(file.subdatasets) > 1:
+        if len(file.subdatasets) > 1 >= file.count or not file.count:
             raise ValueError(
                 f"{path}: holds {len(file.subdatasets)} images; split them, the first with "
                 f"gdal_translate {shlex.quote(f'GTIFF_DIR:1:{path}')} OUT.tif"
             )
-        if not file.count:
-            raise ValueError(f"{path}: holds no image")
+        self.file, self.alpha = file, alpha or _alpha(path, file)
         self.bands = [n for n in file.indexes if n != self.alpha]
         self.mask = any(
             MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags
             for flags in file.mask_flag_enums
         )
-        transform, crs = _georeference(path, file)
-        self.flip = bool(transform) and transform[4] > 0 and transform[1] == transform[3] == 0
+        place, crs = _georeference(path, file)
+        self.transform = place
+        self.flip = place is not None and place.e > 0 and place.b == place.d == 0
         if self.flip:
-            a, b, c, d, e, f = transform
-            transform = (a, b, c, d, -e, f + e * file.height)
+            place = place @ rasterio.Affine(1, 0, 0, 0, -1, file.height)
         names = tuple(file.descriptions[n - 1] or "" for n in self.bands)
         scaling = tuple((file.scales[n - 1], file.offsets[n - 1]) for n in self.bands)
+        day = re.match(r"((?:19|20)\d\d):(\d\d):(\d\d)", file.tags().get("TIFFTAG_DATETIME", ""))
         self.about = Info(
             path=path,
             width=file.width,
@@ -300,18 +303,12 @@ class _File:
             bands=len(self.bands),
             dtype=np.result_type(*(file.dtypes[n - 1] for n in self.bands)),
             nodata=file.nodata,
-            transform=transform,
-            crs=crs and _name(crs),
+            transform=place and tuple(place)[:6],
+            crs=(crs and crs.to_string()) or None,  # "EPSG:n" where it is one, else WKT
             band_names=names if any(names) else (),
             scaling=() if {*scaling} == {(1.0, 0.0)} else scaling,
-            date=_date(file.tags().get("TIFFTAG_DATETIME", "")),
+            date="-".join(day.groups()) if day else "",
         )
-
-    @property
-    def block_rows(self):
-        """How many rows to read at a time: whole rows of tiles or strips."""
-        height = self.file.block_shapes[0][0]
-        return height * max(1, ROWS // height) if height < self.about.height else height
 
     def read(self, window, bands, masked):
         about = self.about
@@ -326,28 +323,21 @@ class _File:
             raise ValueError(
                 f"{about.path}: bands {bands} asked for, the file has {about.bands}, counted from 0"
             )
-        up = about.height - row - height if self.flip else row
-        window = Window(col, up, width, height)
-        indexes = [self.bands[band] for band in bands]
-        wanted = [*indexes, self.alpha] if masked and self.alpha else indexes
-        pixels = self.file.read(wanted, window=window)
-        if self.flip:
-            pixels = pixels[:, ::-1]
+        up = slice(None, None, -1 if self.flip else 1)
+        window = Window(col, about.height - row - height if self.flip else row, width, height)
+        wanted = [self.bands[band] for band in bands]
+        wanted += [self.alpha] if masked and self.alpha else []
+        pixels = self.file.read(wanted, window=window)[:, up]
         if not masked:
             return pixels
         chosen = pixels[: len(bands)]
-        valid = (
-            np.isfinite(chosen).any(0)
-            if chosen.dtype.kind == "f"
-            else np.ones((height, width), bool)
-        )
+        valid = np.isfinite(chosen).any(0)
         if about.nodata is not None:
             valid &= (chosen != about.nodata).any(0)
         if self.alpha:
             valid &= pixels[-1] != 0
         elif self.mask:
-            inside = self.file.dataset_mask(window=window) != 0
-            valid &= inside[::-1] if self.flip else inside
+            valid &= self.file.dataset_mask(window=window)[up] != 0
         return chosen, valid
 
 
@@ -357,21 +347,22 @@ def _alpha(path, file):
     Aerial images with NIR call it alpha, as TIFF calls any fourth band: a band with a name of its
     own is an image, and so is one whose values vary. What a mask shows has one value mostly.
     """
-    for number, kind in enumerate(file.colorinterp, 1):
-        if kind is not ColorInterp.alpha or file.count < 2:
-            continue
-        name = (file.descriptions[number - 1] or "alpha").lower()
-        if "alpha" in name or "mask" in name:
-            shape = tuple(min(512, side) for side in (file.height, file.width))
-            sample = file.read(number, out_shape=shape)
-            top, full = sample.max(), {1, 255, np.iinfo(np.uint16).max}
-            if top == 0 or (top in full and (sample == top).sum() >= (sample > 0).sum() / 2):
-                return number
-            say_once(
-                f"{path}: band {number}, called alpha, varies like an image and is used as one; "
-                "in other files alike",
-                path.parent,
-            )
+    if file.count < 2 or ColorInterp.alpha not in file.colorinterp:
+        return None
+    number = file.colorinterp.index(ColorInterp.alpha) + 1
+    name = (file.descriptions[number - 1] or "alpha").lower()
+    if "alpha" not in name and "mask" not in name:
+        return None
+    shape = tuple(min(512, side) for side in (file.height, file.width))
+    sample = file.read(number, out_shape=shape)
+    top, full = sample.max(), {1, 255, np.iinfo(np.uint16).max}
+    if top == 0 or (top in full and (sample == top).sum() >= (sample > 0).sum() / 2):
+        return number
+    say_once(
+        f"{path}: band {number}, called alpha, varies like an image and is used as one; "
+        "in other files alike",
+        path.parent,
+    )
     return None
 
 
@@ -386,34 +377,24 @@ def say_once(sentence, about=None):
 
 
 def _georeference(path, file):
-    """(transform, crs) of an open file, by its ground control points where it has no transform."""
+    """(Affine or None, rasterio CRS or None) of an open file, by its ground control points where it
+    has no transform."""
     if not file.transform.is_identity:
-        return tuple(file.transform)[:6], file.crs
+        return file.transform, file.crs
     points, crs = file.gcps
     if len(points) < 3:
         return None, file.crs
     fit = from_gcps(points)
-    apart = [math.dist(~fit * (p.x, p.y), (p.col, p.row)) for p in points]
-    if max(apart) > FIT:
+    apart = max(math.dist(~fit @ (p.x, p.y), (p.col, p.row)) for p in points)
+    if apart > FIT:
         raise ValueError(
-            f"{path}: its ground control points lie up to {max(apart):.3g} px off any affine "
-            "transform; warp it with gdalwarp -tps first"
+            f"{path}: its ground control points lie up to {apart:.3g} px off any affine transform; "
+            "warp it with gdalwarp -tps first"
         )
-    return tuple(fit)[:6], crs
-
-
-def _date(text):
-    """ISO date of a TIFFTAG_DATETIME, "2018:07:16 10:20:30"; "" of anything else."""
-    day = text[:10].replace(":", "-")
-    return day if len(day) == 10 and day[:4].isdecimal() and day[:2] in ("19", "20") else ""
+    return fit, crs
 
 
 # ---- ground
-
-
-def _name(crs):
-    """Say "EPSG:n" where a rasterio CRS is one, else WKT."""
-    return crs.to_string() or None
 
 
 def crs_name(crs):
@@ -442,18 +423,12 @@ def same_ground(about, crs):
     the same CRS as WKT or with heights. crs: text or None."""
     if about.crs == crs or not about.crs or not crs:
         return about.crs == crs
+    x, y = corners(about, 5)
     try:
-        return offset_on_ground(about, crs) < 0.01
+        moved = np.subtract(project(about.crs, crs, x, y), (x, y))
     except ValueError:
         return False
-
-
-def offset_on_ground(about, crs):
-    """By how many of its pixels an image moves at most if its CRS is taken for another."""
-    x, y = corners(about, 5)
-    moved = np.subtract(project(about.crs, crs, x, y), (x, y))
-    apart = np.hypot(*moved).max() / about.gsd
-    return apart if np.isfinite(apart) else math.inf
+    return bool(np.hypot(*moved).max() < 0.01 * about.gsd)  # NaN and inf are not
 
 
 def warp_grid(hr, mr, resampling="cubic"):
@@ -492,23 +467,13 @@ def warp_grid(hr, mr, resampling="cubic"):
 # ---- pixels
 
 
-def valid_pixels(array, nodata):
-    """Where an image (..., bands, rows, cols) has data: (..., rows, cols) bool. Missing are pixels
-    at which a band is not finite, or all bands are nodata (float or None)."""
-    if array.dtype.kind == "f":
-        valid = np.isfinite(array).all(-3)
-    else:
-        valid = np.ones((*array.shape[:-3], *array.shape[-2:]), bool)
-    if nodata is not None:
-        valid &= (array != nodata).any(-3)
-    return valid
-
-
 def masked(found, nodata):
-    """(pixels, valid) of what a reader gives: pixels alone, or with what their mask says. Valid is
-    what the mask shows and `valid_pixels` finds; nodata: float or None."""
+    """(pixels, valid) of what a reader gives: pixels (bands, rows, cols) alone, or with what their
+    mask shows. Of that pixels are valid but those at which a band is not finite, or all bands are
+    nodata (float or None)."""
     pixels, shown = found if isinstance(found, tuple) else (found, True)
-    return pixels, shown & valid_pixels(pixels, nodata)
+    valid = shown & np.isfinite(pixels).all(0)
+    return pixels, valid if nodata is None else valid & (pixels != nodata).any(0)
 
 
 def as_float(array, nodata):
@@ -526,13 +491,9 @@ def as_float(array, nodata):
 def write(path, array, transform=None, crs=None, nodata=None, band_names=(), **more):
     """Write an array (bands, rows, cols) or (rows, cols) at once, as `writer` does by rows."""
     array = np.asarray(array)
-    if array.ndim == 2:
-        array = array[None]
-    if array.ndim != 3:
-        raise ValueError(f"{path}: (bands, rows, cols) expected, got shape {array.shape}")
-    with writer(
-        path, array.shape, array.dtype, transform, crs, nodata, band_names, **more
-    ) as write_rows:
+    array = array[None] if array.ndim == 2 else array
+    rows = writer(path, array.shape, array.dtype, transform, crs, nodata, band_names, **more)
+    with rows as write_rows:
         write_rows(array)
 
 
@@ -561,22 +522,9 @@ def writer(
     colours: (red, green, blue) of 0..255 for the values 0, 1, ... of one uint8 band.
 
     The file appears under its name only when it is complete, and replaces one that is there.
-    Raises ValueError where the arguments do not fit each other, or for rows of another shape or
-    dtype, or too few of them.
+    Raises OSError where it cannot be written, ValueError for rows that do not fit, or too few.
     """
-    path, dtype = Path(path), np.dtype(dtype)
-    bands, height, width = shape
-    if dtype.kind not in "iuf":
-        raise ValueError(f"{path}: pixels are whole numbers or floats, got {dtype}; convert first")
-    if min(shape) < 1:
-        raise ValueError(f"{path}: an image of shape {tuple(shape)} holds no pixel")
-    if band_names and len(band_names) != bands:
-        raise ValueError(f"{path}: {len(band_names)} band names for {bands} bands")
-    if colours and (bands > 1 or dtype != np.uint8 or len(colours) > 256):
-        raise ValueError(
-            f"{path}: a colour table is for one band of uint8 and at most 256 values, got {bands} "
-            f"of {dtype} and {len(colours)}"
-        )
+    path, dtype, (bands, height, width) = Path(path), np.dtype(dtype), shape
     tile = TILE
     while tile > 16 and tile * tile * bands * dtype.itemsize > 2**21:
         tile //= 2
@@ -587,76 +535,47 @@ def writer(
         layout["crs"] = rasterio.crs.CRS.from_user_input(crs)
     if transform is not None:
         layout["transform"] = rasterio.Affine(*transform)
-    rough, whole = (path.with_name(f"{path.name}.{os.getpid()}.{k}.tmp") for k in (1, 2))
-    with ExitStack() as stack:
-        stack.enter_context(_one_error(OSError, f"{path}: cannot be written (%s)"))
-        stack.callback(rough.unlink, missing_ok=True)
-        stack.callback(whole.unlink, missing_ok=True)
-        threads = str(min(4, os.cpu_count()))
-        with rasterio.Env(**ENV | {"GDAL_PAM_ENABLED": "NO"}):
-            with rasterio.open(rough, "w", driver="GTiff", **layout) as file:
-                for n, name in enumerate(band_names, 1):
-                    file.set_band_description(n, name)
-                if classes:
-                    file.update_tags(1, **{f"CLASS_{k}": name for k, name in enumerate(classes)})
-                if colours:
-                    file.write_colormap(1, dict(enumerate(map(tuple, colours))))
-                if scaling:
-                    file.scales, file.offsets = zip(*scaling, strict=True)
-                write_rows = _Rows(path, file, shape, dtype, tile)
-                yield write_rows
-                write_rows.finish()
-            how = "average" if dtype.kind == "f" or scaling else "mode"
-            rasterio.shutil.copy(
-                rough, whole, driver="COG", compress="deflate", predictor="yes", blocksize=tile,
-                overview_resampling=how, bigtiff="if_safer", num_threads=threads,
-            )  # fmt: skip
-        _write_categories(path, classes)
-        os.replace(whole, path)
+    row = 0
 
-
-class _Rows:
-    """Call it with parts (bands, n, width); they go to the file by whole rows of tiles, as a tile
-    that is written twice would be compressed twice. Raises ValueError as `writer` says."""
-
-    def __init__(self, path, file, shape, dtype, tile):
-        self.path, self.file, self.shape, self.dtype, self.tile = path, file, shape, dtype, tile
-        self.waiting, self.row, self.held = [], 0, 0
-
-    def __call__(self, part):
-        bands, height, width = self.shape
-        if part.dtype != self.dtype or (len(part), part.shape[2]) != (bands, width):
+    def write_rows(part):
+        # GDAL's cache holds the tiles until all their rows are there
+        nonlocal row
+        n = part.shape[1]
+        if part.shape != (bands, n, width) or part.dtype != dtype or row + n > height:
             raise ValueError(
-                f"{self.path}: rows of shape ({bands}, n, {width}) {self.dtype} expected, got "
-                f"{part.shape} {part.dtype}"
+                f"{path}: rows ({bands}, up to {height - row}, {width}) of {dtype} expected, got "
+                f"{part.shape} of {part.dtype}"
             )
-        self.waiting.append(part.copy())
-        self.held += part.shape[1]
-        done = self.row + self.held
-        if done > height:
-            raise ValueError(f"{self.path}: got {done} rows of {height}")
-        ready = self.held if done == height else self.held // self.tile * self.tile
-        if ready:
-            joined = np.concatenate(self.waiting, axis=1)
-            self.file.write(joined[:, :ready], window=Window(0, self.row, width, ready))
-            self.row, self.held, self.waiting = self.row + ready, done - self.row - ready, []
-            self.waiting.append(joined[:, ready:])
+        file.write(part, window=Window(0, row, width, n))
+        row += n
 
-    def finish(self):
-        if self.row < self.shape[1]:
-            raise ValueError(f"{self.path}: got {self.row + self.held} rows of {self.shape[1]}")
-
-
-def _write_categories(path, classes):
-    """Class names as GDAL keeps them beside a GeoTIFF; what an older file had there goes."""
-    beside = path.with_name(path.name + ".aux.xml")
-    beside.unlink(missing_ok=True)
-    if classes:
-        names = "".join(f"<Category>{escape(name)}</Category>" for name in classes)
-        temporary = beside.with_name(f"{beside.name}.{os.getpid()}.tmp")
-        temporary.write_text(
-            f'<PAMDataset><PAMRasterBand band="1"><CategoryNames>{names}</CategoryNames>'
-            "</PAMRasterBand></PAMDataset>",
-            "utf-8",
-        )
-        os.replace(temporary, beside)
+    with (
+        _one_error(OSError, f"{path}: cannot be written (%s)"),
+        replacing(path) as whole,
+        tempfile.TemporaryDirectory(prefix=f"{path.name}.", dir=path.parent) as folder,
+        rasterio.Env(**ENV | {"GDAL_PAM_ENABLED": "NO"}),
+    ):
+        rough = Path(folder) / "rows.tif"
+        with rasterio.open(rough, "w", driver="GTiff", **layout) as file:
+            for n, name in enumerate(band_names, 1):
+                file.set_band_description(n, name)
+            if classes:
+                file.update_tags(1, **{f"CLASS_{k}": name for k, name in enumerate(classes)})
+            if colours:
+                file.write_colormap(1, dict(enumerate(map(tuple, colours))))
+            if scaling:
+                file.scales, file.offsets = zip(*scaling, strict=True)
+            yield write_rows
+        if row != height:
+            raise ValueError(f"{path}: got {row} rows of {height}")
+        how = "average" if dtype.kind == "f" or scaling else "mode"
+        rasterio.shutil.copy(
+            rough, whole, driver="COG", compress="deflate", predictor="yes", blocksize=tile,
+            overview_resampling=how, bigtiff="if_safer", num_threads=str(min(4, os.cpu_count())),
+        )  # fmt: skip
+        beside = path.with_name(path.name + ".aux.xml")
+        beside.unlink(missing_ok=True)  # of an older file
+        if classes:  # as GDAL keeps them beside a GeoTIFF
+            names = "".join(f"<Category>{escape(name)}</Category>" for name in classes)
+            xml = f'<PAMRasterBand band="1"><CategoryNames>{names}</CategoryNames></PAMRasterBand>'
+            write_atomic(beside, f"<PAMDataset>{xml}</PAMDataset>")

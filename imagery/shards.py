@@ -435,8 +435,8 @@ def complete(listing, folder, names, job, plan, command):
         ],
     }
     write_meta(folder, meta)
-    draw_contact(folder, rows)
-
+    with figures.optional(folder / "contact.png"):
+        draw_contact(folder, rows)
     notes = [f"warning: left out: {message}" for message in told["damaged"]]
     notes += [
         f"warning: {path}: {holes} pixels of its chips are NaN or inf, taken as missing"

@@ -13,7 +13,7 @@ from stores import edit_store, pixels, rows_of, write_store
 
 import data
 from datasets.folder import read_geotiff
-from imagery import check, pack, scenes
+from imagery import check, pack, raster, scenes
 
 NOISE = np.random.default_rng(1)
 
@@ -44,8 +44,13 @@ def sensed(gsd, row, col, side, spot):
     return landscape(transform, side, side) + 50 * NOISE.standard_normal((2, side, side))
 
 
+def on_mr_pixels(mr, hr, window):
+    """What measure_shift takes of an MR chip, an HR chip, and where MR's ground lies in that."""
+    return mr.float(), data.resample(hr, window, mr.shape[2:])
+
+
 def shifted_pairs(shift, ratio, chips=6, side=64):
-    """mr, hr, window of measure_shift: HR's content lies (shift, -shift / 2) MR pixels further."""
+    """mr, hr, window: HR's content lies (shift, -shift / 2) MR pixels further."""
     gsd, margin = 10 / ratio, 3.25  # HR pixels before the MR chip's corner
     mr, hr = [], []
     for spot in NOISE.uniform(-3000, 3000, (chips, 2)):
@@ -62,21 +67,21 @@ def shifted_pairs(shift, ratio, chips=6, side=64):
 @pytest.mark.parametrize("ratio", [1, 2, 10 / 3])
 @pytest.mark.parametrize("shift", [0, 0.1, 0.37, 0.5, 1.3, -1.7, 3.6])
 def test_a_known_shift_is_recovered(shift, ratio):
-    found, confidence = check.measure_shift(*shifted_pairs(shift, ratio))
+    found, confidence = check.measure_shift(*on_mr_pixels(*shifted_pairs(shift, ratio)))
     wanted = torch.tensor([shift, -shift / 2])
     assert (found - wanted).abs().max() < 0.05 and (found - wanted).mean(0).abs().max() < 0.03
     assert confidence.min() > 0.9
 
 
 def test_shifts_beyond_the_border_are_seen_still():
-    found, _ = check.measure_shift(*shifted_pairs(6.2, 2))
+    found, _ = check.measure_shift(*on_mr_pixels(*shifted_pairs(6.2, 2)))
     assert (found - torch.tensor([6.2, -3.1])).abs().max() < 0.4
 
 
 def test_shift_of_chips_that_are_not_square():
     mr, hr, window = shifted_pairs(0.5, 2)
     mr, window = mr[:, :, :, 4:-9], window + torch.tensor([0, 8, 0, -26.0])
-    found, _ = check.measure_shift(mr, hr, window)
+    found, _ = check.measure_shift(*on_mr_pixels(mr, hr, window))
     assert (found - torch.tensor([0.5, -0.25])).abs().max() < 0.05
 
 
@@ -84,7 +89,7 @@ def test_scenes_lie_where_they_should():
     pictures = [scenes.scene(0, k, 64) for k in range(6)]
     hr, mr = (torch.tensor(np.array([p[i] for p in pictures]).astype("float32")) for i in (0, 1))
     window = torch.tensor([[0, 0, 128, 128.0]]).expand(6, 4).double()
-    found, confidence = check.measure_shift(mr, hr, window)
+    found, confidence = check.measure_shift(*on_mr_pixels(mr, hr, window))
     assert found.norm(dim=1).max() < 0.1 and confidence.min() > 0.6
 
 
@@ -96,7 +101,7 @@ def test_chips_with_nothing_in_common_have_no_shift(side):
         mr = F.interpolate(mr, (side, side), mode="bicubic")
         hr = F.interpolate(hr, (2 * side, 2 * side), mode="bicubic")
         window = torch.tensor([[0, 0, 2.0 * side, 2 * side]]).expand(40, 4).double()
-        assert check.measure_shift(mr, hr, window)[0].isnan().all()
+        assert check.measure_shift(*on_mr_pixels(mr, hr, window))[0].isnan().all()
 
 
 @pytest.mark.parametrize("side", [1, 3, 7, 8])
@@ -104,7 +109,7 @@ def test_tiny_and_constant_chips_have_no_shift(side):
     for value in (0.0, 7.0):
         mr, hr = torch.full((2, 1, side, side), value), torch.rand(2, 1, 2 * side, 2 * side)
         window = torch.tensor([[0, 0, 2.0 * side, 2 * side]]).expand(2, 4).double()
-        found, confidence = check.measure_shift(mr, hr, window)
+        found, confidence = check.measure_shift(*on_mr_pixels(mr, hr, window))
         assert found.isnan().all() and confidence.isfinite().all()
 
 
@@ -173,19 +178,6 @@ def test_constant_bands(tmp_path):
     assert 2 not in [int(row["chip"]) for row in rows_of(store, "flags")]
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "int16", "float32"])
-def test_highest_is_a_loop(dtype):
-    pixels = NOISE.integers(0, 5, (6, 2, 4, 3)).astype(dtype)
-    pixels[0, 0] = 3
-    found = check.highest(pixels)
-    for chip in range(6):
-        for band in range(2):
-            values = sorted(pixels[chip, band].ravel().tolist(), reverse=True)
-            two = sorted(set(values), reverse=True)[:2]
-            wanted = [[v, values.count(v)] for v in two] + [[-np.inf, 0]] * (2 - len(two))
-            assert found[chip, band].tolist() == wanted
-
-
 def test_saturation(tmp_path):
     store = write_store(tmp_path / "store", chips=6)
 
@@ -226,7 +218,7 @@ def test_dates_and_valid_share(tmp_path, capsys):
     figures = check.check(store)
     assert figures["days"].tolist()[:2] == [-2, 10] and np.isnan(figures["days"][2:]).all()
     out = capsys.readouterr().out
-    assert "dates        6 days apart in the median, 95th percentile 10" in out
+    assert "dates        days apart: median 6, 95th percentile 10" in out
     assert "nodata       12.50% of pixels, in 1 chips" in out
     assert [row["days"] for row in rows_of(store, "check")] == ["-2", "10", "", ""]
 
@@ -255,7 +247,7 @@ def test_duplicates_and_leaks_by_pixels(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "duplicates   2 within a split, 1 across" in out
     assert "leaks        2 train chips have the same pixels as val chips" in out
-    assert "2 of 16 chips flagged (0 shifted, 2 leaking)" in out
+    assert "2 of 16 chips flagged (0 shifted, 0 unlike, 2 leaking)" in out
     assert rows_of(store, "check")[7]["duplicate_of"] == "3"
 
 
@@ -330,9 +322,32 @@ def test_ground_of_georeferenced_chips(tmp_path, capsys, turn):
         where = place("train" if chip else "val", 0, 0, path=f"{chip}.SAFE") | grid | corner
         edit_index(store, lambda i, c=chip, w=where, n=crs: w | {"crs": n} if i == c else None)
     assert check.check(store)["leak"].tolist() == [-1, -1, 0, -1, -1, -1]
-    assert "the ground of x, y is not compared" in capsys.readouterr().out
+    assert "compared within the projection alone: x and EPSG:4326" in capsys.readouterr().out
     edit_index(store, lambda i: dict.fromkeys(("crs", *"abcdef"), ""))
     assert (check.check(store)["leak"] == -1).all()  # by source, and each has its own
+
+
+def test_ground_in_several_projections(tmp_path):
+    """Chips of another zone, turned by 4 degrees, and of another datum's name."""
+    store = write_store(tmp_path / "store", chips=6, size=16)
+    corner = {"EPSG:32614": (3e5, 5e6), "EPSG:26914": (3e5, 5e6)}
+    corner["EPSG:32613"] = [v[0] for v in raster.project("EPSG:32614", "EPSG:32613", [3e5], [5e6])]
+
+    def rows(chip):
+        crs, right, down = [
+            ("EPSG:32614", 0, 0),  # held out
+            ("EPSG:26914", 16, 0),  # beside it
+            ("EPSG:26914", 15, 15),  # a pixel of it
+            ("EPSG:32613", 0, -1),  # turned about a corner
+            ("EPSG:32613", 15, -18),  # beyond an edge, though not beyond the box around it
+            ("EPSG:32614", 16, 0),
+        ][chip]
+        x, y = corner[crs]
+        grid = {"a": 10, "b": 0, "c": x + 10 * right, "d": 0, "e": -10, "f": y - 10 * down}
+        return place("train" if chip else "val", 0, 0, path=f"{chip}.tif") | grid | {"crs": crs}
+
+    edit_index(store, rows)
+    assert check.check(store)["leak"].tolist() == [-1, -1, 0, 0, -1, -1]
 
 
 def test_packed_chips_know_their_ground(tmp_path):
@@ -388,7 +403,9 @@ def test_shift_of_a_store_and_flags(tmp_path, capsys):
     assert data.Store(store).flagged.nonzero()[0].tolist() == [4, 7]
     reasons = [row["reason"] for row in rows_of(store, "flags")]
     assert reasons[1].startswith("shifted by 2.4") and reasons[1].endswith(" MR pixels")
-    assert "replaced" in (out := capsys.readouterr().out) and "(2 shifted, 0 leaking)" in out
+    assert (
+        "replaced" in (out := capsys.readouterr().out) and "(2 shifted, 0 unlike, 0 leaking)" in out
+    )
     assert sorted(p.name for p in (tmp_path / "there").iterdir()) == ["check.csv"]
     check.check(store, min_correlation=0.999)
     reasons = {row["chip"]: row["reason"] for row in rows_of(store, "flags")}
@@ -417,12 +434,23 @@ def test_batches_do_not_matter_and_files_repeat(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("pairs", [[], [2, 0]])
-def test_the_picture(tmp_path, picture, pairs):
+def test_the_picture(tmp_path, picture, pairs, capsys):
     store = write_store(tmp_path / "store", chips=3, size=32, pairs=pairs)
     there = {path.name for path in store.iterdir()}
     check.check(store)
     assert (store / picture).read_bytes()[:4] == b"\x89PNG"
     assert {path.name for path in store.iterdir()} - there == {"check.csv", picture}
+    assert ("no pair, so check.png has no shifts" in capsys.readouterr().out) == (not pairs)
+
+
+def test_a_picture_that_fails_is_a_warning(tmp_path, monkeypatch, capsys):
+    store = write_store(tmp_path / "store", chips=2)
+    (store / "check.png").write_text("of other figures")
+    monkeypatch.setattr(check, "draw", lambda *_: 1 / 0)
+    check.check(store)
+    out = capsys.readouterr().out
+    assert "warning: no check.png: ZeroDivisionError" in out and "and" not in out.splitlines()[-1]
+    assert (store / "check.csv").is_file() and not (store / "check.png").exists()
 
 
 # ---- messages
@@ -455,7 +483,7 @@ def test_folders_need_out_and_take_no_flags(tmp_path):
         (tmp_path / sensor).mkdir()
     with refused(ValueError, tmp_path, "--out"):
         run(tmp_path)
-    with refused(ValueError, "--max-shift", "--min-correlation"):
+    with refused(ValueError, "--out", "--max-shift", "--min-correlation"):
         run(tmp_path, "--out", tmp_path / "out", "--max-shift", 1)
 
 
@@ -480,7 +508,7 @@ def test_real_pairs_have_their_known_shift(real):
     with np.load(real("homonim_ngi_s2_l8/pairs_x2_rgb_uint8.npz"), allow_pickle=False) as file:
         mr, hr = file["mr"], file["hr"]
     window = torch.tensor([[0, 0, 128.0, 128]]).expand(len(mr), 4).double()
-    found, _ = check.measure_shift(torch.tensor(mr), torch.tensor(hr), window)
+    found, _ = check.measure_shift(*on_mr_pixels(torch.tensor(mr), torch.tensor(hr), window))
     length = found.norm(dim=1)
     assert found.isfinite().all(1).sum() >= 165
     found, mr, hr, length = (x[length.isfinite().numpy()] for x in (found, mr, hr, length))

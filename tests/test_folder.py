@@ -1,6 +1,8 @@
 """datasets/folder.py: any GeoTIFFs of one's own, by ground and by the names of bands."""
 
 import os
+import shutil
+import tarfile
 
 import numpy as np
 import pair_layouts as layouts
@@ -54,9 +56,15 @@ def test_a_sentinel_2_product(tmp_path, suffix):
     ],
 )
 def test_the_offset_of_a_sentinel_2_product(tmp_path, name, xml, offset):
-    layouts.safe(tmp_path, name, ".tif", xml)
-    ((source, *_),) = read_geotiff(tmp_path).units[0].open()
-    assert source.offset == offset and source.info.width == 60
+    """The same of a folder and of archives."""
+    layouts.safe(tmp_path / "folder", name, ".tif", xml)
+    shutil.make_archive(tmp_path / "zip" / "a", "zip", tmp_path / "folder", name)
+    (tmp_path / "tar").mkdir()
+    with tarfile.open(tmp_path / "tar" / "a.tar", "w", format=tarfile.GNU_FORMAT) as file:
+        file.add(tmp_path / "folder" / name, name)
+    for kind in ("folder", "zip", "tar"):
+        ((source, *_),) = read_geotiff(tmp_path / kind).units[0].open()
+        assert source.offset == offset and source.info.width == 60
 
 
 def test_a_damaged_product_description(tmp_path):
