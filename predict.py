@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -38,9 +37,8 @@ from datasets.images import (
 from figures import class_colours, composite, optional, paint, save_figure
 from imagery import raster
 from imagery.bands import meanings, positions
-from model import ViT
-from run import Parser, positive, script
-from segment import Segmenter, encode, load_segmenter, resize
+from run import Parser, positive, script, start_ranks, whole
+from segment import Segmenter, load_segmenter, resize
 from weights import bands_of, load_encoder, read_tensors
 
 NO_CLASS = 255  # nodata of the class maps; so they hold at most 255 classes
@@ -77,7 +75,7 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("windows").add_argument
     flag("--tile", type=positive, help="pixels of the scene per side of a window (default: as the "
          "model was trained; 64 for an encoder alone)")
-    flag("--overlap", type=positive_or_zero, help="pixels that neighbouring windows share (default "
+    flag("--overlap", type=whole, help="pixels that neighbouring windows share (default "
          "half of --tile and half a token, for --features 7/8 of --tile; less is faster and shows "
          "seams)")
     flag("--batch", type=positive, default=32, help="windows at once (default 32)")
@@ -96,8 +94,6 @@ def parse_args(argv=None):
          f"legend, at most {PREVIEW} px a side")
     flag("--overwrite", action="store_true", help="replace outputs that exist (default: refuse)")
     args = parser.parse_args(argv)
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if not (math.isfinite(args.scale) and args.scale and math.isfinite(args.offset or 0)):
         parser.error(f"--scale {args.scale} and --offset {args.offset} make no pixel values")
     if args.int8 and not args.features:
@@ -106,72 +102,33 @@ def parse_args(argv=None):
 # fmt: on
 
 
-def positive_or_zero(text):
-    return 0 if text == "0" else positive(text)
-
-
 # ---- the model, and what it reads of a scene --------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Model:
-    """An encoder with or without a head, and what it says of its data (`segment.save_segmenter`).
-
-    segmenter: None for an encoder alone. tile: px of a scene that image_size px stand for.
-    """
-
-    encoder: ViT
-    segmenter: Segmenter | None
-    meta: dict
-    image_size: int
-    tile: int
-
-    @property
-    def classes(self):
-        return self.meta["classes"] if self.segmenter else []
-
-    @property
-    def grid(self):
-        return self.image_size // self.encoder.patch_size
-
-    @property
-    def unit(self):
-        """The fewest px that are whole tokens."""
-        return self.tile // math.gcd(self.tile, self.grid)
-
-    @property
-    def overlap(self):
-        """Half a window and half a token, px: where one window has the border of a token, the next
-        has its centre, and the kinks that bilinear logits have there even out."""
-        return min(3 * self.tile // 4, math.ceil((self.tile + self.tile / self.grid) / 2))
-
-    def logits(self, images):
-        """Normalised (B, C, tile, tile) -> (B, classes, tile, tile) float32."""
-        return resize(self.segmenter(images), (self.tile, self.tile))
-
-    def tokens(self, images):
-        """Normalised (B, C, tile, tile) -> (B, D, grid, grid) float32."""
-        tokens = encode(self.encoder, images, self.image_size)
-        return tokens.mT.unflatten(2, (self.grid, self.grid))
-
-
 def load_model(path, tile, image_size, heads, device):
-    """A `Model` of a segmentation model, a results folder, a pretraining run or weights."""
+    """The `Segmenter` of a saved model or a results folder; of a pretraining run or weights one
+    without classes, whose head nobody asks. meta["tile"]: px of a scene that it sees at once."""
     path = Path(path)
     results = path.is_dir() and (path / "results.jsonl").exists()
     if results or (path.is_file() and "segmenter" in (read_tensors(path)[1] or {})):
         if image_size or heads:
             raise ValueError(f"--image-size and --heads: {path} says its own; leave them out")
-        segmenter = load_segmenter(path).to(device)
-        meta = segmenter.meta
-        return Model(segmenter.encoder, segmenter, meta, segmenter.image_size, tile or meta["tile"])
-    encoder = load_encoder(path, heads).to(device)
-    patch = encoder.patch_size
-    size = image_size or max(1, min(224, encoder.meta.get("mr_size", 224)) // patch) * patch
-    if size % patch:
-        raise ValueError(f"--image-size {size} is no multiple of the encoder's patch of {patch} px")
-    meta = encoder.meta | {"bands": bands_of(encoder)}
-    return Model(encoder, None, meta, size, tile or 64)
+        model = load_segmenter(path)
+    else:
+        encoder = load_encoder(path, heads)
+        patch = encoder.patch_size
+        size = image_size or max(1, min(224, encoder.meta.get("mr_size", 224)) // patch) * patch
+        if size % patch:
+            raise ValueError(f"--image-size {size}: no multiple of the encoder's {patch} px patch")
+        model = Segmenter(encoder, 1, size).eval()
+        model.meta = encoder.meta | {"classes": [], "bands": bands_of(encoder), "tile": 64}
+    model.meta["tile"] = tile or model.meta["tile"]
+    return model.to(device)
+
+
+def token_unit(model):
+    """The fewest px of a scene that are whole tokens."""
+    return model.meta["tile"] // math.gcd(model.meta["tile"], model.grid)
 
 
 def choose_bands(about, model, flag=None):
@@ -179,31 +136,30 @@ def choose_bands(about, model, flag=None):
 
     flag: list of names or positions as text, or None. Raises ValueError where nothing tells.
     """
-    count, meta = model.encoder.in_channels, model.meta
-    names, wanted = meanings(about.band_names), meanings(meta.get("bands") or [])
-    has = f"{about.path} has {about.bands} bands ({','.join(about.band_names) or 'unnamed'})"
-    reads = f"the model reads {count} ({','.join(meta.get('bands') or []) or 'unnamed'})"
+    count, own = model.encoder.in_channels, model.meta.get("bands") or []
+    fit = (
+        f"{about.path} has {about.bands} bands ({','.join(about.band_names) or 'unnamed'}), the "
+        f"model reads {count} ({','.join(own) or 'unnamed'})"
+    )
     if flag:
         bands = positions(flag, about.band_names)
         if min(bands) < 0 or len(bands) != count or max(bands) >= about.bands:
             raise ValueError(
-                f"--bands {','.join(flag)}: {has}, counted from 0, and {reads}; give one of the "
-                "scene's for each of the model's"
+                f"--bands {','.join(flag)}: {fit}; give a name, or a position counted from 0, for "
+                "each of the model's"
             )
         return bands, "--bands"
-    found = [band for band in wanted if band in names]
-    if found and len(found) == len(wanted):
-        return [names.index(band) for band in wanted], "by name"
-    if found:
-        own = zip(meta["bands"], wanted, strict=True)
-        missing = ",".join(name for name, band in own if band not in names)
-        raise ValueError(f"{has}, none is {missing}, but {reads}; choose with --bands")
-    if meta.get("positions") and about.bands == meta.get("file_bands"):
-        return list(meta["positions"]), "at the positions of the training files"
+    bands = positions(own, about.band_names)
+    if bands and min(bands) >= 0:
+        return bands, "by name"
+    if bands and max(bands) >= 0:
+        missing = ",".join(name for name, band in zip(own, bands, strict=True) if band < 0)
+        raise ValueError(f"{fit}; none is {missing}, so choose with --bands")
+    if model.meta.get("positions") and about.bands == model.meta.get("file_bands"):
+        return list(model.meta["positions"]), "at the positions of the training files"
     if about.bands == count:
         return list(range(count)), "in the scene's order, as no names tell"
-    raise ValueError(f"{has}, but {reads}; choose with --bands, such as "
-                     f"--bands {','.join(map(str, range(count)))}")  # fmt: skip
+    raise ValueError(f"{fit}; choose, such as --bands {','.join(map(str, range(count)))}")
 
 
 def gsd_warning(about, model):
@@ -211,50 +167,37 @@ def gsd_warning(about, model):
     trained, found = model.meta.get("gsd"), about.gsd
     if not trained or not found:
         return None
-    geographic = raster.is_geographic(about.crs)
-    if geographic and trained > 0.01:
-        # degrees, but the model's are metres: as of a square with the pixel's area
-        latitude = math.radians((about.bounds[1] + about.bounds[3]) / 2)
-        found *= 111_320 * math.sqrt(abs(math.cos(latitude)))
-    elif not geographic and trained < 0.01 < found:
-        trained *= 111_320  # the other way round, and near enough
+    degree = 111_320  # metres; along the sides of a square of the pixel's area
+    if raster.is_geographic(about.crs):
+        middle = math.radians((about.bounds[1] + about.bounds[3]) / 2)
+        degree *= math.sqrt(abs(math.cos(middle)))
+    trained, found = (gsd * degree if gsd < 0.01 else gsd for gsd in (trained, found))
     if 1 / 1.2 <= found / trained <= 1.2:
         return None
-    fit = max(1, round(model.tile * trained / found))
+    fit = max(1, round(model.meta["tile"] * trained / found))
     return (
-        f"{about.path}: pixels of {found:.4g} units, the model was trained on {trained:.4g}; "
+        f"{about.path}: pixels of {found:.4g} m, the model was trained on {trained:.4g}; "
         f"--tile {fit} would show it the scale that it knows"
     )
 
 
-def units(source, model, scale, offset):
-    """(gain, shift), float32 (bands, 1, 1), from the pixels of a Source to the model's units: by
-    the tags of both where the model knows those of its training files, by what a product says is to
-    be added, else by `offset`, then by `scale`."""
-    if offset is not None:
-        source = source._replace(offset=offset)
-    trained, own = model.meta.get("scaling"), scaling_of(source)
-    trained = trained and [tuple(pair) for pair in trained]
-    gain, shift = to_unit(source, trained or own)
-    if trained and trained != own:
-        print(f"{source.info.path}: its tags say scale and offset {own[0]}, the model's files had "
-              f"{trained[0]}; its pixels are brought to those")  # fmt: skip
-    if source.offset and offset is None:
-        print(f"{source.info.path}: {source.offset:g} is added to its pixels, as its product says")
-    return (np.float32(each * scale)[:, None, None] for each in (gain, shift))
+def pixels_of(part, valid):
+    """Pixels (bands, rows, cols) as float32, NaN where one is missing or not valid (rows, cols)."""
+    pixels = part.astype(np.float32)
+    return np.where(valid & np.isfinite(pixels), pixels, np.float32("nan"))
 
 
-def survey(source, gain, shift):
+def survey(source):
     """Read a scene once, so that a damaged tile is found before the work.
 
-    Returns mean and std (bands,) of its valid pixels in the model's units, NaN if it has none, and
-    a small picture (bands, h, w) float32, NaN in holes.
+    Returns mean and std (bands,) of its valid pixels, NaN if it has none, and a small picture
+    (bands, h, w) float32, NaN in holes; all in the file's units.
     """
     step = -(-max(source.info.height, source.info.width) // PREVIEW)
     row, parts = 0, []
     for part, valid in read_rows(source):
         some = slice(-row % step, None, step), slice(None, None, step)
-        parts.append(pixels_of(part[:, *some], valid[some], gain, shift))
+        parts.append(pixels_of(part[:, *some], valid[some]))
         row += part.shape[1]
     picture = np.concatenate(parts, axis=1)
     seen = picture[:, ~np.isnan(picture).any(0)].astype(np.float64)
@@ -263,21 +206,38 @@ def survey(source, gain, shift):
     return seen.mean(1), seen.std(1), picture
 
 
-def pixels_of(part, valid, gain=1, shift=0):
-    """File values (bands, rows, cols) -> float32 in the model's units, NaN where one is missing or
-    the pixel is not valid (rows, cols)."""
-    pixels = np.where(valid, part, np.float32("nan")).astype(np.float32, copy=False)
-    return np.where(np.isfinite(pixels), pixels, np.float32("nan")) * gain + shift
+def units(source, model, scale, offset, mean):
+    """(gain, shift), arrays (bands,), from a Source's pixels to the model's units, by what its
+    product says is to be added, else by `offset`; by tags of scale and offset; then by `scale`.
+
+    A model of finetune.py knows the tags of its files. Pretraining keeps none, and statistics
+    alone: the tags count where they bring the scene's `mean` (bands,) closer to those.
+    """
+    if offset is not None:
+        source = source._replace(offset=offset)
+    elif source.offset:
+        print(f"{source.info.path}: {source.offset:g} is added to its pixels, as its product says")
+    own, meta = scaling_of(source), model.meta
+    ways = [[tuple(pair) for pair in meta["scaling"]]] if meta.get("scaling") else [own]
+    if "scaling" not in meta and "mean" in meta:
+        ways.append([(1.0, 0.0)] * len(own))
+    changes = [[each * scale for each in to_unit(source, way)] for way in ways]
+    off = [abs((mean * gain + shift - meta.get("mean", 0)) / meta.get("std", 1)).sum()
+           for gain, shift in changes]  # fmt: skip
+    best = int(np.argmin(off))  # of equals, and of NaN, the first
+    if ways[best] != own:
+        print(f"{source.info.path}: its tags say scale and offset {own[0]}, the model's files had "
+              f"{ways[best][0]}; its pixels are brought to those")  # fmt: skip
+    return changes[best]
 
 
 def scale_warning(path, mean, std, model):
     """A sentence if a scene's statistics are far from those that the model was trained with."""
-    trained = [np.array(model.meta.get(key, ()), float) for key in ("mean", "std")]
-    if not len(trained[0]):
+    if "mean" not in model.meta:
         return None
-    far = abs(mean - trained[0]) > 2 * trained[1]
+    trained = [np.array(model.meta[key]) for key in ("mean", "std")]
     spread = std / trained[1]
-    if not (far | (spread > 4) | (spread < 1 / 4)).any():
+    if not ((abs(mean - trained[0]) > 2 * trained[1]) | (spread > 4) | (spread < 1 / 4)).any():
         return None
     shown = [",".join(f"{v:.4g}" for v in values) for values in (mean, std, *trained)]
     # what would fit, if it is a power of ten, as of reflectance and reflectance x 10000
@@ -312,33 +272,6 @@ def blend_weights(starts, side):
     return torch.tensor(np.stack([bell / total[s : s + side] for s in starts])).float()
 
 
-class Blend:
-    """Overlapping windows (channels, side, side) laid over each other, a row of them at a time.
-
-    rows, cols: where windows begin. Memory holds (channels, side, width), whatever the height.
-    """
-
-    def __init__(self, channels, side, rows, cols, device):
-        self.side, self.rows, self.cols = side, rows, cols
-        self.down = blend_weights(rows, side).to(device)
-        self.across = blend_weights(cols, side).to(device)
-        self.sums = torch.zeros(channels, side, cols[-1] + side, device=device)
-
-    def add(self, row, col, window):
-        """Lay the window of the row-th and col-th beginning."""
-        weight = self.down[row, :, None] * self.across[col]
-        start = self.cols[col]
-        self.sums[:, :, start : start + self.side] += weight * window
-
-    def done(self, row):
-        """After a row of windows: the rows (channels, n, width) that no later window touches."""
-        ends = [*self.rows[1:], self.rows[-1] + self.side]
-        count = ends[row] - self.rows[row]
-        finished, rest = self.sums[:, :count], self.sums[:, count:]
-        self.sums = F.pad(rest, (0, 0, 0, count))
-        return finished
-
-
 def window_rows(parts, height, width, starts, tile):
     """Rows of windows of a scene: yields (bands, tile, width) for each start.
 
@@ -355,31 +288,36 @@ def window_rows(parts, height, width, starts, tile):
 
 
 @torch.inference_mode()
-def predict(model, source, mean, std, *, gain=1, shift=0, tokens=False, overlap=None, batch=32):
+def predict(model, source, mean, std, *, tokens=False, overlap=None, batch=32):
     """Classify or encode a scene: yields finished rows, top to bottom, on the model's device.
 
     Rows are (values, valid): logits (classes, n, width) float32 or, if `tokens`, the encoder's
     (D, n, token columns), and where there is data, bool (n, width or token columns). A token covers
     tile / grid px, the first one begins at the scene's corner; n differs between rows and may be 0.
-    source: datasets.common.Source of the bands in the model's order. gain, shift: of `units`. mean,
-    std: (bands,), in the model's units. overlap: px, default `Model.overlap`, for tokens 7/8 of a
-    window.
+    source: datasets.common.Source of the bands in the model's order. mean, std: (bands,), in its
+    units. overlap: px, default for logits half a window and half a token, for tokens 7/8 of one.
     """
-    about, tile = source.info, model.tile
-    device = next(model.encoder.parameters()).device
+    about, tile, grid = source.info, model.meta["tile"], model.grid
+    device = next(model.parameters()).device
     if overlap is None:
-        # tokens carry their place in the window, which averages out over eight places a side
-        overlap = tile - tile // 8 if tokens else model.overlap
+        # tokens carry their place in the window, which averages out over eight places a side. Where
+        # one window has the border of a token, the next is to have its centre, so that the kinks
+        # that bilinear logits have there even out
+        half = min(3 * tile // 4, math.ceil((tile + tile / grid) / 2))
+        overlap = tile - tile // 8 if tokens else half
     # tokens of different windows must lie on one grid, so windows move by whole tokens
-    side, unit = (model.grid, model.unit) if tokens else (tile, 1)
+    side, unit = (grid, token_unit(model)) if tokens else (tile, 1)
     rows, cols = (window_starts(n, tile, overlap, unit) for n in (about.height, about.width))
     height, width = (-(-n * side // tile) for n in (about.height, about.width))
     down, across = ([start * side // tile for start in starts] for starts in (rows, cols))
-    channels = model.encoder.dim if tokens else len(model.classes)
-    blend = Blend(channels, side, down, across, device)
+    to_rows, to_cols = (blend_weights(starts, side).to(device) for starts in (down, across))
+    ends = [*down[1:], down[-1] + side]  # of what no later row of windows touches
+    # the weighted sums of one row of windows are held, whatever the height
+    channels = model.encoder.dim if tokens else len(model.meta["classes"])
+    sums = torch.zeros(channels, side, across[-1] + side, device=device)
 
     mean, std = (torch.tensor(x).float().to(device)[:, None, None] for x in (mean, std))
-    parts = (pixels_of(*part, gain, shift) for part in read_rows(source))
+    parts = (pixels_of(*part) for part in read_rows(source))
     parts = window_rows(parts, about.height, cols[-1] + tile, rows, tile)
     label = f"{about.path.name}, {'tokens' if tokens else 'classes'}"
     with tqdm(total=len(rows) * len(cols), desc=label, unit=" windows") as bar:
@@ -393,14 +331,20 @@ def predict(model, source, mean, std, *, gain=1, shift=0, tokens=False, overlap=
             bar.update(len(cols) - len(filled))
             for some in (filled[k : k + batch] for k in range(0, len(filled), batch)):
                 images = torch.stack([strip[..., cols[k] : cols[k] + tile] for k in some])
-                windows = model.tokens(images) if tokens else model.logits(images)
+                if tokens:
+                    windows = model.tokens(images).mT.unflatten(2, (grid, grid))
+                else:
+                    windows = resize(model(images), (tile, tile))
                 for k, window in zip(some, windows, strict=True):
-                    blend.add(row, k, window)
+                    weight = to_rows[row, :, None] * to_cols[k]
+                    sums[:, :, across[k] : across[k] + side] += weight * window
                 bar.update(len(some))
-            done = blend.done(row)[:, : max(0, height - down[row]), :width]
+            count = ends[row] - down[row]
+            done = sums[:, : min(count, max(0, height - down[row])), :width]
             # a token has data where any of its pixels has
             valid = F.adaptive_max_pool2d(valid[None].float(), (side, across[-1] + side))[0] > 0
             yield done, valid[: done.shape[1], :width]
+            sums = F.pad(sums[:, count:], (0, 0, 0, count))
 
 
 # ---- outputs ----------------------------------------------------------------------------------
@@ -416,10 +360,10 @@ def output_paths(scenes, out, model, args):
     for scene, files in scenes.items():
         base = out / f"{name_of(scene, files)}.tif" if folder else out
         kinds = {
-            "map": base if model.classes else None,
+            "map": base if model.meta["classes"] else None,
             "probabilities": args.probabilities and base.with_stem(base.stem + "_probabilities"),
             "features": args.features
-            and (base.with_stem(base.stem + "_features") if model.classes else base),
+            and (base.with_stem(base.stem + "_features") if model.meta["classes"] else base),
             "png": args.png and base.with_suffix(".png"),
         }
         outputs[scene] = {kind: path for kind, path in kinds.items() if path}
@@ -435,59 +379,60 @@ def output_paths(scenes, out, model, args):
     return outputs
 
 
-def map_scene(source, model, change, mean, std, picture, paths, args):
+def map_scene(source, model, mean, std, picture, paths, args):
     """Predict one scene and write what was asked for; returns one line on it.
 
-    change: of `units`. picture: of `survey`. paths: kind -> path, of
-    `output_paths`.
+    mean, std: of `predict`. picture: of `survey`. paths: kind -> path, of `output_paths`.
     """
-    start, about, classes = time.perf_counter(), source.info, model.classes
-    size, place, crs = (about.height, about.width), about.transform, about.crs
-    side = model.tile / model.grid  # px of the scene that a token covers
-    token_size = [-(-n * model.grid // model.tile) for n in size]
-    token_place = place and [v * k for v, k in zip(place, [side, side, 1] * 2, strict=True)]
-    colours, nan = class_colours(classes), math.nan
-    layouts = {
-        "map": ((1, *size), np.uint8, place, crs, NO_CLASS, ("class",), classes, colours),
-        "probabilities": ((len(classes), *size), np.float32, place, crs, nan, classes),
-        "features": ((model.encoder.dim, *token_size), np.float32, token_place, crs, nan),
-    }
-    counts, preview, step, row = np.zeros(256, np.int64), [], -(-max(size) // PREVIEW), 0
+    start, about, classes = time.perf_counter(), source.info, model.meta["classes"]
+    size, line = (about.height, about.width), ""
     work = partial(predict, model, source, mean, std, overlap=args.overlap, batch=args.batch)
-    work = partial(work, **dict(zip(("gain", "shift"), change, strict=True)))
-    with ExitStack() as stack:
-        write = {
-            kind: stack.enter_context(raster.writer(paths[kind], *layout))
-            for kind, layout in layouts.items()
-            if kind in paths and not (kind == "features" and args.int8)
-        }
-        if "map" in write:
-            for logits, valid in work():
-                ids = logits.argmax(0).masked_fill(~valid, NO_CLASS).byte().cpu().numpy()
-                write["map"](ids[None])
-                counts += np.bincount(ids.ravel(), minlength=256)
-                preview.append(ids[-row % step :: step, ::step])
-                row += len(ids)
-                if "probabilities" in write:
-                    write["probabilities"](rounded(logits.softmax(0), valid))
-        if "features" in write:
-            for tokens, valid in work(tokens=True):
-                write["features"](rounded(tokens, valid))
-        elif "features" in paths:
-            rows = (rounded(*part) for part in work(tokens=True))
-            write_bytes(paths["features"], rows, *layouts["features"])
-    if "png" in paths:
-        ids = np.concatenate(preview)
-        with optional(paths["png"]):
-            draw_map(paths["png"], about.path.name, picture, model.meta, ids, colours, counts)
-
-    seconds, known = time.perf_counter() - start, max(1, counts[:NO_CLASS].sum())
-    line = f"{next(iter(paths.values()))}: {size[0]} x {size[1]} px in {seconds:.1f} s "
-    line += f"({size[0] * size[1] / seconds:,.0f} px/s)"
-    if classes:
+    if "map" in paths:
+        ids, counts = write_classes(paths, work(), about, classes)
+        known = max(1, counts[:NO_CLASS].sum())
         shares = [f"{name} {100 * counts[k] / known:.1f} %" for k, name in enumerate(classes)]
-        line += f"; {', '.join(shares)}; {100 * counts[NO_CLASS] / counts.sum():.1f} % without data"
-    return line
+        line = f"; {', '.join(shares)}; {100 * counts[NO_CLASS] / counts.sum():.1f} % without data"
+    if "features" in paths:
+        side = model.meta["tile"] / model.grid  # px of the scene that a token covers
+        place = about.transform
+        place = place and [v * k for v, k in zip(place, [side, side, 1] * 2, strict=True)]
+        shape = (model.encoder.dim, *(-(-n * model.grid // model.meta["tile"]) for n in size))
+        write = write_bytes if args.int8 else write_floats
+        write(paths["features"], (rounded(*part) for part in work(tokens=True)), shape, place,
+              about.crs)  # fmt: skip
+    if "png" in paths:
+        with optional(paths["png"]):
+            draw_map(paths["png"], about.path.name, picture, model.meta, ids, counts)
+    seconds = time.perf_counter() - start
+    return (
+        f"{next(iter(paths.values()))}: {size[0]} x {size[1]} px in {seconds:.1f} s "
+        f"({size[0] * size[1] / seconds:,.0f} px/s){line}"
+    )
+
+
+def write_classes(paths, work, about, classes):
+    """Write the map, and probabilities where paths has them, of the rows that `predict` yields.
+    Returns the map's ids as small as the picture of `survey`, and how many pixels each has."""
+    size, place, crs = (about.height, about.width), about.transform, about.crs
+    counts, preview, step, row = np.zeros(256, np.int64), [], -(-max(size) // PREVIEW), 0
+    with ExitStack() as stack:
+        write = raster.writer(paths["map"], (1, *size), np.uint8, place, crs, NO_CLASS, ("class",),
+                              classes, class_colours(classes))  # fmt: skip
+        write, share = stack.enter_context(write), None
+        if "probabilities" in paths:
+            shape = (len(classes), *size)
+            share = raster.writer(paths["probabilities"], shape, np.float32, place, crs, math.nan,
+                                  classes)  # fmt: skip
+            share = stack.enter_context(share)
+        for logits, valid in work:
+            ids = logits.argmax(0).masked_fill(~valid, NO_CLASS).byte().cpu().numpy()
+            write(ids[None])
+            if share:
+                share(rounded(logits.softmax(0), valid))
+            counts += np.bincount(ids.ravel(), minlength=256)
+            preview.append(ids[-row % step :: step, ::step])
+            row += len(ids)
+    return np.concatenate(preview), counts
 
 
 def rounded(values, valid):
@@ -495,37 +440,43 @@ def rounded(values, valid):
     return values.masked_fill(~valid, float("nan")).half().float().cpu().numpy()
 
 
-def write_bytes(path, rows, shape, _, place, crs, nodata):
+def write_floats(path, parts, shape, place, crs):
+    with raster.writer(path, shape, np.float32, place, crs, math.nan) as write_rows:
+        for part in parts:
+            write_rows(part)
+
+
+def write_bytes(path, parts, shape, place, crs):
     """Write parts (bands, n, cols) in 8 bits: value v of a band stands for scale * v + offset, its
     tags, from its least value at 0 to its largest at 254. So none is off by more than half a step.
 
     Ranges are known at the end only, so the parts wait in a temporary file beside `path`.
     """
-    low, high, sizes = np.full(shape[0], np.inf), np.full(shape[0], -np.inf), []
+    low, high, row = np.full(shape[0], np.inf), np.full(shape[0], -np.inf), 0
     with tempfile.TemporaryFile(dir=path.parent) as waiting:
-        for part in rows:
+        whole = np.memmap(waiting, np.float16, "w+", shape=shape)  # of 11 bits, as they come
+        for part in parts:
             low = np.fmin(low, np.fmin.reduce(part, (1, 2), initial=np.inf))
             high = np.fmax(high, np.fmax.reduce(part, (1, 2), initial=-np.inf))
-            waiting.write(part.astype(np.float16).tobytes())  # of 11 bits, as they came
-            sizes.append(part.shape[1])
+            whole[:, row : row + part.shape[1]] = part
+            row += part.shape[1]
         step, low = np.where(high > low, (high - low) / 254, 1), np.where(low > high, 0, low)
-        waiting.seek(0)
         scaling = list(zip(step.tolist(), low.tolist(), strict=True))
         with raster.writer(path, shape, np.uint8, place, crs, 255, scaling=scaling) as write_rows:
-            for n in sizes:
-                data = waiting.read(2 * shape[0] * n * shape[2])
-                part = np.frombuffer(data, np.float16).reshape(shape[0], n, shape[2])
-                whole = ((part - low[:, None, None]) / step[:, None, None]).round()
-                write_rows(np.where(np.isnan(part), 255, whole).astype(np.uint8))
+            for first in range(0, shape[1], 64):
+                part = whole[:, first : first + 64]
+                part = ((part - low[:, None, None]) / step[:, None, None]).round()
+                write_rows(np.where(np.isnan(part), 255, part).astype(np.uint8))
 
 
-def draw_map(path, name, picture, meta, ids, colours, counts):
+def draw_map(path, name, picture, meta, ids, counts):
     """PNG of a scene (bands, h, w) beside its class map (h, w), commonest class first in legend.
     meta: the model's, with its classes and bands."""
     from matplotlib.figure import Figure  # here, so that --help does not wait for its import
     from matplotlib.patches import Patch
 
     classes, bands = meta["classes"], meta.get("bands") or [""] * len(picture)
+    colours = class_colours(classes)
     known = ~np.isnan(picture).any(0)
     # what is missing is the mean, so that the colours are stretched by what is there
     mean = picture[:, known].mean(1) if known.any() else np.zeros(len(picture), np.float32)
@@ -561,24 +512,23 @@ def draw_map(path, name, picture, meta, ids, colours, counts):
 
 def run(args):
     """Map all scenes; everything wrong with flags and headers is raised before the first one."""
-    device = torch.device(args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: no CUDA device is available; use --device cpu")
+    device = start_ranks(args.device).device
     scenes = dict(image for where in args.scenes for image in list_images(where, "scenes"))
     model = load_model(args.model, args.tile, args.image_size, args.heads, device)
-    if not model.classes and (args.probabilities or args.png or not args.features):
+    classes, tile, unit = model.meta["classes"], model.meta["tile"], token_unit(model)
+    if not classes and (args.probabilities or args.png or not args.features):
         raise ValueError(
             f"--model {args.model} is an encoder without classes; pass --features alone, or a "
             "model of finetune.py"
         )
-    if len(model.classes) > NO_CLASS:
-        raise ValueError(f"a map holds {NO_CLASS} classes, --model has {len(model.classes)}")
-    if args.overlap is not None and args.overlap >= model.tile:
-        raise ValueError(f"--overlap {args.overlap} is not below the window of {model.tile} px")
-    if args.features and model.tile % model.grid and model.unit > model.tile // 2:
+    if len(classes) > NO_CLASS:
+        raise ValueError(f"a map holds {NO_CLASS} classes, --model has {len(classes)}")
+    if args.overlap is not None and args.overlap >= tile:
+        raise ValueError(f"--overlap {args.overlap} is not below the window of {tile} px")
+    if args.features and tile % model.grid and unit > tile // 2:
         raise ValueError(
-            f"--features: {model.grid} x {model.grid} tokens in windows of {model.tile} px share "
-            f"no grid; pass --tile {max(1, round(model.tile / model.grid)) * model.grid}"
+            f"--features: {model.grid} x {model.grid} tokens in windows of {tile} px share no "
+            f"grid; pass --tile {max(1, round(tile / model.grid)) * model.grid}"
         )
     outputs = output_paths(scenes, args.out, model, args)
     sources = {}
@@ -592,16 +542,17 @@ def run(args):
         if about.transform is None:
             warn(f"{scene}: has no georeference, so its map has none")
     for scene, paths in outputs.items():
-        gain, shift = units(sources[scene], model, args.scale, args.offset)
-        mean, std, picture = survey(sources[scene], gain, shift)
-        warn(scale_warning(scene, mean, std, model))
+        mean, std, picture = survey(sources[scene])
+        gain, shift = units(sources[scene], model, args.scale, args.offset, mean)
+        warn(scale_warning(scene, mean * gain + shift, std * abs(gain), model))
         if "mean" in model.meta and "std" in model.meta:
-            mean, std = model.meta["mean"], model.meta["std"]
+            # in the units of the file, so that its pixels are read as they are
+            mean, std = (model.meta["mean"] - shift) / gain, model.meta["std"] / gain
         else:
             print(f"{scene}: the model has no statistics; normalised by those of the scene")
             std = np.maximum(std, 1e-6)
         next(iter(paths.values())).parent.mkdir(parents=True, exist_ok=True)
-        print(map_scene(sources[scene], model, (gain, shift), mean, std, picture, paths, args))
+        print(map_scene(sources[scene], model, mean, std, picture, paths, args))
 
 
 def warn(sentence):

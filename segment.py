@@ -164,6 +164,11 @@ class Segmenter(nn.Module):
             self.depths = [math.ceil(depth * quarter / 4) for quarter in (1, 2, 3, 4)]
             self.head = UperNet(dim, classes)
 
+    @property
+    def grid(self):
+        """Tokens a side."""
+        return self.image_size // self.encoder.patch_size
+
     def features(self, images):
         """What the head reads, (B, N, F) float32: F is D, or 4 D for upernet."""
         return encode(self.encoder, images, self.image_size, self.depths, self.dtype)
@@ -174,11 +179,10 @@ class Segmenter(nn.Module):
 
     def forward(self, x):
         x = x if x.ndim == 3 else self.features(x)
-        rows = self.image_size // self.encoder.patch_size
         if self.kind != "upernet":
-            return rearrange(self.head(x), "b (r c) k -> b k r c", r=rows)
+            return rearrange(self.head(x), "b (r c) k -> b k r c", r=self.grid)
         with mixed_precision(x.device, self.dtype):
-            return self.head(rearrange(x, "b (r c) f -> b f r c", r=rows)).float()
+            return self.head(rearrange(x, "b (r c) f -> b f r c", r=self.grid)).float()
 
 
 # ---- reading and writing ----------------------------------------------------------------------
