@@ -16,7 +16,6 @@ import argparse
 import csv
 import functools
 import hashlib
-import inspect
 import json
 import math
 import os
@@ -553,10 +552,6 @@ def main():
     from datasets.common import sets  # this builds on imagery, and that on this file
     from imagery import check, pack
 
-    # what a reader is told, as far as it takes it
-    options = "hr mr_bands hr_bands band_names hr_band_names nodata product level per_site".split()
-    options += "mr_dataset hr_dataset splits warp clouds mask_band mask_values max_days".split()
-
     parser = argparse.ArgumentParser(
         prog="data.py", description="Paired HR and MR imagery for pretraining.", allow_abbrev=False
     )
@@ -575,55 +570,23 @@ def main():
     p = commands.add_parser(
         "pack", help="cut pairs of images into a store", description=about, allow_abbrev=False
     )
-    pack.add_flags(p, sets("PAIRS"))
+    readers = sets("PAIRS")
+    pack.add_flags(p, readers)
     args = vars(parser.parse_args())
     command = args.pop("command")
     try:
-        if command == "check":
+        if command == "pack":
+            pack.command(readers, args, shlex.join(["data.py", *sys.argv[1:]]))
+        elif command == "check":
             check.check(**args)
-            return
-        if command == "verify":
+        else:
             damaged = False
             for line in verify(args["path"]):
                 damaged = True
                 print(line, flush=True)
             if damaged:
                 raise ValueError(f"{args['path']}: damaged; pack it again")
-            return print(f"{args['path']}: all chips are whole")
-        reader = sets("PAIRS")[args["format"]]
-        if len(args["paths"]) != (1 if args["mr"] else 2):
-            raise ValueError(
-                f"{' '.join(args['paths'])}: ROOT and OUT expected, or OUT alone with --mr"
-            )
-        *root, out = args.pop("paths")
-        pack.check_output(Path(out), args["overwrite"])  # before headers are read
-        takes = inspect.signature(reader).parameters
-        given = {key: args.pop(key) for key in options}
-        given = {key: value for key, value in given.items() if value is not None}
-        if wrong := sorted(given.keys() - takes.keys()):
-            known = sorted(takes.keys() & options)
-            raise ValueError(
-                f"--{wrong[0]}: not for --format {args['format']}".replace("_", "-")
-                + f", which takes {', '.join(known) or 'none of them'}"
-            )
-        if "seed" in takes:
-            given["seed"] = args["seed"]
-        first = "--mr" if args["mr"] else "ROOT"
-        root = args.pop("mr") or root[0]
-        listing = reader(root, **given)
-        # what must be the same to continue; places in full: elsewhere one name is another place
-        inputs = {"--format": args["format"], first: os.path.abspath(root)}
-        for key, value in given.items():
-            product = key == "hr" and args["format"] == "worldstrat"
-            flag = "--hr-product" if product else "--" + key.replace("_", "-")
-            inputs[flag] = os.path.abspath(value) if flag in ("--hr", "--splits") else value
-        source = {"name": args.pop("source_name")}
-        source |= {key: args.pop(key) for key in ("licence", "attribution", "url")}
-        if any(source.values()):
-            listing = listing._replace(sources=[{k: v or "" for k, v in source.items()}])
-        del args["format"]
-        command_line = shlex.join(["data.py", *sys.argv[1:]])
-        pack.pack(listing, out, **args, inputs=inputs, command=command_line)
+            print(f"{args['path']}: all chips are whole")
     except KeyboardInterrupt:
         left = "the same command continues" if command == "pack" else "nothing was written"
         print(f"data.py: interrupted; {left}", file=sys.stderr)

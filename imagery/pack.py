@@ -11,6 +11,7 @@ same command goes on after the shards that it finds; a shard that a kill interru
 
 import argparse
 import hashlib
+import inspect
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -123,6 +124,47 @@ def add_flags(parser, formats):
                    help="replace a store that is there, or what another command began to pack "
                    "(default: no)")
     # fmt: on
+
+
+# what a reader of a set is told, as far as it takes it
+OPTIONS = (
+    "hr mr_bands hr_bands band_names hr_band_names nodata product level per_site mr_dataset "
+    "hr_dataset splits warp clouds mask_band mask_values max_days"
+).split()
+
+
+def command(readers, args, typed):
+    """What `data.py pack` does. readers: {name: function (root, options) -> Listing}; args: values
+    of `add_flags`; typed: the command, to be kept."""
+    name = args.pop("format")
+    if len(args["paths"]) != (1 if args["mr"] else 2):
+        raise ValueError(
+            f"{' '.join(args['paths'])}: ROOT and OUT expected, or OUT alone with --mr"
+        )
+    *root, out = args.pop("paths")
+    check_output(Path(out), args["overwrite"])  # before headers are read
+    takes = inspect.signature(readers[name]).parameters
+    given = {key: value for key in OPTIONS if (value := args.pop(key)) is not None}
+    if wrong := sorted(given.keys() - takes.keys()):
+        known = ", ".join(sorted(takes.keys() & OPTIONS)) or "none of them"
+        flag = wrong[0].replace("_", "-")
+        raise ValueError(f"--{flag}: not for --format {name}, which takes {known}")
+    if "seed" in takes:
+        given["seed"] = args["seed"]
+    first = "--mr" if args["mr"] else "ROOT"
+    root = args.pop("mr") or root[0]
+    listing = readers[name](root, **given)
+    # what must be the same to continue; places in full: elsewhere one name is another place
+    inputs = {"--format": name, first: os.path.abspath(root)}
+    for key, value in given.items():
+        product = key == "hr" and name == "worldstrat"
+        flag = "--hr-product" if product else "--" + key.replace("_", "-")
+        inputs[flag] = os.path.abspath(value) if flag in ("--hr", "--splits") else value
+    source = {"name": args.pop("source_name")}
+    source |= {key: args.pop(key) for key in ("licence", "attribution", "url")}
+    if any(source.values()):
+        listing = listing._replace(sources=[{k: v or "" for k, v in source.items()}])
+    pack(listing, out, **args, inputs=inputs, command=typed)
 
 
 def pack(

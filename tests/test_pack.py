@@ -525,9 +525,12 @@ def test_pairs_that_are_none(tmp_path):
     raster.write(tmp_path / "mr/b.tif", np.zeros((2, 64, 64), "uint16"))
     with refused(ValueError, "mr/b.tif", "hr/a.tif"):
         pack_files(mr, hr, tmp_path / "store")
-    (tmp_path / "hr/sub").mkdir()
-    shutil.copy(tmp_path / "hr/a.tif", tmp_path / "hr/sub/a.tif")
-    with refused(ValueError, "hr/a.tif", "hr/sub/a.tif"):
+    (tmp_path / "mr/b.tif").rename(tmp_path / "mr/a.tif")
+    for name in ("one", "other"):
+        (tmp_path / "hr" / name).mkdir()
+        shutil.copy(tmp_path / "hr/a.tif", tmp_path / "hr" / name / "a.tif")
+    (tmp_path / "hr/a.tif").unlink()
+    with refused(ValueError, "mr/a.tif", "several files have its name", "the same subfolder"):
         pack_files(mr, hr, tmp_path / "store")
 
 
