@@ -357,13 +357,13 @@ def make_all(size, out, jobs):
 
     def work(cell):
         nonlocal made
-        while not all(path_of(other, out).exists() for other in cell.needs(size)):
+        try:
+            for other in cell.needs(size):
+                while not path_of(other, out).exists() and not failed.is_set():
+                    make(other, size, out)  # nothing, while another worker or process is at it
+                    time.sleep(1)
             if failed.is_set():
                 return
-            time.sleep(1)  # another worker, or process, is at it
-        if failed.is_set():
-            return
-        try:
             make(cell, size, out)
         except ValueError as error:
             failed.set()

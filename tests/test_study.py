@@ -4,6 +4,8 @@ import json
 import re
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import ROOT, refused
@@ -128,22 +130,40 @@ def test_a_run_that_was_stopped_goes_on(out, monkeypatch):
     assert [words[0] for words in log] == ["train.py", "finetune.py", "finetune.py"]
 
 
-def test_a_cell_that_another_process_makes_is_left_alone(out, monkeypatch):
-    log, cell = [], study.Cell("ijepa", "mr", 0)
-    monkeypatch.setattr(study, "call", fake(out, log))
-    hold = (
+def holding(lock):
+    """A process that holds the lock of a cell until it is closed."""
+    code = (
         "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX); "
         "print('held', flush=True); sys.stdin.read()"
     )
-    lock = out / "cells" / f"{cell.name}.lock"
-    with subprocess.Popen([sys.executable, "-c", hold, str(lock)], stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE, text=True) as other:  # fmt: skip
-        other.stdout.readline()
+    other = subprocess.Popen([sys.executable, "-c", code, str(lock)], stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE, text=True)  # fmt: skip
+    other.stdout.readline()
+    return other
+
+
+def test_a_cell_that_another_process_makes_is_left_alone(out, monkeypatch):
+    log, cell = [], study.Cell("ijepa", "mr", 0)
+    monkeypatch.setattr(study, "call", fake(out, log))
+    with holding(out / "cells" / f"{cell.name}.lock") as other:
         study.make(cell, TINY, out)
         assert log == []
         other.stdin.close()
     study.make(cell, TINY, out)
     assert len(log) == 2
+
+
+def test_what_another_process_left_undone_is_made_where_it_is_needed(out, monkeypatch):
+    log = []
+    monkeypatch.setattr(study, "call", fake(out, log))
+    size = TINY._replace(plan=(("ijepa", ("hr", "sa"), 1),))
+    with holding(out / "cells" / "ijepa-hr-s0.lock") as other, ThreadPoolExecutor(1) as pool:
+        making = pool.submit(study.make_all, size, out, 1)
+        time.sleep(0.3)
+        assert log == []
+        other.kill()
+        making.result(timeout=60)
+    assert [facts["row"] for facts in study.read_cells(out)] == ["hr", "sa"]
 
 
 def test_a_command_that_fails_ends_the_study_with_its_words(out, capsys):
