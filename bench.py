@@ -344,7 +344,7 @@ def bench_objective(args, name, paired, ranks):
         batch = batch or draw_batch(objective, args.batch, paired, args.seed + ranks.rank, device)
         objective.to(device)
         if form == "textbook":
-            stepper = Textbook(name, objective, groups, lr=1e-4)
+            stepper = Textbook(objective, groups, lr=1e-4)
         else:
             low = getattr(torch, run.precision_of(args.precision, device))
             together = form == best and ranks.world > 1
