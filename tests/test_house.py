@@ -37,7 +37,7 @@ ROOMS = {
     "predict": "* segment weights model data run datasets imagery figures",
     "report": "* health imagery figures",
     "study": "* report run health imagery figures",
-    "textbook": "torch einops affinity model vit",
+    "textbook": "torch affinity vit",
     "counted": "torch affinity kernels",  # without Triton, until a function is called
     "bench": "* affinity kernels model vit data run textbook counted",
 }
