@@ -29,11 +29,11 @@ import time
 from datetime import datetime, timedelta
 from functools import partial
 from inspect import signature
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
-from einops import rearrange
 from tqdm import tqdm
 
 from data import draw_crops, resample
@@ -63,15 +63,7 @@ from run import (
     start_ranks,
     whole,
 )
-from scores import (
-    UNPREDICTED,
-    append_row,
-    check_maps,
-    check_output,
-    print_table,
-    write_maps,
-    write_matrix,
-)
+from scores import append_row, check_output, print_table, write_matrix
 from segment import (
     HEADS,
     Pixels,
@@ -203,12 +195,8 @@ def parse_args(argv=None):
 
     flag = parser.add_argument_group("output").add_argument
     flag("--out", type=Path, default=Path("out/results"), help="folder; results.jsonl in it gains "
-         "a row for each seed that has none of the same settings there (default out/results)")
-    flag("--save-model", action=argparse.BooleanOptionalAction, default=True,
-         help="the seed with the best validation mIoU as --out/model_*.safetensors, for predict.py "
-         "(default yes; --protocol knn and --remove-place have none)")
-    flag("--maps", type=Path, help="new folder for a GeoTIFF class map of each test image, from "
-         f"seed 0; {UNPREDICTED} where nothing is predicted")
+         "a row for each seed that has none of the same settings there, and a model_*.safetensors "
+         "for predict.py, of the seed with the best validation mIoU (default out/results)")
     flag = parser.add_argument_group("machine").add_argument
     flag("--device", default="auto", choices=["auto", "cpu", "cuda"],
          help="where to run (default auto: cuda where there is one)")
@@ -222,56 +210,50 @@ def parse_args(argv=None):
 
 def checked(parser, args):
     """The args, completed; the parser says which do not go together."""
-    changed = {name for name, value in vars(args).items() if value != parser.get_default(name)}
-
-    def refuse(names, reason):
-        for name in names:
-            if name in changed:
-                parser.error(f"--{name.replace('_', '-')} {reason}")
-
+    own, probes = args.task == "geotiff", args.protocol in PROBES
+    needless = [  # flags, whether they mean nothing here, and why
+        (["images", "masks", "labels_file"], own and args.root,
+         "and --root both say where the task is; keep one"),
+        (["labels_file"], args.masks, "and --masks are both labels; keep one"),
+        (["images", "masks", "labels_file", "label_field", "classes", "ignore_index", "splits",
+          "block", "val", "test"], not own, f"is for --task geotiff; {args.task} has its own"),
+        (["head", "crop", "epochs", "lr", "schedule", "weight_decay", "layer_decay", "clip",
+          "class_weights", "device_batch"], probes,
+         f"means nothing to --protocol {args.protocol}; it trains no head"),
+        (["remove_place"], not probes, "is for --protocol knn and ridge"),
+        (["layer_decay"], args.protocol == "linear",
+         "is for --protocol finetune; linear leaves the encoder as it is"),
+        (["heads"], args.encoder == "random",
+         "is for weights; --encoder random has those of its --model"),
+    ]
     for name in ("dates", "pastis_classes"):
         takes = [k for k, v in sets("TASKS").items() if name in signature(v.open).parameters]
-        if args.task not in takes:
-            refuse([name], f"is not for --task {args.task}, but --task {' or '.join(takes)}")
-    if args.task == "geotiff":
-        if args.root:
-            refuse(["images", "masks", "labels_file"],
-                   "and --root both say where the task is; keep one")
-        elif not (args.images and (args.masks or args.labels_file)):
-            parser.error("no task; name --task with --root (see --list-tasks), or --images and "
-                         "--masks, or --labels-file, of your own")
-        if args.masks:
-            refuse(["labels_file"], "and --masks are both labels; keep one")
-        if bool(args.labels_file) != bool(args.label_field):
-            parser.error("--labels-file and --label-field go together: a file of polygons, and the "
-                         "field that tells their class")
-        args.tile = args.tile or 64
-    else:
-        refuse(["images", "masks", "labels_file", "label_field", "classes", "ignore_index",
-                "clouds", "splits", "block", "val", "test"],
-               f"is for --task geotiff; {args.task} has its own")
-        if args.root is None:
-            parser.error(f"--task {args.task} needs --root, the folder of the set as published; "
-                         "--list-tasks says where to get it")
-        if args.bands and isinstance(args.bands[0], int):
-            parser.error(f"--bands of --task {args.task} are names (see --list-tasks)")
-    if args.protocol in PROBES:
-        refuse(["head", "crop", "epochs", "lr", "schedule", "weight_decay", "layer_decay", "clip",
-                "class_weights", "device_batch"],
-               f"means nothing to --protocol {args.protocol}; it trains no head")
-    else:
-        refuse(["remove_place"], "is for --protocol knn and ridge")
-    if args.protocol == "linear":
-        refuse(["layer_decay"], "is for --protocol finetune; linear leaves the encoder as it is")
-    if args.lr is None:
-        args.lr = {"finetune": 1e-4}.get(args.protocol, 1e-3)
+        needless.append(([name], args.task not in takes,
+                         f"is not for --task {args.task}, but --task {' or '.join(takes)}"))
+    for names, refused, reason in needless:
+        for name in names:
+            if refused and getattr(args, name) != parser.get_default(name):
+                parser.error(f"--{name.replace('_', '-')} {reason}")
+    for wrong, sentence in [
+        (own and not args.root and not (args.images and (args.masks or args.labels_file)),
+         "no task; name --task with --root (see --list-tasks), or --images and --masks, or "
+         "--labels-file, of your own"),
+        (bool(args.labels_file) != bool(args.label_field), "--labels-file and --label-field go "
+         "together: a file of polygons, and the field that tells their class"),
+        (not own and args.root is None, f"--task {args.task} needs --root, the folder of the set "
+         "as published; --list-tasks says where to get it"),
+        (not own and args.bands and isinstance(args.bands[0], int),
+         f"--bands of --task {args.task} are names (see --list-tasks)"),
+        (args.splits is None and args.val + args.test >= 1,
+         f"--val {args.val} and --test {args.test} leave nothing to train on"),
+    ]:
+        if wrong:
+            parser.error(sentence)
+    trains = args.protocol == "finetune"
+    args.tile = args.tile or (64 if own else None)
+    args.lr = args.lr or (1e-4 if trains else 1e-3)
     if args.weight_decay is None:
-        args.weight_decay = {"finetune": 0.05}.get(args.protocol, 0.0)
-    if args.splits is None and args.val + args.test >= 1:
-        parser.error(f"--val {args.val} and --test {args.test} leave nothing to train on")
-    args.save_model &= args.encoder != "pixels"  # predict.py maps with an encoder
-    if args.heads and args.encoder == "random":
-        parser.error("--heads is for weights; --encoder random has those of its --model")
+        args.weight_decay = 0.05 if trains else 0.0
     return args
 # fmt: on
 
@@ -311,7 +293,7 @@ def load(args):
 
 def check_encoder(encoder, name, task, image_size):
     """Raise ValueError if the encoder does not read the task's bands or the image size."""
-    wanted = [] if name in UNREAD else bands_of(encoder)
+    wanted, patch = [] if name in UNREAD else bands_of(encoder), encoder.patch_size
     if encoder.in_channels != len(task.bands):
         raise ValueError(
             f"--encoder {name} reads {encoder.in_channels} bands ({','.join(wanted) or 'unnamed'}),"
@@ -332,22 +314,11 @@ def check_encoder(encoder, name, task, image_size):
                 f"{','.join(names[place] for place in places)}; pass --bands "
                 + shlex.quote(",".join(order))
             )
-    patch = encoder.patch_size
     if image_size % patch:
-        low = image_size // patch * patch
         raise ValueError(
             f"--image-size {image_size} is no multiple of the encoder's patch of {patch} px; try "
-            + " or ".join(str(n) for n in (low, low + patch) if n)
+            f"{max(1, round(image_size / patch)) * patch}"
         )
-
-
-def sum_gradients(weights, ranks):
-    """Add gradients up over the ranks. By hand: DistributedDataParallel takes a mean, and wants a
-    backward pass of each rank, of which one may have no tile in the last batch of an epoch."""
-    if ranks.world > 1:
-        for weight in weights:
-            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-        ranks.sum([weight.grad for weight in weights])
 
 
 def load_epoch(path, modules, generator, ranks):
@@ -355,15 +326,10 @@ def load_epoch(path, modules, generator, ranks):
     generator; returns what `train` wants to know of the epochs that are done, a dict."""
     if not ranks.first(path.is_file):
         return {"epoch": 0, "val_miou": -1.0, "best_epoch": 0, "weights": None, "history": []}
-    remedy = "remove it to start the seed anew"
-    saved = read_checkpoint(path, ranks, remedy)
-    try:
-        for name, module in modules.items():
-            module.load_state_dict(saved.pop(name))
-        generator.set_state(saved.pop("generator"))
-    except Exception as error:  # whatever a damaged file provokes, in one sentence
-        reason = str(error).splitlines()[0] if str(error) else "it ends too soon"
-        raise ValueError(f"{path}: not a checkpoint of this run ({reason}); {remedy}") from None
+    saved = read_checkpoint(path, ranks, "remove it to start the seed anew")
+    for name, module in modules.items():
+        module.load_state_dict(saved.pop(name))
+    generator.set_state(saved.pop("generator"))
     return saved
 
 
@@ -372,8 +338,8 @@ def train(args, segmenter, task, chosen, read, generator, ranks, path):
 
     read: from a split and lists of tiles in it to a stream of their images or tokens, and labels.
     path: of the checkpoint, from which an interrupted seed goes on. Returns {"val_miou",
-    "best_epoch", "history": loss and validation mIoU of each epoch, and of the test split "matrix",
-    "predictions" (None unless --maps asks) and "miou_batchmean"}.
+    "best_epoch", "history": loss and validation mIoU of each epoch, and of the test split "matrix"
+    and "miou_batchmean"}.
     """
     device, seed = ranks.device, generator.initial_seed()
     frozen = args.protocol != "finetune"
@@ -393,10 +359,10 @@ def train(args, segmenter, task, chosen, read, generator, ranks, path):
         weights = balanced_weights((task.labels[k] for k in chosen["train"]), classes).to(device)
 
     def score(split, image_size=None):
-        """`judge` of a split whose batches are dealt to the ranks: its results by rank."""
+        """`judge` of a split whose batches are dealt to the ranks: all's matrix, own scores."""
         parts = chunks(chosen[split], batch)[ranks.rank :: ranks.world]
-        matrix, *rest = judge(segmenter, read(split, parts), classes, image_size)
-        return ranks.sum([matrix.to(device)])[0], *rest
+        matrix, scores = judge(segmenter, read(split, parts), classes, image_size)
+        return ranks.sum([matrix.to(device)])[0], scores
 
     count = len(chosen["train"])
     an_epoch = math.ceil(count / batch)
@@ -412,7 +378,6 @@ def train(args, segmenter, task, chosen, read, generator, ranks, path):
             stream = read("train", [chosen["train"][k] for k in shares])
             total = torch.zeros((), device=device)
             for k, (x, labels) in zip(order, stream, strict=True):
-                windows = [None] * len(x)
                 if args.crop:  # drawn by position in the global batch
                     windows = torch.from_numpy(draw_crops(seed, step, len(k))) * tile
                     windows = windows.tensor_split(ranks.world)[ranks.rank]
@@ -429,7 +394,12 @@ def train(args, segmenter, task, chosen, read, generator, ranks, path):
                     loss = segmentation_loss(segmenter(images), labels[part], weights, counted)
                     scaler.scale(loss).backward()
                     total += loss.detach()
-                sum_gradients(params, ranks)
+                # summed by hand: DistributedDataParallel takes a mean, and wants a backward pass of
+                # each rank, of which one may have no tile in the last batch of an epoch
+                if ranks.world > 1:
+                    for weight in params:
+                        weight.grad = weight.grad if weight.grad is not None else 0 * weight.data
+                    ranks.sum([weight.grad for weight in params])
                 if args.clip:
                     scaler.unscale_(optimizer)
                     torch.nn.utils.clip_grad_norm_(params, args.clip)
@@ -453,16 +423,11 @@ def train(args, segmenter, task, chosen, read, generator, ranks, path):
                 save_sealed(state, path)
             bar.set_postfix(loss=f"{last:.3f}", val=f"{val:.4f}", best=f"{done['val_miou']:.4f}")
     trained.load_state_dict(done["weights"])
-    matrix, predictions, scores = score("test", args.image_size)
-    # batch k of the split was judged by rank k % world
-    dealt = ranks.gather((predictions if args.maps and seed == 0 else [], scores))
-    turns = [divmod(k, ranks.world) for k in range(math.ceil(len(chosen["test"]) / batch))]
-    predictions, scores = ([by[r][q] for q, r in turns if by[r]] for by in zip(*dealt, strict=True))
+    matrix, scores = score("test", args.image_size)
     return {
         **{key: done[key] for key in ("val_miou", "best_epoch", "history")},
         "matrix": matrix,
-        "predictions": torch.cat(predictions) if predictions else None,
-        "miou_batchmean": mean_of(scores),
+        "miou_batchmean": mean_of([*chain(*ranks.gather(scores))]),
     }
 
 
@@ -485,11 +450,8 @@ def build(args, template, classes, seed, device, dtype):
 
 def resample_series(images, windows, size):
     """`data.resample` of images (B, bands, h, w) or time series (B, dates, bands, h, w)."""
-    if images.ndim == 4:
-        return resample(images, windows, size)
-    bands = images.shape[2]
-    cropped = resample(rearrange(images, "b t c h w -> b (t c) h w"), windows, size)
-    return rearrange(cropped, "b (t c) h w -> b t c h w", c=bands)
+    flat = resample(images.flatten(1, -3), windows, size)
+    return flat.unflatten(1, images.shape[1:-2])
 
 
 def judge_seed(args, template, tiles, seed, ranks, dtype, path):
@@ -525,7 +487,6 @@ def judge_seed(args, template, tiles, seed, ranks, dtype, path):
     return about | {
         **{key: found[key] for key in ("val_miou", "best_epoch", "history", "miou_batchmean")},
         "matrix": found["matrix"].cpu(),
-        "predictions": found["predictions"] if args.maps and seed == 0 else None,
         "state": {name: value.cpu() for name, value in trained.state_dict().items()},
         "tiles": {split: len(index) for split, index in chosen.items()},
         "seconds": round(time.perf_counter() - start, 2),
@@ -625,11 +586,8 @@ def write_seed(args, template, tiles, facts, found, rows, model):
             sources=template.meta.get("sources", []), task=task.name, protocol=args.protocol,
             seed=seed, val_miou=found["val_miou"], miou=miou, scaling=task.scaling,
         )  # fmt: skip
-    if found["predictions"] is not None:
-        write_maps(args.maps, task, tiles.of["test"], found["predictions"].numpy())
-    told = {k: v for k, v in found.items() if k not in ("matrix", "predictions", "state")}
     rows[seed] = {
-        **told,
+        **{key: value for key, value in found.items() if key not in ("matrix", "state")},
         **facts,
         "miou": miou,
         "accuracy": (matrix.diagonal().sum() / matrix.sum()).item(),
@@ -643,7 +601,7 @@ def write_seed(args, template, tiles, facts, found, rows, model):
 
 def evaluate(args, ranks):
     """Train and score one model per seed; everything wrong with the input is raised before."""
-    ranks.first(lambda: check_output(args.out, args.maps))
+    ranks.first(lambda: check_output(args.out))
     template, task, mean, std = open_task(args)
     tiles = Tiles(task, mean, std, ranks.device)
     precision = precision_of(args.precision, ranks.device)
@@ -651,20 +609,13 @@ def evaluate(args, ranks):
     results, classes, run = args.out / "results.jsonl", task.classes, facts["run"]
     frozen, drawn = args.protocol != "finetune", untrained(args.encoder)
 
-    # rank 0 alone reads and writes results
-    def there():
-        known = read_rows(results) if results.exists() else []
-        return {row["seed"]: row for row in known if row.get("run") == run}
-
-    def take():
+    def take():  # by rank 0, which alone reads and writes results
         """The folder for this process alone, and the rows that another one has left in it."""
         args.out.mkdir(parents=True, exist_ok=True)
         results.touch()
         hold(args.out, f"{args.protocol}_{run}.lock")
-        return there()
+        return {row["seed"]: row for row in read_rows(results) if row.get("run") == run}
 
-    if args.maps and ranks.rank == 0:
-        check_maps(args.maps, task, there())
     rows = ranks.first(take)
     seeds = range(args.seeds)
     if args.protocol == "ridge" and args.labels == 1 and not drawn and args.seeds > 1:
@@ -679,7 +630,7 @@ def evaluate(args, ranks):
         + "".join(f"; mask value {value:g} is nodata and ignored" for value in task.nodata)
     )
     model = None
-    if args.save_model and args.protocol != "knn" and not args.remove_place:
+    if args.encoder != "pixels" and args.protocol != "knn" and not args.remove_place:
         model = f"model_{args.protocol}_{run}.safetensors"
 
     # one rank and one seed of a probe: the tokens are needed once, so not kept

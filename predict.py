@@ -36,7 +36,7 @@ from datasets.images import (
 )
 from figures import class_colours, composite, optional, paint, save_figure
 from imagery import raster
-from imagery.bands import meanings, positions
+from imagery.bands import positions
 from run import Parser, positive, script, start_ranks, whole
 from segment import Segmenter, load_segmenter, resize
 from weights import bands_of, load_encoder, read_tensors
@@ -240,14 +240,9 @@ def scale_warning(path, mean, std, model):
     if not ((abs(mean - trained[0]) > 2 * trained[1]) | (spread > 4) | (spread < 1 / 4)).any():
         return None
     shown = [",".join(f"{v:.4g}" for v in values) for values in (mean, std, *trained)]
-    # what would fit, if it is a power of ten, as of reflectance and reflectance x 10000
-    ratio = np.median(trained[0] / np.where(mean == 0, np.nan, mean))
-    power = round(math.log10(ratio)) if np.isfinite(ratio) and ratio > 0 else 0
-    close = (abs(mean * 10.0**power - trained[0]) <= 2 * trained[1]).all()
-    hint = f"; --scale {10.0**power:g} would bring them close" if abs(power) > 1 and close else ""
     return (
         f"{path}: the bands have mean {shown[0]} and std {shown[1]}, the model was trained on "
-        f"mean {shown[2]} and std {shown[3]}; if units differ, pass --scale or --offset{hint}"
+        f"mean {shown[2]} and std {shown[3]}; if units differ, pass --scale or --offset"
     )
 
 
@@ -356,26 +351,24 @@ def output_paths(scenes, out, model, args):
     folder = out.is_dir() or len(scenes) > 1 or out.suffix.lower() not in (".tif", ".tiff")
     if folder and out.is_file():
         raise ValueError(f"{out}: a file, but {len(scenes)} scenes need a folder")
-    outputs = {}
+    outputs, taken = {}, {scene.resolve() for scene in scenes}
     for scene, files in scenes.items():
-        base = out / f"{name_of(scene, files)}.tif" if folder else out
-        kinds = {
-            "map": base if model.meta["classes"] else None,
-            "probabilities": args.probabilities and base.with_stem(base.stem + "_probabilities"),
-            "features": args.features
-            and (base.with_stem(base.stem + "_features") if model.meta["classes"] else base),
-            "png": args.png and base.with_suffix(".png"),
-        }
-        outputs[scene] = {kind: path for kind, path in kinds.items() if path}
-    paths = [path for kinds in outputs.values() for path in kinds.values()]
-    twice = [path for path in set(paths) if paths.count(path) > 1]
-    if twice:
-        raise ValueError(f"{twice[0]}: two scenes would be written to it; name them apart")
-    for path in paths:
-        if path.resolve() in {scene.resolve() for scene in scenes}:
-            raise ValueError(f"{path}: is itself a scene; write elsewhere")
-        if path.exists() and not args.overwrite:
-            raise FileExistsError(f"{path}: exists; pass --overwrite, or write elsewhere")
+        base, kinds = out / f"{name_of(scene, files)}.tif" if folder else out, {}
+        if model.meta["classes"]:
+            kinds["map"] = base
+        if args.probabilities:
+            kinds["probabilities"] = base.with_stem(f"{base.stem}_probabilities")
+        if args.features:
+            kinds["features"] = base.with_stem(f"{base.stem}_features") if kinds else base
+        if args.png:
+            kinds["png"] = base.with_suffix(".png")
+        for path in kinds.values():
+            if path.resolve() in taken:
+                raise ValueError(f"{path}: is itself a scene, or the map of another; name it apart")
+            if path.exists() and not args.overwrite:
+                raise FileExistsError(f"{path}: exists; pass --overwrite, or write elsewhere")
+            taken.add(path.resolve())
+        outputs[scene] = kinds
     return outputs
 
 
@@ -485,10 +478,7 @@ def draw_map(path, name, picture, meta, ids, counts):
     scene[~known] = 1
     height, width = ids.shape
     figure = Figure(figsize=(12, 1.4 + min(6 * height / width, 60)), layout="constrained")
-    colour = "its first band as grey" if len(picture) < 3 else "its first three bands as colours"
-    if {*"RGB"} <= {*meanings(bands, sentinel=True)}:
-        colour = "its red, green and blue"
-    titles = f"The scene: {name}\n({colour}, stretched)", "The map: the model's class of each pixel"
+    titles = f"The scene: {name}\n(stretched)", "The map: the model's class of each pixel"
     halves = zip(figure.subplots(1, 2), (scene, paint(ids, colours)), titles, strict=True)
     for axis, image, title in halves:
         axis.imshow(image, interpolation="nearest")
@@ -500,13 +490,9 @@ def draw_map(path, name, picture, meta, ids, counts):
     handles = [Patch(color=np.array(colours[k]) / 255, label=labels[k]) for k in order]
     if counts[NO_CLASS]:
         handles.append(Patch(facecolor="white", edgecolor="grey", label="white: no data"))
-    figure.legend(
-        handles=handles,
-        loc="outside lower center",
-        ncols=min(6, len(handles)),
-        frameon=False,
-        title="classes of the map, and their share of the ground that has data",
-    )
+    title = "classes of the map, and their share of the ground that has data"
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)),
+                  frameon=False, title=title)  # fmt: skip
     save_figure(figure, path)
 
 

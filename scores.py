@@ -1,4 +1,4 @@
-"""A folder of results: rows of scores, confusion matrices, class maps, and the table on the screen.
+"""A folder of results: rows of scores, confusion matrices, and the table on the screen.
 
 results.jsonl holds a row for each seed of each run, an object a line; what lies beside is named in
 the rows. Top to bottom: what is checked before anything is written; rows; files; the table.
@@ -12,13 +12,10 @@ import tempfile
 import numpy as np
 
 from files import replacing
-from imagery import raster
 from segment import read_rows
 
-UNPREDICTED = 255  # in the class maps; so they hold at most 255 classes
 
-
-def check_output(out, maps):
+def check_output(out):
     """Raise FileExistsError where results would mix with something else, and OSError where they
     cannot be written; leaves nothing behind."""
     results = out / "results.jsonl"
@@ -28,33 +25,13 @@ def check_output(out, maps):
             f"--out {out} exists and holds no results.jsonl; name a new folder, or one of earlier "
             "results to add to"
         )
-    for flag, folder in (("--out", out), ("--maps", maps or out)):
-        try:
-            there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-            tempfile.TemporaryDirectory(dir=there).cleanup()  # permissions alone do not tell
-            if ours:
-                results.open("a").close()
-        except OSError as error:
-            raise OSError(
-                f"{flag} {folder} cannot be written ({error}); name another folder"
-            ) from error
-
-
-def check_maps(maps, task, rows):
-    """Raise ValueError or FileExistsError where --maps cannot be made. rows: those of this run."""
-    if task.name != "geotiff":
-        raise ValueError(
-            f"--maps is for --task geotiff; map {task.name} with the saved model and predict.py"
-        )
-    if len(task.classes) > UNPREDICTED:
-        raise ValueError(f"--maps holds at most {UNPREDICTED} classes, found {len(task.classes)}")
-    if 0 in rows and rows[0]["settings"]["maps"] != str(maps):
-        raise ValueError(
-            f"--maps {maps}: is of seed 0, whose row is there already; map with its model and "
-            "predict.py, or name another --out"
-        )
-    if 0 not in rows and maps.exists():
-        raise FileExistsError(f"--maps {maps} exists; name a new folder, or remove it")
+    try:
+        there = next(p for p in (out, *out.absolute().parents) if p.exists())
+        tempfile.TemporaryDirectory(dir=there).cleanup()  # permissions alone do not tell
+        if ours:
+            results.open("a").close()
+    except OSError as error:
+        raise OSError(f"--out {out} cannot be written ({error}); name another folder") from error
 
 
 def append_row(results, row):
@@ -75,30 +52,6 @@ def write_matrix(path, matrix, classes):
         rows = csv.writer(file)
         rows.writerow(["label / prediction", *classes])
         rows.writerows([name, *counts] for name, counts in zip(classes, matrix, strict=True))
-
-
-def write_maps(folder, task, tiles, predictions):
-    """Write one class map per image of `tiles` (positions in the task): uint8, georeferenced.
-
-    predictions: (len(tiles), tile, tile). Pixels without image data and ground outside the tiles
-    are UNPREDICTED, which is also the nodata value.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    tile = predictions.shape[-1]
-    for number in np.unique(task.origin[tiles, 0]):
-        file = task.files[number]
-        # whole tiles: the last ones of a row or column reach beyond the image
-        size = [-(-side // tile) * tile for side in (file.height, file.width)]
-        canvas = np.full(size, UNPREDICTED, np.uint8)
-        for k in np.flatnonzero(task.origin[tiles, 0] == number):
-            _, row, col = task.origin[tiles[k]]
-            missing = np.isnan(task.images[tiles[k], 0])
-            canvas[row : row + tile, col : col + tile] = np.where(
-                missing, UNPREDICTED, predictions[k]
-            )
-        canvas = canvas[: file.height, : file.width]
-        path = folder / f"{file.path.stem}.tif"
-        raster.write(path, canvas, file.transform, file.crs, nodata=UNPREDICTED)
 
 
 def print_table(rows, classes):

@@ -8,6 +8,7 @@ tokens of width D, row-major.
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -218,19 +219,27 @@ def load_segmenter(path):
     folder of models of several tasks; nothing in the file is run.
     """
     path = Path(path)
-    if path.is_dir():
-        path = best_model(path)
+    path = best_model(path) if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(
             f"{path}: no such model; give a model_*.safetensors of finetune.py, or its folder"
         )
+    state, facts = read_tensors(path)
+    if "segmenter" not in (facts or {}):
+        raise ValueError(
+            f"{path}: no segmentation model but weights without a head; train one on them with "
+            f"finetune.py --encoder {path}, and give its model_*.safetensors"
+        )
+    encoder, meta = parse_encoder(state, facts, path), facts["meta"]
     try:
-        return parse_segmenter(*read_tensors(path), path)
-    except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ValueError) as e:
-        if str(e).startswith(f"{path}:"):
-            raise
-        reason = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
-        raise ValueError(f"{path}: not a segmentation model ({reason}); save it again") from None
+        segmenter = Segmenter(encoder, len(meta["classes"]), **facts["segmenter"])
+        head = {name[5:]: value for name, value in state.items() if name.startswith("head.")}
+        segmenter.head.load_state_dict(head)
+    except (LookupError, TypeError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: head and facts do not fit ({reason}); train it again") from None
+    segmenter.meta = meta
+    return segmenter.eval()
 
 
 def read_rows(results):
@@ -257,80 +266,27 @@ def best_model(folder):
     if not results.is_file():
         raise FileNotFoundError(f"{folder}: holds no results.jsonl of finetune.py, so no model")
     rows = [row for row in read_rows(results) if row.get("model")]
-    tasks = {}  # the best row of each
-    try:
-        for row in sorted(rows, key=lambda row: -row["val_miou"]):
-            tasks.setdefault((row.get("task"), tuple(row.get("iou", ()))), row)
-        paths = [folder / Path(best["model"]).name for best in tasks.values()]
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{results}: not the rows of finetune.py ({error!r})") from None
-    if not tasks:
+    if not rows:
         raise FileNotFoundError(
-            f"{results}: names no model (knn and --remove-place have none); "
-            "run finetune.py with another --protocol, and with --save-model"
+            f"{results}: names no model (knn, pixels and --remove-place have none); run "
+            "finetune.py with another --protocol"
         )
-    if len(tasks) > 1:
-        bests = (
-            f"{path} for {task} ({len(classes)} classes: {', '.join(map(str, classes))[:60]})"
-            for path, (task, classes) in zip(paths, tasks, strict=True)
+    bests = {}  # the best row of each task
+    for row in sorted(rows, key=lambda row: -row["val_miou"]):
+        bests.setdefault((row.get("task"), tuple(row.get("iou", ()))), row)
+    best, *others = bests.values()
+    if others:
+        told = (
+            f"{folder / row['model']} for {task} ({len(names)} classes: {', '.join(names)[:60]})"
+            for (task, names), row in bests.items()
         )
         raise ValueError(
-            f"{results}: models of {len(tasks)} tasks, so give the file; the best are "
-            + "; ".join(bests)
+            f"{results}: models of {len(bests)} tasks, so give the file; the best are "
+            + "; ".join(told)
         )
-    (best,) = tasks.values()
-    print(f"{paths[0]}: the best of {len(rows)} results, validation mIoU {best['val_miou']:.4f}")
-    return paths[0]
-
-
-def parse_segmenter(state, facts, path):
-    """`load_segmenter` for what `read_tensors` found."""
-    if facts is None or "segmenter" not in facts:
-        raise ValueError(
-            f"{path}: no segmentation model but weights without a head; train one on them with "
-            f"finetune.py --encoder {path}, and give its model_*.safetensors"
-        )
-    about, meta = facts["segmenter"], facts["meta"]
-    encoder = parse_encoder(state, facts, path)
-    bands, patch = encoder.in_channels, encoder.patch_size
-    size, count, gsd = about["image_size"], meta["file_bands"], meta["gsd"]
-
-    def holds(name, types, fits=lambda value: True):
-        values = meta[name]
-        return isinstance(values, list) and all(type(v) in types and fits(v) for v in values)
-
-    def whole(value):
-        return type(value) is int and value > 0  # JSON's true is an int to isinstance
-
-    expected = {
-        "classes": holds("classes", (str,)) and len(meta["classes"]) > 0,
-        "bands": holds("bands", (str,)) and len(meta["bands"]) in (0, bands),
-        "file_bands": whole(count),
-        "positions": whole(count)
-        and holds("positions", (int,), lambda position: 0 <= position < count)
-        and len(meta["positions"]) == bands,
-        "mean": holds("mean", (int, float), math.isfinite) and len(meta["mean"]) == bands,
-        "std": holds("std", (int, float), lambda std: 0 < std < math.inf)
-        and len(meta["std"]) == bands,
-        "tile": whole(meta["tile"]),
-        "gsd": gsd is None or (type(gsd) in (int, float) and 0 < gsd < math.inf),
-        "image_size": whole(size) and size % patch == 0,
-    }
-    wrong = [name for name, fits in expected.items() if not fits]
-    if wrong:
-        found = {**meta, "image_size": size}[wrong[0]]
-        raise ValueError(
-            f"{path}: its {wrong[0]} ({str(found)[:60]}) do not fit a model of {bands} bands "
-            f"and {patch} px patches; save it again"
-        )
-    segmenter = Segmenter(encoder, len(meta["classes"]), size, about["head"])
-    head = {name[5:]: value for name, value in state.items() if name.startswith("head.")}
-    broken = [name for name, value in head.items() if not value.isfinite().all()]
-    if broken:
-        raise ValueError(f"{path}: its head holds NaN or inf (in {broken[0]}); train it again")
-    segmenter.head.load_state_dict(head)
-    segmenter.meta = meta
-    return segmenter.eval()
+    path = folder / Path(best["model"]).name
+    print(f"{path}: the best of {len(rows)} results, validation mIoU {best['val_miou']:.4f}")
+    return path
 
 
 # ---- training --------------------------------------------------------------------------------
@@ -409,24 +365,21 @@ def judge(model, stream, classes, image_size=None):
 
     model: from images or features to logits (B, classes, rows, cols). stream: of those and labels
     (B, tile, tile). Returns the confusion matrix at the labels' resolution (classes, classes), and
-    by batch the predictions (B, tile, tile) uint8 on the CPU, or int16 beyond 256 classes, and, if
-    image_size is given, the mIoUs at that size (labels by nearest neighbour). Published numbers of
-    this protocol were very likely made by the mean of these; it depends on the batch, so the matrix
-    is what to trust. Matrices and lists of parts of a split add up to the split's.
+    if image_size is given the mIoU of each batch at that size (labels by nearest neighbour).
+    Published numbers of this protocol were very likely made by the mean of these; it depends on the
+    batch, so the matrix is what to trust. Matrices and lists of parts add up to the split's.
     """
-    matrix, predictions, scores = torch.zeros(classes, classes, dtype=torch.int64), [], []
-    dtype = torch.uint8 if classes <= 256 else torch.int16
+    matrix, scores = torch.zeros(classes, classes, dtype=torch.int64), []
     for x, labels in stream:
         logits = model(x)
         prediction = resize(logits, labels.shape[-1]).argmax(1)
         matrix = matrix.to(x.device) + confusion_matrix(prediction, labels, classes, IGNORE)
-        predictions.append(prediction.to(dtype).cpu())
         if image_size is not None:
             nearest = F.interpolate(labels[:, None].float(), image_size, mode="nearest-exact")
             prediction = resize(logits, image_size).argmax(1)
             small = confusion_matrix(prediction, nearest[:, 0].long(), classes, IGNORE)
             scores.append(mean_iou(small)[0])
-    return matrix, predictions, scores
+    return matrix, scores
 
 
 def mean_of(scores):
@@ -554,8 +507,8 @@ def probe(
     statistics. place: False takes the mean training token of each place in the tile off all tokens
     first, so that what their place tells of them is no help and no noise. Draws nothing from
     torch's global generators. Returns {"miou", "val_miou", "iou" by class name (None where absent),
-    "miou_batchmean", "matrix", "predictions" of the test split as `judge`, "head": (weight, bias)
-    of ridge with place, or None}.
+    "miou_batchmean", "matrix" of the test split, "head": (weight, bias) of ridge with place, or
+    None}.
     """
     device, classes = next(encoder.parameters()).device, len(task.classes)
     grid = image_size // encoder.patch_size
@@ -582,28 +535,27 @@ def probe(
             share, known = token_labels(labels, grid, classes)
             yield tokens[known], share[known]
 
-    def linear(head):
-        return lambda tokens: rearrange(F.linear(tokens, *head), "b (r c) k -> b k r c", r=grid)
-
     if protocol == "knn":
-        nearest, head = fit_bank(labelled(), bank, seed), None
-
-        def model(tokens):
-            scores = knn_scores(tokens.flatten(0, 1), *nearest)
-            return rearrange(scores, "(b r c) k -> b k r c", r=grid, c=grid)
-
-        val_miou = mean_iou(judge(model, tokens_of("val"), classes)[0])[0]
+        nearest = fit_bank(labelled(), bank, seed)
+        heads, scorers = [None], [lambda tokens: knn_scores(tokens, *nearest)]
     else:
-        fits = fit_ridge(labelled(), penalties)
-        matrices = [0] * len(fits)
-        for tokens, labels in tokens_of("val"):
-            for k, fit in enumerate(fits):
-                matrices[k] = matrices[k] + judge(linear(fit), [(tokens, labels)], classes)[0]
-        scores = [mean_iou(matrix)[0] for matrix in matrices]
-        val_miou = max(scores)
-        head = fits[scores.index(val_miou)]
-        model = linear(head)
-    matrix, predictions, scores = judge(model, tokens_of("test"), classes, image_size)
+        heads = fit_ridge(labelled(), penalties)
+        scorers = [partial(lambda head, tokens: F.linear(tokens, *head), head) for head in heads]
+
+    def logits(scorer, tokens):
+        scores = scorer(tokens.flatten(0, 1))
+        return rearrange(scores, "(b r c) k -> b k r c", r=grid, c=grid)
+
+    models = [partial(logits, scorer) for scorer in scorers]
+    matrices = [0] * len(models)
+    for part in tokens_of("val"):
+        found = (judge(model, [part], classes)[0] for model in models)
+        matrices = [sum(pair) for pair in zip(matrices, found, strict=True)]
+    scores = [mean_iou(matrix)[0] for matrix in matrices]
+    val_miou = max(scores)
+    best = scores.index(val_miou)
+    head, model = heads[best], models[best]
+    matrix, scores = judge(model, tokens_of("test"), classes, image_size)
     miou, iou = mean_iou(matrix)
     return {
         "miou": miou,
@@ -611,7 +563,6 @@ def probe(
         "iou": by_name(iou, task.classes),
         "miou_batchmean": mean_of(scores),
         "matrix": matrix,
-        "predictions": torch.cat(predictions),
         "head": head if place else None,  # the mean tokens are no part of a head
     }
 

@@ -5,6 +5,7 @@ a split's images, or its tokens where it has them. A task is a `datasets.tasks.T
 """
 
 import copy
+import math
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
@@ -53,11 +54,10 @@ def chunks(index, size):
     return [index[k : k + size] for k in range(0, len(index), size)]
 
 
-def token_home(count, segmenter, device):
-    """Where the tokens of `count` tiles are kept: on the device, in main memory where they would
-    take more than half of what a GPU has free. Says their size where it is large."""
-    grid = segmenter.image_size // segmenter.encoder.patch_size
-    size = 4 * count * grid**2 * segmenter.encoder.dim * len(segmenter.depths or [0])
+def token_home(shape, device):
+    """Where float32 tokens of a shape are kept: on the device, in main memory where they would take
+    more than half of what a GPU has free. Says their size where it is large."""
+    size = 4 * math.prod(shape)
     if size > 2**32:
         print(f"tokens kept in memory: {size / 2**30:.1f} GiB")
     if device.type == "cuda" and size > torch.cuda.mem_get_info(device)[0] / 2:
@@ -72,16 +72,15 @@ def keep_tokens(segmenter, stream, parts, ranks, after):
     stream: from a list of parts, each a list of tiles, to their images and labels. after: called
     by all ranks together whenever each has encoded a part.
     """
-    device, grid = ranks.device, segmenter.image_size // segmenter.encoder.patch_size
-    shape = (grid**2, segmenter.encoder.dim * len(segmenter.depths or [0]))
-    count = sum(map(len, parts))
-    tokens, at = torch.empty(count, *shape, device=token_home(count, segmenter, device)), 0
+    device, width = ranks.device, segmenter.encoder.dim * len(segmenter.depths or [0])
+    shape = (sum(map(len, parts)), segmenter.grid**2, width)
+    tokens, at = torch.empty(shape, device=token_home(shape, device)), 0
     own = (segmenter.features(x) for x, _ in stream(parts[ranks.rank :: ranks.world]))
     for first in tqdm(range(0, len(parts), ranks.world), "encode", leave=False):
         encoded = next(own, None)  # all ranks at once, before any sends
         for source, part in enumerate(parts[first : first + ranks.world]):
             mine = source == ranks.rank
-            value = encoded if mine else torch.empty(len(part), *shape, device=device)
+            value = encoded if mine else torch.empty(len(part), *shape[1:], device=device)
             tokens[at : at + len(part)] = ranks.share(value.contiguous(), source)
             at += len(part)
         after()

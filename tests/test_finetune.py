@@ -28,7 +28,6 @@ from scores import append_row
 from segment import (
     Segmenter,
     balanced_weights,
-    confusion_matrix,
     crop_labels,
     judge,
     layer_groups,
@@ -185,11 +184,10 @@ def test_series_are_cropped_date_by_date():
 
 
 def test_large_token_caches_are_said(capsys):
-    segmenter = Segmenter(ViT(in_channels=2, patch_size=4, dim=32, depth=1, heads=2), 3, 16)
     cpu = torch.device("cpu")
-    assert token_home(2**21, segmenter, cpu) == cpu  # 16 tokens x 32 x 4 bytes each
+    assert token_home((2**21, 16, 32), cpu) == cpu
     assert capsys.readouterr().out == ""
-    assert token_home(2**22, segmenter, cpu) == cpu
+    assert token_home((2**22, 16, 32), cpu) == cpu
     assert capsys.readouterr().out == "tokens kept in memory: 8.0 GiB\n"
 
 
@@ -238,7 +236,7 @@ CLOCK = ("seconds", "finished", "commit")  # a commit may come in between
 
 def without_time(row):
     """A row but for when and where it was made."""
-    settings = without(row["settings"], "out", "maps", "device_batch")
+    settings = without(row["settings"], "out", "device_batch")
     return without(row, *CLOCK, "ranks") | {"settings": settings}
 
 
@@ -403,8 +401,8 @@ def test_pixels_are_probed_as_an_encoder_is(scenes, tmp_path, protocol):
 
 @pytest.mark.parametrize("protocol", ["knn", "ridge"])
 def test_probes_without_training(scenes, encoder, tmp_path, protocol, capsys):
-    flags, maps = ["--protocol", protocol], tmp_path.with_suffix(".maps")
-    rows = run(scenes, encoder, tmp_path, *flags, "--seeds", "2", "--maps", str(maps))
+    flags = ["--protocol", protocol]
+    rows = run(scenes, encoder, tmp_path, *flags, "--seeds", "2")
     assert [row["miou"] > 0.9 for row in rows] == [True] * (2 if protocol == "knn" else 1)
     # all labels, and weights that are not drawn: nothing in ridge is of the seed
     assert ("one row" in capsys.readouterr().out) == (protocol == "ridge")
@@ -572,7 +570,7 @@ def test_the_saved_model_is_the_best_seeds_and_scores_as_its_row(
         task, np.flatnonzero(task.split == "test"), model.meta["mean"], model.meta["std"]
     )
     with torch.no_grad():
-        matrix, _, _ = judge(model, [(images, labels)], 3)
+        matrix, _ = judge(model, [(images, labels)], 3)
     assert mean_iou(matrix)[0] == pytest.approx(best["miou"])
     assert model.meta == {
         "classes": ["field", "forest", "soil"],  # of classes.txt beside the masks
@@ -581,11 +579,6 @@ def test_the_saved_model_is_the_best_seeds_and_scores_as_its_row(
         "encoder": str(encoder), "sources": [], "task": "geotiff", "protocol": best["protocol"],
         "seed": best["seed"], "val_miou": best["val_miou"], "miou": best["miou"],
     }  # fmt: skip
-
-
-def test_no_model_where_none_is_wanted(scenes, encoder, tmp_path):
-    (row,) = run(scenes, encoder, tmp_path, "--no-save-model", "--epochs", "1")
-    assert row["model"] is None and not [*tmp_path.glob("model_*")]
 
 
 def test_a_saved_model_is_an_encoder_too(scenes, encoder, tmp_path):
@@ -673,7 +666,6 @@ def test_published_sets_from_end_to_end(narrow, bgrn, tmp_path, name, flags):
     for change, *mentions in [
         (["--bands", "NIR,R,G,B"], name, "NIR,R,G,B", "--bands B,G,R,NIR"),
         (["--bands", "B,G"], "--encoder", "4 bands", "2", "--bands"),
-        (["--maps", str(tmp_path / "maps")], "--maps", name, "predict.py"),
         (["--root", str(tmp_path / "nowhere")], "nowhere"),
     ]:
         with refused(SystemExit, *mentions):
@@ -739,48 +731,6 @@ def test_statistics(scenes, encoder, tmp_path):
     assert own["mean"] == [100.0, 100.0] and own["std"] == [50.0, 50.0]
 
 
-def test_maps_keep_the_georeference_and_are_what_was_scored(scenes, encoder, tmp_path):
-    # 64 px scenes in tiles of 24: the last tiles reach beyond the image
-    flags = ["--tile", "24", "--image-size", "24", "--maps", str(tmp_path / "maps"), "--seeds", "2"]
-    row, _ = run(scenes, encoder, tmp_path / "out", *flags)
-    assert sorted(p.name for p in (tmp_path / "maps").iterdir()) == ["s4.tif", "s5.tif"]
-    matrix = 0
-    for name in ("s4.tif", "s5.tif"):
-        of_map = raster.info(tmp_path / "maps" / name)
-        of_image = raster.info(scenes / "images" / name)
-        assert (of_map.transform, of_map.crs) == (of_image.transform, of_image.crs)
-        assert of_map.nodata == 255 and of_map.dtype == np.uint8
-        prediction = raster.read(tmp_path / "maps" / name)
-        mask = raster.read(scenes / "masks" / name)
-        matrix = matrix + confusion_matrix(torch.tensor(prediction), torch.tensor(mask), 3)
-    assert mean_iou(matrix)[0] == pytest.approx(row["miou"])
-
-
-def test_maps_leave_out_nodata_and_the_ground_of_other_splits(scenes, encoder, tmp_path):
-    holes = tmp_path / "holes"
-    for name in ("images", "masks"):
-        (holes / name).mkdir(parents=True)
-    for i in range(6):
-        about = raster.info(scenes / "images" / f"s{i}.tif")
-        image, mask = (raster.read(scenes / n / f"s{i}.tif") for n in ("images", "masks"))
-        image[:, 5:9, 30:40] = 0
-        for name, array in (("images", image), ("masks", mask)):
-            nodata = 0 if name == "images" else None
-            path = holes / name / f"s{i}.tif"
-            raster.write(path, array, about.transform, about.crs, nodata=nodata)
-    finetune.main([
-        "--encoder", str(encoder), "--images", str(holes / "images"), "--masks",
-        str(holes / "masks"), "--tile", "16", "--block", "1", "--image-size", "16", "--epochs", "1",
-        "--device", "cpu", "--out", str(tmp_path / "out"), "--maps", str(tmp_path / "maps"),
-    ])  # fmt: skip
-    row = json.loads((tmp_path / "out" / "results.jsonl").read_text())
-    maps = [raster.read(path)[0] for path in (tmp_path / "maps").iterdir()]
-    assert all((each[5:9, 30:40] == 255).all() for each in maps)
-    predicted = sum((each != 255).sum() for each in maps)
-    assert row["tiles"]["test"] * 256 - len(maps) * 40 <= predicted < row["tiles"]["test"] * 256
-    assert "ground" in row["split_by"]
-
-
 # ---- bad input --------------------------------------------------------------------------------
 
 
@@ -788,7 +738,7 @@ def test_maps_leave_out_nodata_and_the_ground_of_other_splits(scenes, encoder, t
     "flags, mentions",
     [
         (["--bands", "0"], ["--encoder", "2 bands (R,NIR)", "has 1", "--bands"]),
-        (["--image-size", "18"], ["--image-size 18", "4 px", "16", "20"]),
+        (["--image-size", "18"], ["--image-size 18", "4 px", "try 16"]),
         (["--image-size", "2"], ["--image-size 2", "4 px", "try 4"]),
         (["--masks", "nowhere"], ["nowhere"]),
         (["--classes", "nowhere"], ["nowhere", "--classes"]),
@@ -797,8 +747,6 @@ def test_maps_leave_out_nodata_and_the_ground_of_other_splits(scenes, encoder, t
         (["--bands", "R,NIR"], ["s0.tif", "R,NIR"]),
         (["--split-hash", "0" * 12], ["--split-hash 000000000000"]),
         (["--bands", "0,5"], ["s0.tif", "--bands 0,5", "2 bands"]),
-        (["--maps", "."], ["--maps ."]),
-        (["--maps", str(ROOT / "LICENSE" / "x")], ["--maps", "LICENSE/x"]),
         (["--tile", "100000"], ["--tile 100000", "64 px"]),
     ],
 )
@@ -924,13 +872,10 @@ def test_real_scenes_are_probed(real, tmp_path, name, write, source):
         "--encoder", str(path), "--images", str(task / "images"),
         "--masks", str(task / "masks"), "--classes", str(task / "classes.txt"),
         *SETTINGS[name], "--image-size", "64", "--epochs", "5", "--lr", "0.01", "--no-crop",
-        "--device", "cpu", "--out", str(tmp_path / "out"), "--maps", str(tmp_path / "maps"),
+        "--device", "cpu", "--out", str(tmp_path / "out"),
     ])  # fmt: skip
     row = json.loads((tmp_path / "out" / "results.jsonl").read_text())
     assert row["accuracy"] > 0.5
-    for path in (tmp_path / "maps").iterdir():
-        image = raster.info(task / "images" / path.name)
-        assert raster.info(path).transform == image.transform
 
 
 # ---- ranks, and what a kill leaves -------------------------------------------------------------
@@ -979,19 +924,13 @@ SHARED = [
 @pytest.fixture(scope="module")
 def shared(scenes, encoder, tmp_path_factory):
     """All commands of SHARED on two ranks, which start once: (number, drawn, out) -> the words of a
-    command, and the folder whose out-... and maps-... hold what the ranks have made."""
+    command, and the folders that hold what the ranks have made."""
     folder = tmp_path_factory.mktemp("shared")
     task = patched(scenes, folder)
 
     def words(number, drawn, out):
         name = f"random:{encoder}" if drawn else encoder
-        more = [
-            *SHARED[number],
-            "--ignore-index",
-            "255",
-            "--maps",
-            out.with_name("maps-" + out.name),
-        ]
+        more = [*SHARED[number], "--ignore-index", "255"]
         return [*map(str, words_of(task, name, out, *more))]
 
     names = {(k, drawn): folder / f"{k}-{drawn}" for k in range(len(SHARED)) for drawn in (0, 1)}
@@ -1028,11 +967,10 @@ def test_two_ranks_are_one(shared, tmp_path, number, drawn):
     found = []
     for ranks, out in ((1, alone), (2, both)):
         rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-        maps = out.with_name("maps-" + out.name)
-        found.append((rows, {p.name: raster.read(p) for p in maps.iterdir()}))
+        found.append(rows)
         assert not [*out.glob("ckpt*"), *out.glob("*.partial")]
         assert {row["ranks"] for row in rows} == {ranks}
-    (one, maps), (two, others) = found
+    one, two = found
     assert [row["seed"] for row in one] == [row["seed"] for row in two]
     for a, b in zip(one, two, strict=True):
         assert a["run"] == b["run"] and a["tiles"] == b["tiles"]
@@ -1041,9 +979,9 @@ def test_two_ranks_are_one(shared, tmp_path, number, drawn):
             assert b[score] == pytest.approx(a[score], abs=5e-3), score
         if a["history"]:
             assert losses_of(b) == pytest.approx(losses_of(a), abs=1e-5)
-    assert maps.keys() == others.keys()
-    changed = [(maps[name] != others[name]).mean() for name in maps]
-    assert np.mean(changed) <= 0.005
+        tables = [np.genfromtxt(out / row["confusion"], delimiter=",", skip_header=1)[:, 1:]
+                  for out, row in ((alone, a), (both, b))]  # fmt: skip
+        assert abs(tables[0] - tables[1]).sum() <= 0.01 * tables[0].sum()  # of pixels 1 in 200
     if two[0]["model"]:
         a, b = (load_segmenter(out) for out in (alone, both))
         assert a.meta["seed"] == b.meta["seed"]
@@ -1153,9 +1091,6 @@ def test_a_damaged_checkpoint_is_one_sentence(scenes, encoder, tmp_path):
     path.write_bytes(path.read_bytes()[:100])
     with refused(SystemExit, "finetune.py: ", path, "remove"):
         run(scenes, encoder, tmp_path)
-    torch.save({"model": {}}, path)
-    with refused(SystemExit, "finetune.py: ", path, "remove"):
-        run(scenes, encoder, tmp_path)
 
 
 def test_seeds_that_are_there_are_skipped(scenes, encoder, tmp_path, capsys):
@@ -1177,16 +1112,6 @@ def test_seeds_that_are_there_are_skipped(scenes, encoder, tmp_path, capsys):
     assert len(run(scenes, f"random:{encoder}", tmp_path, "--epochs", "1")) == 1
     other = relabelled(scenes, tmp_path.with_suffix(".other"), 5)
     assert len(run(other, encoder, tmp_path, "--epochs", "1")) == 1
-
-
-def test_maps_are_of_the_command_that_scored_seed_0(scenes, encoder, tmp_path):
-    flags, maps = ["--epochs", "1"], str(tmp_path / "maps")
-    run(scenes, encoder, tmp_path / "out", *flags, "--maps", maps)
-    with refused(SystemExit, f"--maps {maps}"):  # other settings would write over them
-        run(scenes, encoder, tmp_path / "out", "--epochs", "2", "--maps", maps)
-    assert len(run(scenes, encoder, tmp_path / "out", *flags, "--maps", maps, "--seeds", "2")) == 1
-    with refused(SystemExit, f"--maps {maps}2", "seed 0"):
-        run(scenes, encoder, tmp_path / "out", *flags, "--maps", maps + "2")
 
 
 def test_a_row_is_never_written_twice(tmp_path):

@@ -571,7 +571,7 @@ def test_the_picture_says_what_its_halves_are(tmp_path, trained, monkeypatch):
     main("--model", trained, tmp_path / "my_scene.tif", tmp_path / "m.tif", "--png")
     (figure,) = said
     left, right = (axis.get_title() for axis in figure.axes)
-    assert "my_scene.tif" in left and "red, green and blue" in left and "class" in right
+    assert "my_scene.tif" in left and "class" in right
     (legend,) = figure.legends
     texts = [text.get_text() for text in legend.get_texts()]
     assert texts[-1] == "white: no data" and any(text.startswith("water") for text in texts)
@@ -656,7 +656,6 @@ def test_another_scale_is_said_with_the_numbers(tmp_path, trained, capsys):
     main("--model", trained, tmp_path / "small.tif", tmp_path / "b.tif")
     error = capsys.readouterr().err
     assert all(each in error for each in ("small.tif", "mean 0.0", "100,200,300,400", "--offset"))
-    assert "--scale 10000 " in error
     main("--model", trained, tmp_path / "small.tif", tmp_path / "c.tif", "--scale", 1e4)
     write(tmp_path / "more.tif", array + 1000)
     main("--model", trained, tmp_path / "more.tif", tmp_path / "d.tif", "--offset", -1000)
@@ -700,7 +699,7 @@ def test_what_is_refused_before_any_work(tmp_path, trained):
     for words, *mentions in [
         ((scene, old), "old.tif", "--overwrite"),
         ((scene, scene, "--overwrite"), "a.tif", "itself"),
-        ((scene, same, tmp_path / "maps"), "maps/a.tif", "two scenes"),
+        ((scene, same, tmp_path / "maps"), "maps/a.tif", "another"),
         ((scene, same, old), "old.tif", "folder"),
         ((scene, out, "--int8"), "--int8", "--features"),
         ((tmp_path / "none*.tif", out), "none*.tif"),
