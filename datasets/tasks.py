@@ -48,7 +48,8 @@ from imagery.bands import IGNORE
 from imagery.bands import positions as bands_at
 from imagery.chips import in_order
 
-THREADS = 8  # that read and decode files
+AHEAD = 16  # samples that are read at once, at most, and wait to be written
+MEMORY = 2**30  # bytes that these may take
 
 
 @dataclass(frozen=True)
@@ -100,13 +101,12 @@ def load_folder(
     images and polygons.
 
     images: as `list_images` takes them, a scene of one file per band being one image. masks: a
-    folder, or a glob pattern. polygons, field: in place of masks, a vector file and the field that
-    tells the class (`read_polygons`). classes: text file, one name per line, the line number from 0
-    being the class id; without it the ids that occur are the classes and name themselves. bands:
-    0-based positions or names, in the order wanted; default all, B, G, R, NIR of a scene of one
-    file per band. ignore_index: the mask value, or values, that are no label, beside the nodata
-    that a mask declares; none of them is a class, so that ids 1 to N with 0 ignored are N classes.
-    clouds: products whose masks hide pixels of the images (`parse_masks`). tile: pixels.
+    folder or a glob. polygons, field: in place of masks, of `read_polygons`. classes: of
+    `read_classes`; without it the ids that occur are the classes and name themselves. bands:
+    0-based positions or names; default all, B, G, R, NIR of a scene of one file per band.
+    ignore_index: the mask value, or values, that are no label, beside the nodata that a mask
+    declares; none of them is a class, so that ids 1 to N with 0 ignored are N classes. clouds:
+    products whose masks hide pixels of the images (`parse_masks`). tile: pixels.
 
     splits: a folder with train.txt, val.txt and test.txt of file names without extension; images
     in none of them are left out. Without it the fractions `val` and `test` are held out: by
@@ -161,7 +161,9 @@ def load_folder(
         label[np.isnan(image[0])] = IGNORE
         return image, label
 
-    image, label, origin, _ = gather(read, len(files), tile, "images and masks")
+    largest = max(file.height * file.width for file in files) * 4 * len(sources[0].bands)
+    ahead = max(1, min(AHEAD, MEMORY // largest))
+    image, label, origin, _ = gather(read, len(files), tile, "images and masks", ahead)
     if not len(label):
         raise ValueError(
             f"{of}: no labelled pixel in any image; check --ignore-index, nodata, and that images "
@@ -323,14 +325,15 @@ def own_folder(root):
     return found | {"splits": splits if splits.is_dir() else None}
 
 
-def gather(read, count, tile, what):
+def gather(read, count, tile, what, ahead=AHEAD):
     """Read samples by threads and cut them to tiles: (images, labels, origin) as in Task, of the
     tiles that have a label, and the (width, height) of each sample.
 
     read(k) -> image (..., rows, cols) float32, labels (rows, cols) int16. tile: pixels, None for
-    whole samples. what: they are, in words. The images go to a temporary file without a name (on
-    Windows: one that goes on closing), so that it never stays behind. Raises OSError where the
-    disk, of which the environment variable TMPDIR decides, is too full; the first error ends it.
+    whole samples. what: they are, in words. ahead: samples to read at once. The images go to a
+    temporary file without a name (on Windows: one that goes on closing), so that it never stays
+    behind. Raises OSError where the disk, of which the environment variable TMPDIR decides, is too
+    full; the first error ends it.
     """
     labels, origin, sizes = [], [], []
 
@@ -345,8 +348,8 @@ def gather(read, count, tile, what):
         tiles = tiles.reshape(len(tiles), *image.shape[:-2], side, side)
         return tiles, label[keep], np.insert(corner[keep], 0, k, axis=1), (cols, rows)
 
-    with ThreadPoolExecutor(THREADS) as pool, tempfile.TemporaryFile() as file:
-        parts = in_order(pool, one, range(count), 2 * THREADS)
+    with ThreadPoolExecutor(ahead) as pool, tempfile.TemporaryFile() as file:
+        parts = in_order(pool, one, range(count), ahead)
         for tiles, *more in tqdm(parts, what, count, unit="sample"):
             if labels and more[0].shape[1:] != labels[0].shape[1:]:
                 sides = sorted({len(labels[0][0]), tiles.shape[-1]})
