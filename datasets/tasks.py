@@ -32,13 +32,12 @@ from datasets.images import (
     to_unit,
 )
 from datasets.labels import (
-    OWN,
     burn,
     by_name,
     class_ids,
     classes_beside,
     open_masks,
-    own_ids,
+    own_labels,
     read_classes,
     read_polygons,
     some,
@@ -148,7 +147,7 @@ def load_folder(
 
         def label_of(k):
             label = burn(drawn, files[k])
-            return class_ids(label, label != IGNORE, own_ids(names, ignored), polygons, OWN)
+            return own_labels(label, label != IGNORE, names, (), polygons)
 
     side = max(max(file.height, file.width) for file in files)
     if tile > side:
