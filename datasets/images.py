@@ -477,12 +477,9 @@ def safe_offset(path):
     """
     for folder in [path, *path.parents][:4]:
         for mtd in sorted(folder.glob("MTD_MSIL*.xml")):
-            try:
-                items = ET.parse(mtd).iter()
-            except ET.ParseError as error:
-                raise ValueError(f"{mtd}: damaged XML ({error}); fetch it again") from error
-            found = [e.text for e in items if e.tag.rpartition("}")[2] in OFFSET_TAGS]
-            return float(found[0]) if found else 0
+            with whole(mtd, "XML"):
+                tags = ((e.tag.rpartition("}")[2], e.text) for e in ET.parse(mtd).iter())
+                return next((float(text) for tag, text in tags if tag in OFFSET_TAGS), 0)
         if folder.name.upper().endswith(".SAFE"):
             baseline = re.search(r"_N(\d{4})_", folder.name)
             # 9999 are those that users processed, who are known to have an MTD

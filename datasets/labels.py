@@ -97,7 +97,7 @@ def read_mask(path, classes, ignored, grid=None):
 
 
 def class_ids(mask, valid, ids, path, remedy="check --task and --root"):
-    """The int16 labels of a mask by ids, {value: class id or IGNORE}; IGNORE where it is not valid,
+    """The int16 labels of a mask by ids, {value: class id or IGNORE}; IGNORE where it is not valid
     (bool of its shape). Raises ValueError for other values; path, remedy: where they come from, and
     what to do."""
     values, at = np.unique(mask[valid], return_inverse=True)

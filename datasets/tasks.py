@@ -43,8 +43,7 @@ from datasets.labels import (
     some,
 )
 from imagery import raster
-from imagery.bands import IGNORE
-from imagery.bands import positions as bands_at
+from imagery.bands import IGNORE, positions
 from imagery.chips import in_order
 
 AHEAD = 16  # samples that are read at once, at most, and wait to be written
@@ -156,7 +155,7 @@ def load_folder(
         )
 
     def read(k):
-        image, label = read_image(sources[k], scaling), label_of(k)
+        image, label = read_pixels(sources[k], scaling), label_of(k)
         label[np.isnan(image[0])] = IGNORE
         return image, label
 
@@ -199,18 +198,18 @@ def load_folder(
     if (keep := split != "").sum() < len(split):
         image, label, split, origin = image[keep], label[keep], split[keep], origin[keep]
     nodata = tuple(np.unique([value for value in nodata if value is not None]).tolist())
-    positions = tuple(sources[0].bands)
+    places = tuple(sources[0].bands)
     mean, std = band_stats(image, np.flatnonzero(split == "train"))
     tiles = (f"{chosen[n]} {row} {col}" for n, row, col in origin)
     return Task(
         image, label, split, origin, files, names, split_by, nodata, "geotiff",
-        tuple(files[0].band_names[k] if files[0].band_names else "" for k in positions),
-        positions, files[0].bands, mean, std, files[0].gsd,
+        tuple(files[0].band_names[k] if files[0].band_names else "" for k in places),
+        places, files[0].bands, mean, std, files[0].gsd,
         hash_splits(zip(tiles, split, strict=True)), tuple(scaling),
     )  # fmt: skip
 
 
-def read_image(source, scaling):
+def read_pixels(source, scaling):
     """Read one image (bands, rows, cols) float32 in the pixels of files that are tagged by
     `scaling`, NaN in all bands of a pixel without data."""
     pixels, valid = raster.masked(source.read(None, source.bands), source.nodata)
@@ -244,15 +243,15 @@ def load_task(name, root, *, bands=None, tile=None, dates=None, pastis_classes=1
     if dates is not None and ("dates" not in takes or dates < 1):
         raise ValueError(f"--dates {dates}: 1 or more of a time series, --task {name} has no such")
     bands = [band.strip() for band in bands or BGRN]
-    positions = tuple(bands_at(bands, about.bands, sentinel=True))
-    if lost := [band for band, at in zip(bands, positions, strict=True) if at < 0]:
+    places = tuple(positions(bands, about.bands, sentinel=True))
+    if lost := [band for band, at in zip(bands, places, strict=True) if at < 0]:
         raise ValueError(
             f"--bands {','.join(bands)}: --task {name} has no {','.join(lost)}; its bands are "
             + ",".join(about.bands)
         )
     options = {"dates": dates, "pastis_classes": pastis_classes, "split_seed": split_seed}
     options = {key: value for key, value in options.items() if key in takes}
-    found = about.open(find_folder(about, root), list(positions), **options)
+    found = about.open(find_folder(about, root), list(places), **options)
     ids, stats = found.ids or about.ids, about.stats if found.stats is None else found.stats
     samples, splits = list(found.split), list(found.split.values())
     if not samples:
@@ -298,14 +297,14 @@ def load_task(name, root, *, bands=None, tile=None, dates=None, pastis_classes=1
     for part in SPLITS:
         if part not in split:
             raise ValueError(f"--root {root}: no labelled pixel in the {part} split of the set")
-    names = tuple(about.bands[position] for position in positions)
+    names = tuple(about.bands[place] for place in places)
     if all(band in stats for band in names):
         mean, std = np.array([stats[band] for band in names], np.float64).T
     else:
         mean, std = band_stats(images, np.flatnonzero(split == "train"))
     return Task(
         images, labels, split, origin, files, found.classes or about.classes, about.splits, (),
-        name, names, positions, len(about.bands), mean, std, 10.0,
+        name, names, places, len(about.bands), mean, std, 10.0,
         hash_splits(found.split.items()),
     )  # fmt: skip
 
