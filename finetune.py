@@ -215,7 +215,7 @@ def checked(parser, args):
         (["images", "masks", "labels_file"], own and args.root,
          "and --root both say where the task is; keep one"),
         (["labels_file"], args.masks, "and --masks are both labels; keep one"),
-        (["images", "masks", "labels_file", "label_field", "classes", "ignore_index", "splits",
+        (["images", "masks", "labels_file", "label_field", "classes", "ignore_index", "clouds", "splits",
           "block", "val", "test"], not own, f"is for --task geotiff; {args.task} has its own"),
         (["head", "crop", "epochs", "lr", "schedule", "weight_decay", "layer_decay", "clip",
           "class_weights", "device_batch"], probes,

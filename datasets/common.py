@@ -24,9 +24,8 @@ import struct
 import threading
 import xml.etree.ElementTree as ET
 from collections import namedtuple
-from collections.abc import Callable
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from xml.sax.saxutils import unescape
 
@@ -85,54 +84,25 @@ Unit = namedtuple("Unit", "name open key", defaults=("",))
 Listing = namedtuple("Listing", "units bands chip sources skipped", defaults=(None, (), ()))
 
 
-@dataclass(frozen=True)
-class Labelled:
-    """A labelled set, as published.
-
-    classes: names in the order of their ids. ids: value in the mask -> class id or IGNORE. bands:
-    names in the order of the files. tile: pixels a side in the protocol that scores are compared
-    by, None for the whole image. counts: samples in train, val and test, None where the publisher
-    gives no split. marks: what the folder holds, by which it is known. folders: where that may lie
-    below --root. size, licence: as others quote the page at `url`, which has the last word.
-    open(folder, positions of the bands, options by name: dates, pastis_classes, split_seed) ->
-    Samples. stats: {band: (mean, std)} as published.
-    """
-
-    title: str
-    classes: tuple
-    ids: dict
-    bands: tuple
-    tile: int | None
-    splits: str
-    counts: tuple | None
-    size: str
-    url: str
-    licence: str
-    marks: tuple
-    folders: tuple
-    open: Callable
-    stats: dict
-
-
-@dataclass(frozen=True)
-class Samples:
-    """A labelled set found on disk; no pixel is read yet.
-
-    split: {sample: "train", "val" or "test"}, sorted by sample. files: {sample: paths} of those
-    that are complete; the first path stands for it. label(*paths) -> (rows, cols) as in the file.
-    image(*paths) -> float32 (bands, rows, cols), or (dates, bands, rows, cols) where `dates`, the
-    most that a sample has, is not None; NaN where the image has no data. stats, ids, classes: in
-    place of the set's own.
-    """
-
-    split: dict
-    files: dict
-    label: Callable
-    image: Callable
-    stats: dict | None = None
-    ids: dict | None = None
-    classes: tuple | None = None
-    dates: int | None = None
+# A labelled set, as published. classes: names in the order of their ids. ids: value in the mask ->
+# class id or IGNORE. bands: names in the order of the files. tile: pixels a side in the protocol
+# that scores are compared by, None for the whole image. counts: samples in train, val and test,
+# None where the publisher gives no split. marks: what the folder holds, by which it is known.
+# folders: where that may lie below --root. size, licence: as others quote the page at `url`, which
+# has the last word. open(folder, positions of the bands, options by name: dates, pastis_classes,
+# split_seed) -> Samples. stats: {band: (mean, std)} as published.
+Labelled = namedtuple(
+    "Labelled",
+    "title classes ids bands tile splits counts size url licence marks folders open stats",
+)
+# A labelled set found on disk; no pixel is read yet. split: {sample: "train", "val" or "test"},
+# sorted by sample. files: {sample: paths} of those that are complete; the first path stands for it.
+# label(*paths) -> (rows, cols) as in the file. image(*paths) -> float32 (bands, rows, cols), or
+# (dates, bands, rows, cols) where `dates`, the most that a sample has, is not None; NaN where the
+# image has no data. stats, ids, classes: in place of the set's own.
+Samples = namedtuple(
+    "Samples", "split files label image stats ids classes dates", defaults=(None,) * 4
+)
 
 
 @functools.cache

@@ -286,22 +286,17 @@ def open_image(info, files=None, bands=None, nodata=None, hides=()):
 
 def join(path, files, names):
     """Info of a scene of one file per band, as if its files were one."""
-    first, *others = [raster.info(file) for file in files]
-    for other in [first, *others]:
-        if other.bands != 1:
+    every = [raster.info(file) for file in files]
+    first = every[0]
+    for other in every:
+        here = (1, first.width, first.height, first.dtype, first.transform)
+        if (other.bands, other.width, other.height, other.dtype, other.transform) != here:
             raise ValueError(
-                f"{other.path}: {other.bands} bands, but it is named as one band of {path}; rename "
-                "it, or give its folder apart"
+                f"{other.path}: {other.bands} bands of {other.height} x {other.width} "
+                f"{other.dtype}, but in {path} it is to be one of {first.height} x {first.width} "
+                f"{first.dtype} on the ground of {first.path}; choose bands of one pixel size"
             )
-        here = (other.width, other.height, other.dtype, other.transform)
-        if here != (first.width, first.height, first.dtype, first.transform):
-            raise ValueError(
-                f"{other.path}: {other.height} x {other.width} {other.dtype}, but {first.path} is "
-                f"{first.height} x {first.width} {first.dtype}, or their ground differs; choose "
-                "bands of one pixel size and type"
-            )
-    every = [each.scaling or ((1.0, 0.0),) for each in [first, *others]]
-    scaling = tuple(pair for each in every for pair in each)
+    scaling = tuple(pair for each in every for pair in each.scaling or ((1.0, 0.0),))
     scaling = () if {*scaling} == {(1.0, 0.0)} else scaling
     return replace(first, path=path, bands=len(files), band_names=tuple(names), scaling=scaling)
 
@@ -501,12 +496,9 @@ def safe_offset(path):
         mtds = (mtd for folder in folders for mtd in sorted(folder.glob("MTD_MSIL*.xml")))
         texts = {mtd: mtd.read_bytes() for mtd in mtds}
     for mtd, text in texts.items():
-        try:
-            items = ET.fromstring(text).iter()
-        except ET.ParseError as error:
-            raise ValueError(f"{mtd}: damaged XML ({error}); fetch it again") from error
-        found = [e.text for e in items if e.tag.rpartition("}")[2] in OFFSET_TAGS]
-        return float(found[0]) if found else 0
+        with whole(mtd, "XML"):
+            tags = ((e.tag.rpartition("}")[2], e.text) for e in ET.fromstring(text).iter())
+            return next((float(text) for tag, text in tags if tag in OFFSET_TAGS), 0)
     product = next((f.name for f in folders if f.name.upper().endswith(".SAFE")), "")
     baseline = re.search(r"_N(\d{4})_", product)
     # 9999 are those that users processed, who are known to have an MTD

@@ -18,7 +18,6 @@ from datasets.images import find_files, grid_for, list_images, name_of
 from imagery import raster
 from imagery.bands import IGNORE
 
-OWN = "name them in --classes, or pass --ignore-index with what is no class"
 UNNAMED_CLASSES = 256  # without a class file, an id beyond this is a fill value, not a class
 WITH_FIONA = (".gpkg", ".shp")
 
@@ -94,11 +93,11 @@ def read_mask(path, classes, ignored, grid=None):
     ids = np.where(valid, mask, 0).astype(np.int64)
     if (odd := mask[valid & (ids != mask)]).size:
         raise ValueError(f"{path}: {mask.dtype} values such as {odd[0]:g}; class ids are whole")
-    return class_ids(ids, valid, own_ids(classes, ignored), path, OWN)
+    return own_labels(ids, valid, classes, ignored, path)
 
 
 def class_ids(mask, valid, ids, path, remedy="check --task and --root"):
-    """The int16 labels of a mask by ids, {value: class id or IGNORE}; IGNORE where it is not valid,
+    """The int16 labels of a mask by ids, {value: class id or IGNORE}; IGNORE where it is not valid
     (bool of its shape). Raises ValueError for other values; path, remedy: where they come from, and
     what to do."""
     values, at = np.unique(mask[valid], return_inverse=True)
@@ -112,10 +111,12 @@ def class_ids(mask, valid, ids, path, remedy="check --task and --root"):
     return label
 
 
-def own_ids(classes, ignored):
-    """{value: class id or IGNORE} of masks of one's own."""
+def own_labels(mask, valid, classes, ignored, path):
+    """`class_ids` of one's own, of which the values are the ids of `classes`, names or None."""
     count = UNNAMED_CLASSES if classes is None else len(classes)
-    return dict(zip(range(count), range(count), strict=True)) | dict.fromkeys(ignored, IGNORE)
+    ids = dict(zip(range(count), range(count), strict=True)) | dict.fromkeys(ignored, IGNORE)
+    remedy = "name them in --classes, or pass --ignore-index with what is no class"
+    return class_ids(mask, valid, ids, path, remedy)
 
 
 def some(ids):

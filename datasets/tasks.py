@@ -32,23 +32,22 @@ from datasets.images import (
     to_unit,
 )
 from datasets.labels import (
-    OWN,
     burn,
     by_name,
     class_ids,
     classes_beside,
     open_masks,
-    own_ids,
+    own_labels,
     read_classes,
     read_polygons,
     some,
 )
 from imagery import raster
-from imagery.bands import IGNORE
-from imagery.bands import positions as bands_at
+from imagery.bands import IGNORE, positions
 from imagery.chips import in_order
 
-THREADS = 8  # that read and decode files
+AHEAD = 16  # samples that are read at once, at most, and wait to be written
+MEMORY = 2**30  # bytes that these may take
 
 
 @dataclass(frozen=True)
@@ -100,13 +99,12 @@ def load_folder(
     images and polygons.
 
     images: as `list_images` takes them, a scene of one file per band being one image. masks: a
-    folder, or a glob pattern. polygons, field: in place of masks, a vector file and the field that
-    tells the class (`read_polygons`). classes: text file, one name per line, the line number from 0
-    being the class id; without it the ids that occur are the classes and name themselves. bands:
-    0-based positions or names, in the order wanted; default all, B, G, R, NIR of a scene of one
-    file per band. ignore_index: the mask value, or values, that are no label, beside the nodata
-    that a mask declares; none of them is a class, so that ids 1 to N with 0 ignored are N classes.
-    clouds: products whose masks hide pixels of the images (`parse_masks`). tile: pixels.
+    folder or a glob. polygons, field: in place of masks, of `read_polygons`. classes: of
+    `read_classes`; without it the ids that occur are the classes and name themselves. bands:
+    0-based positions or names; default all, B, G, R, NIR of a scene of one file per band.
+    ignore_index: the mask value, or values, that are no label, beside the nodata that a mask
+    declares; none of them is a class, so that ids 1 to N with 0 ignored are N classes. clouds:
+    products whose masks hide pixels of the images (`parse_masks`). tile: pixels.
 
     splits: a folder with train.txt, val.txt and test.txt of file names without extension; images
     in none of them are left out. Without it the fractions `val` and `test` are held out: by
@@ -148,7 +146,7 @@ def load_folder(
 
         def label_of(k):
             label = burn(drawn, files[k])
-            return class_ids(label, label != IGNORE, own_ids(names, ignored), polygons, OWN)
+            return own_labels(label, label != IGNORE, names, (), polygons)
 
     side = max(max(file.height, file.width) for file in files)
     if tile > side:
@@ -157,11 +155,13 @@ def load_folder(
         )
 
     def read(k):
-        image, label = read_image(sources[k], scaling), label_of(k)
+        image, label = read_pixels(sources[k], scaling), label_of(k)
         label[np.isnan(image[0])] = IGNORE
         return image, label
 
-    image, label, origin, _ = gather(read, len(files), tile, "images and masks")
+    largest = max(file.height * file.width for file in files) * 4 * len(sources[0].bands)
+    ahead = max(1, min(AHEAD, MEMORY // largest))
+    image, label, origin, _ = gather(read, len(files), tile, "images and masks", ahead)
     if not len(label):
         raise ValueError(
             f"{of}: no labelled pixel in any image; check --ignore-index, nodata, and that images "
@@ -198,18 +198,18 @@ def load_folder(
     if (keep := split != "").sum() < len(split):
         image, label, split, origin = image[keep], label[keep], split[keep], origin[keep]
     nodata = tuple(np.unique([value for value in nodata if value is not None]).tolist())
-    positions = tuple(sources[0].bands)
+    places = tuple(sources[0].bands)
     mean, std = band_stats(image, np.flatnonzero(split == "train"))
     tiles = (f"{chosen[n]} {row} {col}" for n, row, col in origin)
     return Task(
         image, label, split, origin, files, names, split_by, nodata, "geotiff",
-        tuple(files[0].band_names[k] if files[0].band_names else "" for k in positions),
-        positions, files[0].bands, mean, std, files[0].gsd,
+        tuple(files[0].band_names[k] if files[0].band_names else "" for k in places),
+        places, files[0].bands, mean, std, files[0].gsd,
         hash_splits(zip(tiles, split, strict=True)), tuple(scaling),
     )  # fmt: skip
 
 
-def read_image(source, scaling):
+def read_pixels(source, scaling):
     """Read one image (bands, rows, cols) float32 in the pixels of files that are tagged by
     `scaling`, NaN in all bands of a pixel without data."""
     pixels, valid = raster.masked(source.read(None, source.bands), source.nodata)
@@ -243,15 +243,15 @@ def load_task(name, root, *, bands=None, tile=None, dates=None, pastis_classes=1
     if dates is not None and ("dates" not in takes or dates < 1):
         raise ValueError(f"--dates {dates}: 1 or more of a time series, --task {name} has no such")
     bands = [band.strip() for band in bands or BGRN]
-    positions = tuple(bands_at(bands, about.bands, sentinel=True))
-    if lost := [band for band, at in zip(bands, positions, strict=True) if at < 0]:
+    places = tuple(positions(bands, about.bands, sentinel=True))
+    if lost := [band for band, at in zip(bands, places, strict=True) if at < 0]:
         raise ValueError(
             f"--bands {','.join(bands)}: --task {name} has no {','.join(lost)}; its bands are "
             + ",".join(about.bands)
         )
     options = {"dates": dates, "pastis_classes": pastis_classes, "split_seed": split_seed}
     options = {key: value for key, value in options.items() if key in takes}
-    found = about.open(find_folder(about, root), list(positions), **options)
+    found = about.open(find_folder(about, root), list(places), **options)
     ids, stats = found.ids or about.ids, about.stats if found.stats is None else found.stats
     samples, splits = list(found.split), list(found.split.values())
     if not samples:
@@ -297,14 +297,14 @@ def load_task(name, root, *, bands=None, tile=None, dates=None, pastis_classes=1
     for part in SPLITS:
         if part not in split:
             raise ValueError(f"--root {root}: no labelled pixel in the {part} split of the set")
-    names = tuple(about.bands[position] for position in positions)
+    names = tuple(about.bands[place] for place in places)
     if all(band in stats for band in names):
         mean, std = np.array([stats[band] for band in names], np.float64).T
     else:
         mean, std = band_stats(images, np.flatnonzero(split == "train"))
     return Task(
         images, labels, split, origin, files, found.classes or about.classes, about.splits, (),
-        name, names, positions, len(about.bands), mean, std, 10.0,
+        name, names, places, len(about.bands), mean, std, 10.0,
         hash_splits(found.split.items()),
     )  # fmt: skip
 
@@ -323,14 +323,15 @@ def own_folder(root):
     return found | {"splits": splits if splits.is_dir() else None}
 
 
-def gather(read, count, tile, what):
+def gather(read, count, tile, what, ahead=AHEAD):
     """Read samples by threads and cut them to tiles: (images, labels, origin) as in Task, of the
     tiles that have a label, and the (width, height) of each sample.
 
     read(k) -> image (..., rows, cols) float32, labels (rows, cols) int16. tile: pixels, None for
-    whole samples. what: they are, in words. The images go to a temporary file without a name (on
-    Windows: one that goes on closing), so that it never stays behind. Raises OSError where the
-    disk, of which the environment variable TMPDIR decides, is too full; the first error ends it.
+    whole samples. what: they are, in words. ahead: samples to read at once. The images go to a
+    temporary file without a name (on Windows: one that goes on closing), so that it never stays
+    behind. Raises OSError where the disk, of which the environment variable TMPDIR decides, is too
+    full; the first error ends it.
     """
     labels, origin, sizes = [], [], []
 
@@ -345,8 +346,8 @@ def gather(read, count, tile, what):
         tiles = tiles.reshape(len(tiles), *image.shape[:-2], side, side)
         return tiles, label[keep], np.insert(corner[keep], 0, k, axis=1), (cols, rows)
 
-    with ThreadPoolExecutor(THREADS) as pool, tempfile.TemporaryFile() as file:
-        parts = in_order(pool, one, range(count), 2 * THREADS)
+    with ThreadPoolExecutor(ahead) as pool, tempfile.TemporaryFile() as file:
+        parts = in_order(pool, one, range(count), ahead)
         for tiles, *more in tqdm(parts, what, count, unit="sample"):
             if labels and more[0].shape[1:] != labels[0].shape[1:]:
                 sides = sorted({len(labels[0][0]), tiles.shape[-1]})

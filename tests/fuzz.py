@@ -96,7 +96,8 @@ def samples(folder):
 
 def own_images(add):
     """Add what people have: a product, an archive, a mosaic, folders of pairs and of labels."""
-    pair_layouts.safe(add("SAFE of JPEG 2000", "root", lambda p: read_pairs(read_geotiff(p))))
+    path = add("SAFE of JPEG 2000", "root", lambda p: read_pairs(read_geotiff(p)))
+    pair_layouts.safe(path, offset=-1000)
     path = add("zipped scene", "a.zip", lambda p: read_pairs(read_geotiff(p, clouds="sentinel2")))
     for name in ("B02", "B03", "B04", "B08", "SCL"):
         pixels = pair_layouts.pixels(1, 20, 20, dtype="uint8")

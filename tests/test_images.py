@@ -3,6 +3,7 @@
 import os
 import tarfile
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,19 @@ def test_a_hole_is_a_hole_however_it_is_marked(tmp_path, kind):
     assert len(source.bands) == 4 and np.array_equal(valid_of(source), ~hole)
     parts = [valid for _, valid in images.read_rows(source)]
     assert np.array_equal(np.concatenate(parts), ~hole)
+
+
+def test_rows_may_be_taken_in_turn_and_by_another_thread(tmp_path):
+    """A GDAL environment that stayed open in between would be missed there."""
+    array = layouts.tif(tmp_path / "a.tif", layouts.pixels(1, 2100, 20), 10.0)
+    one, other = (images.read_rows(the_mr(tmp_path)) for _ in range(2))
+    found = [[next(one)], [next(other)]]
+    with ThreadPoolExecutor(1) as pool:
+        found[0] += pool.submit(list, one).result()
+    found[1] += other
+    for parts in found:
+        assert len(parts) > 2
+        assert np.array_equal(np.concatenate([pixels for pixels, _ in parts], 1), array)
 
 
 # clouds

@@ -1,4 +1,3 @@
-import dataclasses
 import hashlib
 import json
 import os
@@ -326,7 +325,7 @@ def test_a_subset_is_told(write, name, capsys):
 
 def test_no_word_where_the_counts_are_published(write, capsys, monkeypatch):
     root, _ = write("marida")
-    about = dataclasses.replace(TASKS["marida"], counts=(2, 2, 2))
+    about = TASKS["marida"]._replace(counts=(2, 2, 2))
     monkeypatch.setitem(sets("TASKS"), "marida", about)
     load_task("marida", root, tile=TILE)
     assert "samples" not in capsys.readouterr().err

@@ -190,6 +190,16 @@ def test_a_task_of_polygons(tmp_path, scene):
         tmp_path / "images", polygons=path, field="code", tile=8, block=1, val=0.25, test=0.25
     )
     assert task.classes == ("0", "3")
+    rye = feature([square(0, 22, 12, 32)], crop="rye", code=5)
+    write_json(path, [*FIELDS, rye])
+    task = load_folder(
+        tmp_path / "images", polygons=path, field="code", ignore_index=0, tile=8, block=1
+    )
+    assert task.classes == ("3", "5")
+    codes = slowly(lambda about: {3: 0}.get(about["code"]))
+    codes[22:32, :12] = 1
+    for label, (_, row, col) in zip(task.labels, task.origin, strict=True):
+        assert np.array_equal(label, codes[row : row + 8, col : col + 8])
 
 
 def test_images_of_a_task_may_be_scenes(tmp_path):
