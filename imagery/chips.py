@@ -291,7 +291,7 @@ def cut(job, unit, block):
 
 def cut_block(job, block, holes):
     """Cut the chips of a block, each with the first HR image that covers it and is valid enough:
-    [Chip]. holes: Counter by path, to which NaN and inf are added."""
+    [Chip]. holes: Counter by path, to which NaN and inf are added, and by "" repeated rims."""
     mr, here = block.pair.mr, block.corners
     row = {"mr_source": mr.info.path.as_posix()}
     if not len(here):
@@ -323,7 +323,8 @@ def cut_block(job, block, holes):
         sides = np.array([hr.info.height, hr.info.width])
         # inside, but where the chip itself ends beyond the image: there a rim is repeated
         start = np.minimum(low, np.maximum(0, sides - size))
-        start = np.where((low < 0) | (high > sides), low, start)
+        rim = (low < 0) | (high > sides)
+        start = np.where(rim, low, start)
         read = read_chips(hr, start[mine], job.shape["hr"][1:], hr.offset, holes)
         for k, image in zip(mine, read, strict=True):
             valid = float(min(image[1].mean(), waiting[k][1].mean()))
@@ -337,6 +338,7 @@ def cut_block(job, block, holes):
             window = dict(zip(WINDOW, window, strict=True))
             fate[k] = {"valid": valid, **source, **window}
             images[k] = [waiting[k], image]
+            holes.update([""] if rim[k].any() else [])
     if job.unpaired:
         images = {k: images.get(k, [image]) for k, image in waiting.items()}
     chips = []

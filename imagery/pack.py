@@ -315,13 +315,8 @@ def alone(out, folder, first, last):
     to be made a store. Raises FileExistsError where another packs them, or for a folder of others.
     Windows has no such locks: there the user starts one command at a time.
     """
-    names = {file.name for file in folder.iterdir()} if folder.exists() else set()
-    if foreign := {name for name in names - FILES if not is_part(name)}:
-        raise FileExistsError(
-            f"{folder}: holds {min(foreign)}, which is no part of a store; move it elsewhere, or "
-            "choose another OUT"
-        )
     folder.mkdir(parents=True, exist_ok=True)
+    refuse_foreign(folder)
     path = folder / "lock"
     with path.open("ab") as file:
 
@@ -364,12 +359,17 @@ def check_output(out, overwrite):
         )
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out}: a store is there; add --overwrite to replace it")
-    if out.exists() and (
-        foreign := {f.name for f in out.iterdir() if f.name not in FILES and not is_part(f.name)}
-    ):
+    if out.exists():
+        refuse_foreign(out)
+
+
+def refuse_foreign(folder):
+    """Raise FileExistsError where a folder that is to be replaced holds what is no store's."""
+    names = {file.name for file in folder.iterdir()} - FILES
+    if foreign := [name for name in sorted(names) if not is_part(name)]:
         raise FileExistsError(
-            f"{out}: --overwrite would delete {min(foreign)}, which is no part of the store; move "
-            "it elsewhere"
+            f"{folder}: holds {foreign[0]}, which is no part of a store, so --overwrite does "
+            "not delete it; move it elsewhere, or choose another OUT"
         )
 
 
@@ -388,31 +388,24 @@ def fingerprint(listing, job):
     return f"{len(listing.units)} units {digest.hexdigest()[:12]}"
 
 
-def cut_units(listing, job, pool, ahead, begin, last):
-    """Yield (position of the next block, Cut) of the blocks from `begin` on, in order, a position
-    being (unit, block); `ahead` units are open at a time."""
-    units = range(begin[0], last)
+def write(listing, folder, job, plan, pool, workers, begin, last):
+    """Cut the units from position `begin` up to unit `last` into shards, with a bar. A position is
+    (unit, block); `workers` units are open at a time."""
 
     def lay(unit):
         return unit, lay_out(job, listing.units[unit])
 
-    def blocks():
-        for unit, found in in_order(pool, lay, units, ahead):
+    def blocks():  # with the position of the next
+        for unit, found in in_order(pool, lay, range(begin[0], last), workers):
             for k, block in enumerate(found):
                 if (unit, k) >= begin:
                     ends = k + 1 == len(found)
                     yield ((unit + 1, 0) if ends else (unit, k + 1)), listing.units[unit], block
 
-    yield from in_order(pool, lambda work: (work[0], cut(job, *work[1:])), blocks(), 2 * ahead)
-
-
-def write(listing, folder, job, plan, pool, workers, begin, last):
-    """Cut the units from position `begin` up to unit `last` into shards, with a bar."""
-    cuts, chips = cut_units(listing, job, pool, workers, begin, last), 0
+    cuts = in_order(pool, lambda work: (work[0], cut(job, *work[1:])), blocks(), 2 * workers)
+    made, chips = shards.write_shards(folder, plan, job.shape, job.dtype, cuts, begin, last), 0
     with tqdm(desc="pack", total=last, initial=begin[0], unit="unit", unit_scale=True) as bar:
-        for end, count in shards.write_shards(
-            folder, plan, job.shape, job.dtype, cuts, begin, last
-        ):
+        for end, count in made:
             chips += count
             bar.set_postfix_str(f"{chips:,} chips", refresh=False)
             bar.update(end[0] - bar.n)

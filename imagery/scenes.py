@@ -315,26 +315,20 @@ def main(argv=None):
         description="Write procedural landscapes as paired GeoTIFFs with labels.",
         allow_abbrev=False,
     )
-    parser.add_argument("out", type=Path, help="new folder to write")
-    parser.add_argument(
-        "--kind",
-        choices=KINDS,
-        default="landscape",
-        help="fields, woods and towns "
-        "in four bands, or parcels that differ in texture alone (default: landscape)",
-    )
-    parser.add_argument("--scenes", type=int, default=24, help="number of scenes (default: 24)")
-    parser.add_argument(
-        "--size", type=int, default=256, help="side of a scene, MR pixels of 10 m (default: 256)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="random seed, 0 or more (default: 0)")
-    parser.add_argument(
-        "--hr-shift",
-        type=int,
-        default=0,
-        help="HR pixels of 5 m that HR lies beside its "
-        "georeference, to the east: misregistration on purpose (default: 0)",
-    )
+    # fmt: off
+    add = parser.add_argument
+    add("out", type=Path, help="new folder to write")
+    add("--kind", choices=KINDS, default="landscape",
+        help="fields, woods and towns in four bands, or parcels that differ in texture alone "
+        "(default: landscape)")
+    add("--scenes", type=int, default=24, help="number of scenes (default: 24)")
+    add("--size", type=int, default=256,
+        help="side of a scene, MR pixels of 10 m (default: 256)")
+    add("--seed", type=int, default=0, help="random seed, 0 or more (default: 0)")
+    add("--hr-shift", type=int, default=0,
+        help="HR pixels of 5 m that HR lies beside its georeference, to the east: misregistration "
+        "on purpose (default: 0)")
+    # fmt: on
     args = parser.parse_args(argv)
     try:
         for flag, least in (("scenes", 1), ("size", 16), ("seed", 0)):

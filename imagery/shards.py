@@ -57,8 +57,8 @@ Image = namedtuple("Image", "mr_source mr_date crs transform height width split 
 # One chip. row: dict, by the names of CHIP, WINDOW or SKIPPED; images: [(pixels, moments)] of MR
 # and maybe HR, [] of a chip that is skipped; why: "" of a pair, else why it has no HR
 Chip = namedtuple("Chip", "row images why", defaults=("",))
-# A block that was cut. image: an Image or None; holes: pixels that are NaN or inf by path; damaged:
-# what its file says where it cannot be read
+# A block that was cut. image: an Image or None; holes: as in `new_told`; damaged: what its file
+# says where it cannot be read
 Cut = namedtuple("Cut", "image chips holes damaged", defaults=({}, ""))
 
 
@@ -114,15 +114,16 @@ def write_shards(folder, plan, shape, dtype, cuts, begin, stop):
 
 
 def new_told():
-    """What shards say beside their chips: why those have no HR, where NaN and inf were found
-    {path: pixels}, and what the first files say that cannot be read."""
+    """What shards say beside their chips: why those have no HR; where NaN and inf were found {path:
+    pixels}, and by "" the pairs with a repeated rim; what files say that cannot be read."""
     return {"without": Counter(), "holes": Counter(), "damaged": []}
 
 
 def merge_told(told, more):
     told["without"].update(more.get("without", {}))
     for path, count in more["holes"].items():
-        path = path if path in told["holes"] or len(told["holes"]) < 5 else "other files"
+        known = path in ("", *told["holes"]) or len(told["holes"]) < 5
+        path = path if known else "other files"
         told["holes"][path] += count
     told["damaged"] = [*told["damaged"], *more["damaged"]][:5]
 
@@ -438,6 +439,11 @@ def complete(listing, folder, names, job, plan, command):
     with figures.optional(folder / "contact.png"):
         draw_contact(folder, rows)
     notes = [f"warning: left out: {message}" for message in told["damaged"]]
+    if rims := told["holes"].pop("", 0):
+        notes.append(
+            f"{rims} pairs: HR ends less than half an MR pixel short of the chip, so its last row "
+            "or column is repeated"
+        )
     notes += [
         f"warning: {path}: {holes} pixels of its chips are NaN or inf, taken as missing"
         for path, holes in told["holes"].items()

@@ -607,13 +607,15 @@ def test_chips_across_sheets_take_all_of_them(tmp_path):
     assert sorted({text.count(".tif") for text in sources}) == [1, 2, 4]
 
 
-def test_a_rim_of_half_an_mr_pixel_is_repeated(tmp_path):
+def test_a_rim_of_half_an_mr_pixel_is_repeated(tmp_path, capsys):
     mr, hr = map(Path, pair(tmp_path))
     about, whole = raster.info(hr / "a.tif"), raster.read(hr / "a.tif")
     for cut, count in ((1, 16), (2, 9)):
         raster.write(hr / "a.tif", whole[:, :-cut, :-cut], about.transform, about.crs)
         pack_files(mr, hr, tmp_path / f"store{cut}", chip=16, val=0)
         assert len(data.Store(tmp_path / f"store{cut}")) == count
+        # the chips of the last row and column, until they are left out
+        assert ("7 pairs: HR ends less than" in capsys.readouterr().out) == (cut == 1)
     last = pixels(tmp_path / "store1", "hr")[15]
     assert (last[:, -1] == last[:, -2]).all() and (last[:, :, -1] == last[:, :, -2]).all()
     assert (last[:, :-1, :-1] == whole[:, -32:-1, -32:-1]).all()
