@@ -277,12 +277,15 @@ def measure_shift(mr, hr):
         images = images / images.square().mean((2, 3), keepdim=True).sqrt().clamp_min(1e-12)
         return torch.fft.rfft2(images * hann)
 
-    mr = mr[:, :, margin : rows - margin, margin : cols - margin]
+    inner = np.s_[:, :, margin : rows - margin, margin : cols - margin]
+    mr, near = mr[inner], hr[inner]
     fixed = spectrum(mr).conj()
     shift, alike = torch.zeros(len(mr), 2, dtype=torch.float64), []
     for span, step in ((reach, 0.5), (0.75, 0.05), (0.2, 0.01)):
         moved = shift.clamp(-margin, margin)
-        near = resample(hr, torch.cat([margin + moved, size.expand(len(mr), 2)], 1), size.tolist())
+        if alike:
+            ground = torch.cat([margin + moved, size.expand(len(mr), 2)], 1)
+            near = resample(hr, ground, size.tolist())
         alike.append(correlate(mr, near).nanmean(1))
         cross = (spectrum(near) * fixed).sum(1) * weight
         power = cross.abs()
