@@ -37,7 +37,7 @@ from datasets.images import (
 from figures import class_colours, composite, optional, paint, save_figure
 from imagery import raster
 from imagery.bands import positions
-from run import Parser, positive, script, start_ranks, whole
+from run import Parser, positive, script, whole
 from segment import Segmenter, load_segmenter, resize
 from weights import bands_of, load_encoder, read_tensors
 
@@ -498,7 +498,11 @@ def draw_map(path, name, picture, meta, ids, counts):
 
 def run(args):
     """Map all scenes; everything wrong with flags and headers is raised before the first one."""
-    device = start_ranks(args.device).device
+    cuda = torch.cuda.is_available()
+    if args.device == "cuda" and not cuda:
+        raise ValueError("--device cuda: no GPU found; use --device cpu")
+    # not run.start_ranks: what it has glibc keep is ten times the memory of a large scene
+    device = torch.device("cuda" if cuda and args.device != "cpu" else "cpu")
     scenes = dict(image for where in args.scenes for image in list_images(where, "scenes"))
     model = load_model(args.model, args.tile, args.image_size, args.heads, device)
     classes, tile, unit = model.meta["classes"], model.meta["tile"], token_unit(model)

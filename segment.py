@@ -249,10 +249,8 @@ def read_rows(results):
     for number, line in enumerate(results.read_bytes().splitlines(), 1):
         try:
             rows.append(dict(json.loads(line)))
-        except (ValueError, TypeError, RecursionError):
-            print(
-                f"warning: {results}: line {number} is no result and left out; was a run cut off?"
-            )
+        except (ValueError, TypeError):
+            print(f"warning: {results}: line {number} is no result; was a run cut off?")
     return rows
 
 

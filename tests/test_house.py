@@ -32,7 +32,7 @@ ROOMS = {
     "datasets": "* imagery",
     "tiles": "torch numpy tqdm",
     "segment": "* tiles model weights",
-    "scores": "* segment imagery",
+    "scores": "numpy",
     "finetune": "* scores tiles segment weights model data run datasets imagery figures",
     "predict": "* segment weights model data run datasets imagery figures",
     "report": "* health imagery figures",

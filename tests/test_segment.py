@@ -210,9 +210,7 @@ def test_folders_without_a_model(tmp_path, lines, kind, mention):
         load_segmenter(folder)
 
 
-@pytest.mark.parametrize(
-    "torn", ['{"model": "mod', "\udc80", "5", "[1]", "", pytest.param("[" * 99999, id="deep")]
-)
+@pytest.mark.parametrize("torn", ['{"model": "mod', "\udc80", "5", "[1]", ""])
 @pytest.mark.parametrize("first", [False, True])
 def test_a_torn_line_costs_no_model(tmp_path, capsys, torn, first):
     save_segmenter(tmp_path / "a.safetensors", Segmenter(small_vit(), 3, 24), **META)
