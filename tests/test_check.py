@@ -1,6 +1,7 @@
 """What `data.py check` measures, against known shifts, slow loops and real pairs."""
 
 import argparse
+import re
 import shutil
 
 import numpy as np
@@ -545,4 +546,4 @@ def test_real_files_have_their_known_shift(real, tmp_path, capsys):
     assert (length > 1.5).sum() <= 2 and (figures["valid"] < 1).any()  # shadows that wandered
     assert {p.name for p in out.iterdir()} == {"check.csv", "contact.png", "skipped.csv"}
     assert f"look at {out / 'contact.png'}" in (text := capsys.readouterr().out)
-    assert "MR pixels; median +0.5" in text and "largest: chip" in text
+    assert re.search(r"MR pixels; median \+0\.(49|5\d) rows", text) and "largest: chip" in text
