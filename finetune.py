@@ -69,7 +69,6 @@ from segment import (
     Pixels,
     Segmenter,
     balanced_weights,
-    by_name,
     crop_labels,
     judge,
     labelled,
@@ -572,6 +571,7 @@ def write_seed(args, template, tiles, facts, found, rows, model):
     """Write the files and the row of a seed, and add the row to `rows`, those of the run."""
     task, seed = tiles.task, found["seed"]
     matrix, (miou, iou) = found["matrix"], mean_iou(found["matrix"])
+    by_name = zip(task.classes, iou.tolist(), strict=True)
     confusion = f"confusion_{args.protocol}_{facts['run']}_seed{seed}.csv"
     write_matrix(args.out / confusion, matrix.tolist(), task.classes)
     best = max((row["val_miou"] for row in rows.values() if row["model"]), default=-1)
@@ -592,7 +592,8 @@ def write_seed(args, template, tiles, facts, found, rows, model):
         **facts,
         "miou": miou,
         "accuracy": (matrix.diagonal().sum() / matrix.sum()).item(),
-        "iou": by_name(iou, task.classes),  # None: no part of the mean
+        # None: no part of the mean
+        "iou": {name: None if math.isnan(value) else value for name, value in by_name},
         "model": model,  # one file for all seeds: the best of them
         "confusion": confusion,
         "finished": datetime.now().strftime("%Y%m%d-%H%M%S"),

@@ -504,9 +504,8 @@ def probe(
     in it to a stream of their tokens and labels; default by the encoder, with the task's
     statistics. place: False takes the mean training token of each place in the tile off all tokens
     first, so that what their place tells of them is no help and no noise. Draws nothing from
-    torch's global generators. Returns {"miou", "val_miou", "iou" by class name (None where absent),
-    "miou_batchmean", "matrix" of the test split, "head": (weight, bias) of ridge with place, or
-    None}.
+    torch's global generators. Returns {"val_miou", "miou_batchmean", "matrix" of the test split,
+    "head": (weight, bias) of ridge with place, or None}.
     """
     device, classes = next(encoder.parameters()).device, len(task.classes)
     grid = image_size // encoder.patch_size
@@ -554,18 +553,9 @@ def probe(
     best = scores.index(val_miou)
     head, model = heads[best], models[best]
     matrix, scores = judge(model, tokens_of("test"), classes, image_size)
-    miou, iou = mean_iou(matrix)
     return {
-        "miou": miou,
         "val_miou": val_miou,
-        "iou": by_name(iou, task.classes),
         "miou_batchmean": mean_of(scores),
         "matrix": matrix,
         "head": head if place else None,  # the mean tokens are no part of a head
     }
-
-
-def by_name(iou, classes):
-    """IoU (classes,) -> {class name: value}, None for a class that is absent."""
-    values = zip(classes, iou.tolist(), strict=True)
-    return {name: None if math.isnan(value) else value for name, value in values}

@@ -280,7 +280,6 @@ def test_no_seams(tmp_path, landscape):
 
 
 def test_a_map_keeps_place_and_holes_and_names_its_classes(tmp_path, trained, capsys):
-    rasterio = pytest.importorskip("rasterio")
     array = image(530, 70)
     array[:, 100:200, :50] = 0
     write(tmp_path / "a.tif", array)
@@ -340,7 +339,6 @@ def test_the_picture_shows_scene_and_map_pixel_by_pixel(tmp_path, trained, monke
 
 
 def test_turned_scenes_keep_their_place(tmp_path, trained):
-    rasterio = pytest.importorskip("rasterio")
     for place in (PLACE, (8.0, 6.0, 1e5, 6.0, -8.0, 2e6)):
         write(tmp_path / "a.tif", image(24, 36), place, 32633)
         main("--model", trained, tmp_path / "a.tif", tmp_path / "m.tif", "--features",
@@ -356,7 +354,6 @@ def test_turned_scenes_keep_their_place(tmp_path, trained):
 
 
 def test_the_real_sentinel_2_scene(tmp_path, real):
-    rasterio = pytest.importorskip("rasterio")
     scene = real("homonim_ngi_s2_l8/mr/sentinel2_b432_byte.tif")
     torch.manual_seed(0)
     made = Segmenter(ViT(in_channels=3, patch_size=8, dim=16, depth=1, heads=2), 4, 32)
@@ -424,7 +421,6 @@ def test_an_encoder_alone_gives_features(tmp_path, capsys):
 
 
 def test_a_model_of_finetune_knows_the_scenes_of_its_task(tmp_path, capsys):
-    rasterio = pytest.importorskip("rasterio")
     land, results = tmp_path / "land", tmp_path / "results"
     scenes.write_scenes(land, 4, 64, 0)
     encoder = ViT(in_channels=4, patch_size=4, dim=16, depth=1, heads=2)
