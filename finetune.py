@@ -76,7 +76,7 @@ from segment import (
     mean_iou,
     mean_of,
     probe,
-    read_rows,
+    read_results,
     save_segmenter,
     segmentation_loss,
 )
@@ -616,7 +616,7 @@ def evaluate(args, ranks):
         args.out.mkdir(parents=True, exist_ok=True)
         results.touch()
         hold(args.out, f"{args.protocol}_{run}.lock")
-        return {row["seed"]: row for row in read_rows(results) if row.get("run") == run}
+        return {row["seed"]: row for row in read_results(results) if row.get("run") == run}
 
     rows = ranks.first(take)
     seeds = range(args.seeds)

@@ -242,7 +242,7 @@ def load_segmenter(path):
     return segmenter.eval()
 
 
-def read_rows(results):
+def read_results(results):
     """The rows of a results.jsonl, dicts. Lines that are none, as a run that was cut off leaves
     them, are told and left out."""
     rows = []
@@ -263,7 +263,7 @@ def best_model(folder):
     results = folder / "results.jsonl"
     if not results.is_file():
         raise FileNotFoundError(f"{folder}: holds no results.jsonl of finetune.py, so no model")
-    rows = [row for row in read_rows(results) if row.get("model")]
+    rows = [row for row in read_results(results) if row.get("model")]
     if not rows:
         raise FileNotFoundError(
             f"{results}: names no model (knn, pixels and --remove-place have none); run "

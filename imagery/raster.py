@@ -46,7 +46,6 @@ DRIVERS = {
 }
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # classic and BigTIFF, both byte orders
 TILE = 256  # px a side of the tiles written
-ROWS = 256  # rows of an image that are read at a time, about
 # sidecar files are looked for one by one: to list a folder of a million files takes minutes
 ENV = {"GDAL_DISABLE_READDIR_ON_OPEN": "TRUE", "GDAL_CACHEMAX": 2**28, "GDAL_NUM_THREADS": "1"}
 SHRUNK = 2**17  # pixels shrink to no less than 1 in this, whatever the codec
@@ -128,17 +127,6 @@ def read(path, window=None, bands=None, *, masked=False, grid=None):
     """
     with _open(path, grid) as file:
         return file.read(window, bands, masked)
-
-
-def read_rows(path, bands=None, *, masked=False):
-    """Read an image from top to bottom: yields what `read` returns of n rows until all were given;
-    the file is opened once, and memory holds a few rows of tiles."""
-    with _open(path) as file:
-        about, (block, _) = file.about, file.file.block_shapes[0]
-        step = block * max(1, ROWS // block)  # whole rows of tiles or strips
-        for row in range(0, about.height, step):
-            window = (row, 0, min(step, about.height - row), about.width)
-            yield file.read(window, bands, masked)
 
 
 @contextmanager
