@@ -217,7 +217,8 @@ def open_images(images, hides, flag, wanted=None, names=None, nodata=None):
     nodata: for files that declare none. Raises ValueError for a band that is not there, and where
     files name the same bands in another order.
     """
-    heads = [header(*image) for image in tqdm(images, "headers", leave=False)]
+    with tqdm(images, "headers", leave=False) as bar:  # gone before an error is said
+        heads = [header(*image) for image in bar]
     usual = [
         usual_bands(info, files, hide)
         for info, (_, files), hide in zip(heads, images, hides, strict=True)
