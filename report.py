@@ -116,7 +116,8 @@ def headroom(rows):
     room = 100 * (scores[CEILING]["miou"] - low)
     if room < 5:
         return f" The task has {room:.1f} points of headroom: too few to tell encoders apart."
-    return f" Headroom of the task: {room:.1f} points, up to a model trained from scratch."
+    above = f"{room:.1f} points above untrained and pixels"
+    return f" Trained from scratch on all labels, a model is {above}."
 
 
 def claims_table(rows):
@@ -219,22 +220,39 @@ def search_table(cells):
     return "\n".join(lines).rstrip() + "\n" * bool(lines)
 
 
+# what does not tell two evaluations apart
+SAME = ("encoder", "out", "seeds", "device", "precision", "compile", "device_batch", "global_batch")
+
+
 def collect(folders):
-    """A table of finetune.py's result folders: mean and deviation over pretraining seeds."""
+    """A table of finetune.py's result folders: mean and deviation over pretraining seeds. Only rows
+    that differ in nothing but seeds are averaged. Raises ValueError where a folder has none."""
     groups = {}
     for folder in folders:
-        for line in (folder / "results.jsonl").read_text().splitlines():
-            row = json.loads(line)
-            about = row["pretraining"]
-            key = (row["task"], row["protocol"], about.get("objective"), about.get("variant"))
-            groups.setdefault(key, {}).setdefault(about.get("seed"), []).append(row["miou"])
+        path = folder / "results.jsonl"
+        if not path.is_file():
+            raise ValueError(f"{folder}: no results of finetune.py, there is no results.jsonl")
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                raise ValueError(f"{path}: line {number} is no result; delete it") from None
+            about, settings = dict(row["pretraining"]), row.get("settings", {})
+            seed = about.pop("seed", None)
+            shown = (
+                row["task"], row.get("data_hash", ""), row["protocol"], settings.get("labels", 1),
+                about.get("objective", row.get("encoder", "")), about.get("variant", ""),
+            )  # fmt: skip
+            rest = {key: value for key, value in settings.items() if key not in SAME}
+            key = shown, json.dumps((about, rest), sort_keys=True)
+            groups.setdefault(key, {}).setdefault(seed, []).append(row["miou"])
     lines = [
-        "| task | protocol | objective | variant | pretraining seeds | mIoU |",
-        "|---" * 6 + "|",
+        "| task | data | protocol | labels | encoder | variant | pretraining seeds | mIoU |",
+        "|---" * 8 + "|",
     ]
-    for key, seeds in sorted(groups.items(), key=str):
+    for (shown, _), seeds in sorted(groups.items(), key=str):
         means = [np.mean(scores) for scores in seeds.values()]
-        lines.append(f"| {' | '.join(map(str, key))} | {len(means)} | {mean_and_spread(means)} |")
+        lines.append(f"| {' | '.join(map(str, shown))} | {len(means)} | {mean_and_spread(means)} |")
     return "\n".join(lines)
 
 

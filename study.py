@@ -156,8 +156,8 @@ for variant in mr hr sa sa-interp sa-shuffled sa-mse mse-interp mse-shuffled sa-
     for seed in 0 1 2; do
       name=$objective-$variant-s$seed
       torchrun --nproc_per_node=8 train.py --store pairs --objective $objective \\
-          --variant $variant --seed $seed --out runs/$name
-      torchrun --nproc_per_node=8 finetune.py --encoder runs/$name --task mados --root MADOS/ \\
+          --variant $variant --seed $seed --out out/$name
+      torchrun --nproc_per_node=8 finetune.py --encoder out/$name --task mados --root MADOS/ \\
           --seeds 5 --out scores/$name
     done
   done
@@ -423,7 +423,7 @@ def parse_args(argv=None):
     flag(
         "--table",
         action="store_true",
-        help="make nothing: print the table of what is there and draw its pictures",
+        help="train nothing: print the table of what is there and draw its pictures anew",
     )
     flag(
         "--publish",
@@ -473,6 +473,8 @@ def main(args):
         draw_ground(args.out, size)
         made = make_all(size, args.out, args.jobs)
     cells = read_cells(args.out)
+    if not cells:
+        raise ValueError(f"{args.out}: no cell of a study is there; start it without --table")
     said = report.table(cells)
     if made or args.table or not (args.out / "table.md").exists():
         report.draw(args.out, size.task, cells, call)

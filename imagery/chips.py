@@ -82,15 +82,14 @@ def survey(listing, pool, chip, stride):
             return []
 
     opened = in_order(pool, headers, units, 2 * SURVEY)
-    for pair in itertools.chain.from_iterable(
-        tqdm(opened, "headers", len(units), leave=False, unit="unit")
-    ):
-        pairs.append(pair)
-        corners = chip_corners(pair.mr.info, chip, stride).reshape(-1, 2)
-        for hr in pair.hrs:
-            grid = align(pair.mr.info, hr.info)
-            _, low, high, inside = place_chips(corners, chip, hr.info, *grid)
-            found.append((grid[0], pair.mr, hr, (high - low)[inside].max(0, initial=0)))
+    with tqdm(opened, "headers", len(units), leave=False, unit="unit") as bar:
+        for pair in itertools.chain.from_iterable(bar):
+            pairs.append(pair)
+            corners = chip_corners(pair.mr.info, chip, stride).reshape(-1, 2)
+            for hr in pair.hrs:
+                grid = align(pair.mr.info, hr.info)
+                _, low, high, inside = place_chips(corners, chip, hr.info, *grid)
+                found.append((grid[0], pair.mr, hr, (high - low)[inside].max(0, initial=0)))
     if not pairs and damaged:
         raise damaged[0]
     if not pairs:

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, refused
 
 import report
 
@@ -127,7 +127,22 @@ def test_collected_rows_are_means_over_pretraining_seeds(tmp_path):
                 for v in values]  # fmt: skip
         (folder / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     said = report.collect([tmp_path / "s0", tmp_path / "s1"])
-    assert "| mados | linear | ijepa | sa | 2 | 40.0 ± 14.1 |" in said
+    assert "| mados |  | linear | 1 | ijepa | sa | 2 | 40.0 ± 14.1 |" in said
+    # labels, data and pretraining tell rows apart; encoders without pretraining have their name
+    other = {"task": "mados", "protocol": "linear", "pretraining": about, "miou": 0.9}
+    for k, change in enumerate((
+        {"settings": {"labels": 0.1}}, {"data_hash": "f00"}, {"pretraining": about | {"step": 9}},
+        {"pretraining": {}, "encoder": "pixels"}, {"pretraining": {}, "encoder": "random"},
+    )):  # fmt: skip
+        (tmp_path / f"o{k}").mkdir()
+        (tmp_path / f"o{k}" / "results.jsonl").write_text(json.dumps(other | change) + "\n")
+    said = report.collect([tmp_path / name for name in ("s0", "s1", *(f"o{k}" for k in range(5)))])
+    assert len(said.splitlines()) == 2 + 1 + 5 and said.count("| 90.0 |") == 5
+    (tmp_path / "o0" / "results.jsonl").write_text('{"task')
+    with refused(ValueError, f"{tmp_path / 'o0'}", "line 1"):
+        report.collect([tmp_path / "o0"])
+    with refused(ValueError, f"{tmp_path / 'none'}", "no results of finetune.py"):
+        report.collect([tmp_path / "none"])
 
 
 def test_gains_are_points_of_a_curve_with_the_usual_value_among_them():
