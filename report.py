@@ -132,10 +132,11 @@ def claims_table(rows):
         for probe in probes if len(compared) > 1 else ():
             scores = scores_of(compared, probe)
             best, seeds, (gain, low, high, _) = gain_of(scores, row)
+            within = f"{100 * low:+.1f} to {100 * high:+.1f}" if len(seeds) > 1 else ""
             lines.append(
                 f"| {row} | {probe} | {mean_and_spread([*scores[row].values()])} | "
                 f"{best} {mean_and_spread([*scores[best].values()])} | {100 * gain:+.1f} | "
-                f"{100 * low:+.1f} to {100 * high:+.1f} | {len(seeds)} |"
+                f"{within} | {len(seeds)} |"
             )
     return "\n".join(lines) + "\n"
 
