@@ -155,13 +155,13 @@ def list_images(where, flag):
         scene, band = band_of(file)
         # sorted by path, so R10m comes first and the finest file of a band is the one that stays
         groups.setdefault(scene, {}).setdefault(band, file)
-    listed = []
+    images = []
     for scene, bands in groups.items():
         if len(bands) > 1 or "IMG_DATA" in next(iter(bands.values())).parts:
-            listed.append((scene, bands))
+            images.append((scene, bands))
         else:
-            listed += [(file, None) for file in bands.values()]
-    return listed
+            images += [(file, None) for file in bands.values()]
+    return images
 
 
 def name_of(path, files=None):
