@@ -447,17 +447,17 @@ def write_bytes(path, parts, shape, place, crs):
     """
     low, high, row = np.full(shape[0], np.inf), np.full(shape[0], -np.inf), 0
     with tempfile.TemporaryFile(dir=path.parent) as waiting:
-        whole = np.memmap(waiting, np.float16, "w+", shape=shape)  # of 11 bits, as they come
+        kept = np.memmap(waiting, np.float16, "w+", shape=shape)  # of 11 bits, as they come
         for part in parts:
             low = np.fmin(low, np.fmin.reduce(part, (1, 2), initial=np.inf))
             high = np.fmax(high, np.fmax.reduce(part, (1, 2), initial=-np.inf))
-            whole[:, row : row + part.shape[1]] = part
+            kept[:, row : row + part.shape[1]] = part
             row += part.shape[1]
         step, low = np.where(high > low, (high - low) / 254, 1), np.where(low > high, 0, low)
         scaling = list(zip(step.tolist(), low.tolist(), strict=True))
         with raster.writer(path, shape, np.uint8, place, crs, 255, scaling=scaling) as write_rows:
             for first in range(0, shape[1], 64):
-                part = whole[:, first : first + 64]
+                part = kept[:, first : first + 64]
                 part = ((part - low[:, None, None]) / step[:, None, None]).round()
                 write_rows(np.where(np.isnan(part), 255, part).astype(np.uint8))
 

@@ -348,7 +348,7 @@ def find_leaks(figures, chip):
     for key in [key for key in figures if key.endswith("_digest")]:
         some = np.flatnonzero(figures[key].any(1))
         search("pixels", figures[key][some], some, lambda _, others: others >= 0)
-    frame, places = place_chips(figures, chip)
+    frame, places = corners_on_ground(figures, chip)
     some = np.flatnonzero(np.isfinite(places).all((1, 2)))
     low, high, frame = places[some].min(1), places[some].max(1), frame[some]
     # cells as large as a frame's largest box: a box meets four at most, those of its corners
@@ -364,7 +364,7 @@ def find_leaks(figures, chip):
     return leak, by
 
 
-def place_chips(figures, chip):
+def corners_on_ground(figures, chip):
     """Where each chip lies: frame (N,) int64, and its corners there, in order, (N, 4, 2), NaN where
     nothing is known. A frame is the CRS, of several longitude and latitude; without georeference it
     is the source, in pixels."""
